@@ -1,0 +1,48 @@
+"""Recurrent models on the CPU, with the autodiff in plain sight.
+
+>>> import tinygrad_lstm as tg
+>>> from tinygrad_lstm import ops
+>>> x = tg.tensor([0.5, -1.0], requires_grad=True)
+>>> y = ops.tanh(x).sum()
+>>> y.backward()
+>>> x.grad.round(4).tolist()
+[0.7864, 0.4200]
+"""
+
+from tinygrad_lstm import ops
+from tinygrad_lstm._version import __version__
+from tinygrad_lstm.autodiff import (
+    checkpoint,
+    grad,
+    gradcheck,
+    hessian,
+    hvp,
+    jacobian,
+    jvp,
+    value_and_grad,
+    vjp,
+)
+from tinygrad_lstm.errors import (
+    ArgumentError,
+    CheckpointError,
+    DTypeError,
+    Error,
+    FileError,
+    GradcheckError,
+    GraphError,
+    OutOfRangeError,
+    ShapeError,
+    TraceError,
+)
+from tinygrad_lstm.primitive import REGISTRY, Primitive, primitive
+from tinygrad_lstm.program import Program
+from tinygrad_lstm.random import Generator, seed
+from tinygrad_lstm.tape import Record, Tape, eager, name, no_grad, scope
+from tinygrad_lstm.tensor import Tensor, asarray, tensor
+
+__all__ = [
+    "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "Error", "FileError", "Generator", "GradcheckError",
+    "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape", "Tensor", "TraceError",
+    "__version__", "asarray", "checkpoint", "eager", "grad", "gradcheck", "hessian", "hvp", "jacobian", "jvp", "name", "no_grad",
+    "ops", "primitive", "scope", "seed", "tensor", "value_and_grad", "vjp",
+]  # fmt: skip

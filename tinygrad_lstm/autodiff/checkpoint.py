@@ -1,0 +1,121 @@
+"""checkpoint: keep the inputs of a function instead of what it computes, and run it again in the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tinygrad_lstm.errors import DTypeError
+from tinygrad_lstm.primitive import Primitive
+from tinygrad_lstm.random import default_generator
+from tinygrad_lstm.tape import Tape, differentiate, recording, state
+from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tree import flatten, unflatten
+
+__all__ = ["checkpoint"]
+
+
+def _forward(*arrays: Any, run: Any) -> Any:
+    return tuple(run.results)
+
+
+def _vjp(cotangents: Any, inputs: Any, run: Any, wanted: Sequence[bool]) -> list[Any]:
+    """Run the function again, recording this time, and pull back through it: the rule of any function."""
+    from tinygrad_lstm.autodiff.reverse import variable
+
+    count = run.n_arguments
+    with recording(enabled=True), _generator_at(run.generator_state):
+        arguments = [variable(t) if w else t for t, w in zip(inputs[:count], wanted[:count], strict=True)]
+        outs = run.call(arguments)
+    pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+    sources = [a for a, w in zip([*arguments, *inputs[count:]], wanted, strict=True) if w]
+    found = iter(differentiate([o for o, _ in pairs], [c for _, c in pairs], sources))
+    return [next(found) if w else None for w in wanted]
+
+
+_checkpoint = Primitive("checkpoint", _forward, (_vjp,), joint=True, always_tuple=True)
+
+
+class _generator_at:
+    """The default generator put back to an earlier state for a block, so that dropout draws the same masks."""
+
+    def __init__(self, at: Any) -> None:
+        self.at = at
+
+    def __enter__(self) -> None:
+        self.now = default_generator().get_state()
+        default_generator().set_state(self.at)
+
+    def __exit__(self, *exc: object) -> None:
+        default_generator().set_state(self.now)
+
+
+class _Run:
+    """A call that can be repeated."""
+
+    def __init__(self, f: Callable[..., Any], treedef: Any, n_arguments: int) -> None:
+        self.f = f
+        self.treedef = treedef
+        self.n_arguments = n_arguments
+        self.generator_state = default_generator().get_state()
+        self.results: list[Any] = []
+        self.out_tree: Any = None
+
+    def call(self, leaves: Sequence[Any]) -> list[Any]:
+        args, kwargs = unflatten(self.treedef, leaves)
+        outs, self.out_tree = flatten(self.f(*args, **kwargs))
+        for out in outs:
+            if not isinstance(out, Tensor):
+                raise DTypeError(f"checkpoint: the function returned a {type(out).__name__}, expected Tensors")
+        return outs
+
+    def __repr__(self) -> str:
+        return getattr(self.f, "__name__", "function")
+
+
+def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the values and gradients of ``f`` that stores only its inputs (Griewank 1992; Chen et al. 2016).
+
+    Tensors that ``f`` closes over get their gradients too; random masks from the default generator are
+    drawn again identically.  Arguments and results are trees of tensors.
+
+    >>> import tinygrad_lstm as tg
+    >>> from tinygrad_lstm import ops
+    >>> x = tg.tensor([0.5], requires_grad=True)
+    >>> tg.checkpoint(lambda t: ops.tanh(ops.exp(t)))(x).sum().backward()
+    >>> round(x.grad.item(), 4)
+    0.2269
+    """
+
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = flatten((args, kwargs))
+        current = state()
+        if not current.enabled or current.trace is not None:
+            return f(*args, **kwargs)
+        is_array = [isinstance(leaf, Tensor) or hasattr(leaf, "__array__") for leaf in leaves]
+        tensors = [asarray(leaf) for leaf, yes in zip(leaves, is_array, strict=True) if yes]
+        run = _Run(f, treedef, len(tensors))
+
+        def call(given: Sequence[Any]) -> list[Any]:
+            rest = iter(given)
+            return _Run.call(run, [next(rest) if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)])
+
+        run.call = call  # type: ignore[method-assign]
+        # A tape of its own finds what f closes over; it dies here, and the values with it.
+        with recording(enabled=True, tapes=()), Tape() as finder:
+            outs = call(tensors)
+            made = {id(t) for _, _, made_here in finder.entries for t in made_here}
+            known = {id(t) for t in tensors} | made
+            closed: dict[int, Tensor] = {}
+            for _, inputs, _ in finder.entries:
+                for t in inputs:
+                    if isinstance(t, Tensor) and t.requires_grad and id(t) not in known:
+                        closed[id(t)] = t
+        run.results = [o._data for o in outs]
+        results = _checkpoint.bind((*tensors, *closed.values()), {"run": run})
+        run.results = []
+        return unflatten(run.out_tree, results)
+
+    return wrapped

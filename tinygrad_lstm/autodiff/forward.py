@@ -1,0 +1,83 @@
+"""jvp: record a function, replay the tape forwards with tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tinygrad_lstm.autodiff.reverse import unlinked, variables
+from tinygrad_lstm.errors import DTypeError, ShapeError
+from tinygrad_lstm.primitive import Aval, zeros
+from tinygrad_lstm.tape import Output, Tape, recording, state
+from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tree import flatten, unflatten
+
+__all__ = ["jvp", "push_entries"]
+
+
+def push_entries(entries: Sequence[Any], tangents: dict[Any, Tensor]) -> None:
+    """Replay recorded entries forwards; ``tangents`` maps nodes to tangents and is filled in."""
+    for record, inputs, outputs in entries:
+        moving = [tangent_of(a, tangents) if isinstance(a, Tensor) else None for a in inputs]
+        if all(t is None for t in moving):
+            continue
+        pushed = record.primitive.push(inputs, outputs, record.params, moving)
+        for index, tangent in enumerate(pushed):
+            if tangent is not None:
+                tangents[record if record.output_avals is None else (record, index)] = tangent
+
+
+def tangent_of(t: Any, tangents: dict[Any, Tensor]) -> Tensor | None:
+    """The tangent of a tensor's node, None for zero."""
+    node = t._node or t
+    return tangents.get((node.record, node.index) if node.__class__ is Output else node)
+
+
+def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    """``(f(*primals), the derivative of f at primals in the direction of tangents)``.
+
+    Parameters
+    ----------
+    primals, tangents : tuples of arrays, Tensors or trees
+        Of the same structure and shapes; a tangent leaf takes its primal's dtype.
+
+    Examples
+    --------
+    >>> import tinygrad_lstm as tg
+    >>> out, slope = tg.jvp(lambda x: x * x, (3.0,), (1.0,))
+    >>> out.item(), slope.item()
+    (9.0, 6.0)
+    """
+    if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):
+        raise DTypeError("jvp: primals and tangents are tuples, one entry per argument; write (x,) for one")
+    if len(primals) != len(tangents):
+        raise ShapeError(f"jvp: {len(primals)} primals and {len(tangents)} tangents")
+    enabled = state().enabled
+    with recording(enabled=True):
+        seeds: dict[Any, Tensor] = {}
+        arguments = []
+        for primal, tangent in zip(primals, tangents, strict=True):
+            fresh, treedef, rebuilt = variables(primal, "jvp", requires_grad=False)
+            given, given_tree = flatten(tangent)
+            if given_tree != treedef and len(given) != len(fresh):
+                raise ShapeError("jvp: a tangent has another structure than its primal")
+            for v, t in zip(fresh, given, strict=True):
+                t = asarray(t)
+                if t.shape != v.shape:
+                    raise ShapeError(f"jvp: tangent of shape {t.shape} for a primal of shape {v.shape}")
+                seeds[v._node or v] = t if t.dtype == v.dtype else t.astype(v.dtype)  # type: ignore[attr-defined]
+            arguments.append(rebuilt)
+        recorder = Tape()
+        with recorder:
+            result = f(*arguments)
+        push_entries(recorder.entries, seeds)
+        outs, out_tree = flatten(result)
+        moved = []
+        for out in outs:
+            if not isinstance(out, Tensor):
+                raise DTypeError(f"jvp: the function returned a {type(out).__name__}, expected Tensors")
+            tangent = tangent_of(out, seeds)
+            moved.append(zeros(Aval(out.shape, out.dtype)) if tangent is None else tangent)
+    if not enabled:
+        moved, result = unlinked(moved), unlinked(result)
+    return result, unflatten(out_tree, moved)

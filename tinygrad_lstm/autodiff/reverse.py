@@ -1,0 +1,218 @@
+"""grad, value_and_grad and vjp: record a function, replay the tape in reverse.
+
+Every call differentiates with respect to fresh *variables*: new nodes that alias the arguments.  Nested
+calls therefore never confuse each other's variables (no perturbation confusion), and closed-over tensors
+of an outer call stay connected through the arguments' own history.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.ops.shape import alias
+from tinygrad_lstm.primitive import Aval, zeros
+from tinygrad_lstm.tape import differentiate, observed, paths, recording, state
+from tinygrad_lstm.tensor import Tensor, asarray, check_differentiable, seed_cotangent
+from tinygrad_lstm.tree import TreeDef, flatten, leaf_paths, unflatten
+
+__all__ = ["grad", "value_and_grad", "vjp"]
+
+
+def variable(value: Any, requires_grad: bool = True) -> Tensor:
+    """A new node with the same values, linked to the past of ``value`` if it has one."""
+    source = asarray(value)
+    check_differentiable(source.dtype)
+    out = alias(source)
+    if out._node is None and source._meta is not None and source._meta.exposed:
+        out._more().exposed = True  # somebody outside can write to the array: keep watching it
+    out._rg = out._rg or requires_grad
+    return out
+
+
+def variables(tree: Any, who: str, requires_grad: bool = True) -> tuple[list[Tensor], TreeDef, Any]:
+    """Fresh variables for all leaves of an argument: (variables, structure, the argument rebuilt)."""
+    leaves, treedef = flatten(tree)
+    for path, leaf in zip(leaf_paths(tree), leaves, strict=True):
+        try:
+            check_differentiable(asarray(leaf).dtype)
+        except DTypeError as error:
+            raise DTypeError(f"{who}: argument{path or ''}: {error}") from None
+    fresh = [variable(leaf, requires_grad) for leaf in leaves]
+    return fresh, treedef, unflatten(treedef, fresh)
+
+
+class _Swapped:
+    """Put variables in place of a Module's parameters for a block."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __enter__(self) -> list[Tensor]:
+        self.saved = self.module.__tree_leaves__()
+        self.fresh = {name: variable(p) for name, p in self.saved.items() if p.dtype.kind == "f"}
+        self.module.__tree_swap__(self.fresh)
+        return list(self.fresh.values())
+
+    def __exit__(self, *exc: object) -> None:
+        self.module.__tree_swap__(self.saved)
+
+
+def _check_scalar(out: Any, who: str) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise DTypeError(f"{who}: the function returned {type(out).__name__}, expected a scalar Tensor")
+    if out.size != 1:
+        raise ShapeError(f"{who}: the function returned shape {out.shape}, expected a scalar; reduce it (sum, mean)")
+    return out
+
+
+def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """A function that returns ``(f(...), gradient)``.
+
+    Parameters
+    ----------
+    f : callable
+        Returns a scalar Tensor; with ``has_aux`` a pair (scalar, anything).
+    argnums : int or sequence of ints
+        Which positional arguments to differentiate: arrays, Tensors, trees of them, or Modules.
+    has_aux : bool
+        The value is then the pair that ``f`` returned.
+
+    Returns
+    -------
+    callable
+        Gradients are Tensors in the structure of the argument (a tuple of them for several ``argnums``);
+        of a Module, a dict by parameter name; zeros where there is no path.  Nestable.
+
+    Examples
+    --------
+    >>> import tinygrad_lstm as tg
+    >>> value, slope = tg.value_and_grad(lambda x: x * x * x)(2.0)
+    >>> value.item(), slope.item()
+    (8.0, 12.0)
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(args)
+        chosen = []
+        for number in numbers:
+            if not -len(args) <= number < len(args):
+                raise ArgumentError(f"argnums={argnums} for a call with {len(args)} positional arguments")
+            chosen.append(number % len(args))
+        enabled = state().enabled
+        replaced = list(args)
+        swaps: list[_Swapped] = []
+        sources: list[Tensor] = []
+        spans: list[tuple[TreeDef, int]] = []
+        with recording(enabled=True):
+            try:
+                for number in chosen:
+                    if hasattr(args[number], "__tree_swap__"):
+                        swap = _Swapped(args[number])
+                        fresh = swap.__enter__()
+                        swaps.append(swap)
+                        spans.append((flatten({name: 0 for name in swap.fresh})[1], len(fresh)))
+                    else:
+                        fresh, treedef, replaced[number] = variables(args[number], "grad")
+                        spans.append((treedef, len(fresh)))
+                    sources.extend(fresh)
+                result = f(*replaced, **kwargs)
+            finally:
+                for swap in reversed(swaps):
+                    swap.__exit__()
+            out = _check_scalar(result[0] if has_aux else result, "grad")
+            found = pullback_to(out, seed_cotangent(out, None, "grad"), sources)
+            kept = enabled and (observed(sources) or foreign([out], sources))
+        if not kept:  # nobody can differentiate the results: let the graph go
+            found = unlinked(found)
+            result = unlinked(result)
+        grads: list[Any] = []
+        start = 0
+        for treedef, count in spans:
+            grads.append(unflatten(treedef, found[start : start + count]))
+            start += count
+        return result, (grads[0] if isinstance(argnums, int) else tuple(grads))
+
+    return wrapped
+
+
+def unlinked(tree: Any) -> Any:
+    """The tree with every tensor outside of any graph."""
+    leaves, treedef = flatten(tree)
+    return unflatten(treedef, [Tensor(leaf._data) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def foreign(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
+    """Whether the targets also depend on differentiable values that are no sources."""
+    return paths([t._node or t for t in targets], {s._node or s for s in sources})[1]
+
+
+def pullback_to(out: Tensor, cotangent: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents of the sources, zeros where there is no path."""
+    found = differentiate([out], [cotangent], sources)
+    return [zeros(Aval(s.shape, s.dtype)) if g is None else g for g, s in zip(found, sources, strict=True)]
+
+
+def grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """A function that returns the gradient of the scalar function ``f``; see :func:`value_and_grad`.
+
+    >>> import tinygrad_lstm as tg
+    >>> third = tg.grad(tg.grad(tg.grad(lambda x: x**4)))
+    >>> third(2.0).item()
+    48.0
+    """
+    both = value_and_grad(f, argnums, has_aux)
+
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        value, gradient = both(*args, **kwargs)
+        return (gradient, value[1]) if has_aux else gradient
+
+    return wrapped
+
+
+def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """Run ``f`` and return ``(out, pullback)``.
+
+    ``pullback(cotangent)`` gives a tuple, one tree per primal; it may be called as often as wanted.  The
+    cotangent has the structure of ``out``.
+
+    >>> import tinygrad_lstm as tg
+    >>> out, pullback = tg.vjp(lambda x, y: x * y, 3.0, 4.0)
+    >>> [g.item() for g in pullback(1.0)]
+    [4.0, 3.0]
+    """
+    enabled = state().enabled
+    with recording(enabled=True):
+        packs = [variables(p, "vjp") for p in primals]
+        result = f(*[rebuilt for _, _, rebuilt in packs])
+    outs, out_tree = flatten(result)
+    for out in outs:
+        if not isinstance(out, Tensor):
+            raise DTypeError(f"vjp: the function returned a {type(out).__name__}, expected Tensors")
+    sources = [v for fresh, _, _ in packs for v in fresh]
+
+    def pullback(cotangent: Any) -> tuple[Any, ...]:
+        given, given_tree = flatten(cotangent) if out_tree.kind != "leaf" else ([cotangent], out_tree)
+        if given_tree != out_tree:
+            raise ShapeError(f"pullback: the cotangent has {len(given)} leaves in another structure than the output")
+        with recording(enabled=True):
+            seeds = [seed_cotangent(o, c, "pullback") for o, c in zip(outs, given, strict=True)]
+            found = differentiate(outs, seeds, sources)
+            filled = [zeros(Aval(s.shape, s.dtype)) if g is None else g for g, s in zip(found, sources, strict=True)]
+        if not (enabled and state().enabled):
+            filled = unlinked(filled)
+        trees, start = [], 0
+        for fresh, treedef, _ in packs:
+            trees.append(unflatten(treedef, filled[start : start + len(fresh)]))
+            start += len(fresh)
+        return tuple(trees)
+
+    if not (enabled and (observed(sources) or foreign(outs, sources))):
+        result = unlinked(result)
+    return result, pullback
+

@@ -1,0 +1,46 @@
+"""Axis arguments in one form: counted from the end, so that one more leading axis changes nothing.
+
+Every primitive stores its axes this way; that is what lets the compiler lift an operation out of a time
+loop by giving it the whole sequence (one leading axis more) with the same parameters.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from tinygrad_lstm.errors import DTypeError, ShapeError
+
+__all__ = ["ndim_of", "normal_axes", "normal_axis"]
+
+
+def ndim_of(x: Any) -> int:
+    """Number of axes of a tensor, array, number or nested list."""
+    from tinygrad_lstm.tensor import to_array
+
+    found = getattr(x, "ndim", None)
+    return to_array(x).ndim if found is None else found
+
+
+def normal_axis(axis: Any, ndim: int, who: str) -> int:
+    """One axis as a negative number; ShapeError when the array has no such axis."""
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        raise DTypeError(f"{who}: axis is an integer, found {axis!r}") from None
+    if not -ndim <= number < ndim:
+        raise ShapeError(f"{who}: axis {number} for an array with {ndim} axes; expected {-ndim}..{ndim - 1}")
+    return number if number < 0 else number - ndim
+
+
+def normal_axes(axis: Any, ndim: int, who: str) -> tuple[int, ...]:
+    """None (all axes), one axis or several, as sorted negative numbers."""
+    if axis is None:
+        return tuple(range(-ndim, 0))
+    if not isinstance(axis, Sequence):
+        return (normal_axis(axis, ndim, who),)
+    axes = tuple(sorted(normal_axis(a, ndim, who) for a in axis))
+    if len(set(axes)) != len(axes):
+        raise ShapeError(f"{who}: axis {tuple(axis)} names an axis twice")
+    return axes

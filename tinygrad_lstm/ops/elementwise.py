@@ -1,0 +1,223 @@
+"""Elementwise primitives: a scalar expression and one rule per argument.
+
+A rule multiplies its first argument by the partial derivative.  The Jacobian of an elementwise function is
+diagonal, so the same rule pulls cotangents back and pushes tangents forward.  At kinks: relu'(0) = abs'(0) =
+sign' = 0; maximum and minimum share ties equally; clip passes the gradient at its bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.kernels import expression as e
+from tinygrad_lstm.primitive import Aval, elementwise, zeros
+from tinygrad_lstm.tensor import Tensor
+
+# ---------------------------------------------------------------------------- arithmetic
+
+add = elementwise("add", lambda x, y: x + y, (lambda g: g, lambda g: g), doc="x + y, elementwise with broadcasting.")
+subtract = elementwise(
+    "subtract", lambda x, y: x - y, (lambda g: g, lambda g: -g), doc="x - y, elementwise with broadcasting."
+)
+multiply = elementwise(
+    "multiply",
+    lambda x, y: x * y,
+    (lambda g, y: g * y, lambda g, x: g * x),
+    doc="x * y, elementwise with broadcasting.",
+)
+divide = elementwise(
+    "divide",
+    lambda x, y: x / y,
+    (lambda g, y: g / y, lambda g, y, out: -(g * out / y)),
+    doc="x / y (true division), elementwise with broadcasting.",
+)
+negative = elementwise("negative", e.negative, (lambda g: -g,), doc="-x, elementwise.")
+
+
+def _power_base(g: Any, x: Any, y: Any) -> Any:
+    if not isinstance(y, Tensor):  # a number: no branch of the formula is left for run time
+        return g * (y * x ** (y - 1)) if y not in (0, 1, 2) else (g * y if y < 2 else g * (2 * x))
+    return g * where(equal(y, 0), 0.0, y * x ** where(equal(y, 0), 1.0, y - 1))
+
+
+power = elementwise(
+    "power",
+    e.power,
+    (_power_base, lambda g, x, out: g * where(equal(x, 0), 0.0, out * log(where(equal(x, 0), 1.0, x)))),
+    doc="x ** y, elementwise with broadcasting.",
+)
+square = elementwise("square", e.square, (lambda g, x: g * (2 * x),), doc="x * x, elementwise.")
+sqrt = elementwise("sqrt", e.sqrt, (lambda g, out: g * 0.5 / out,), doc="Square root; its derivative at 0 is inf.")
+abs = elementwise("abs", e.absolute, (lambda g, x: g * sign(x),), doc="|x|, elementwise; the derivative at 0 is 0.")
+sign = elementwise(
+    "sign", e.sign, (lambda g: zeros(Aval(g.shape, g.dtype)),), doc="-1, 0 or 1; the derivative is 0 everywhere."
+)
+
+
+def _share(g: Any, mine: Any, other: Any, wins: Any) -> Any:
+    return where(wins(mine, other), g, where(equal(mine, other), 0.5 * g, 0.0))
+
+
+maximum = elementwise(
+    "maximum",
+    e.maximum,
+    (lambda g, x, y: _share(g, x, y, greater), lambda g, x, y: _share(g, y, x, greater)),
+    doc="The larger of x and y (NaN wins); ties share the gradient equally.",
+)
+minimum = elementwise(
+    "minimum",
+    e.minimum,
+    (lambda g, x, y: _share(g, x, y, less), lambda g, x, y: _share(g, y, x, less)),
+    doc="The smaller of x and y (NaN wins); ties share the gradient equally.",
+)
+
+# ---------------------------------------------------------------------------- exponentials, trigonometry
+
+exp = elementwise("exp", e.exp, (lambda g, out: g * out,), doc="e ** x, elementwise.")
+expm1 = elementwise("expm1", e.expm1, (lambda g, out: g * (out + 1.0),), doc="e ** x - 1, exact near 0.")
+exp2 = elementwise("exp2", e.exp2, (lambda g, out: g * (out * math.log(2.0)),), doc="2 ** x, elementwise.")
+log = elementwise("log", e.log, (lambda g, x: g / x,), doc="Natural logarithm.")
+log1p = elementwise("log1p", e.log1p, (lambda g, x: g / (x + 1.0),), doc="log(1 + x), exact near 0.")
+log2 = elementwise("log2", e.log2, (lambda g, x: g / (x * math.log(2.0)),), doc="Logarithm to base 2.")
+sin = elementwise("sin", e.sin, (lambda g, x: g * cos(x),), doc="Sine of x in radians.")
+cos = elementwise("cos", e.cos, (lambda g, x: -(g * sin(x)),), doc="Cosine of x in radians.")
+tan = elementwise("tan", e.tan, (lambda g, out: g * (1.0 + out * out),), doc="Tangent of x in radians.")
+arcsin = elementwise("arcsin", e.arcsin, (lambda g, x: g / sqrt(1.0 - x * x),), doc="Inverse sine, in radians.")
+arccos = elementwise("arccos", e.arccos, (lambda g, x: -(g / sqrt(1.0 - x * x)),), doc="Inverse cosine, in radians.")
+arctan = elementwise("arctan", e.arctan, (lambda g, x: g / (1.0 + x * x),), doc="Inverse tangent, in radians.")
+arctan2 = elementwise(
+    "arctan2",
+    e.arctan2,
+    (lambda g, x, y: g * y / (x * x + y * y), lambda g, x, y: -(g * x / (x * x + y * y))),
+    doc="Angle of the point (second argument, first argument), in radians, as numpy.arctan2.",
+)
+sinh = elementwise("sinh", e.sinh, (lambda g, x: g * cosh(x),), doc="Hyperbolic sine.")
+cosh = elementwise("cosh", e.cosh, (lambda g, x: g * sinh(x),), doc="Hyperbolic cosine.")
+tanh = elementwise("tanh", e.tanh, (lambda g, out: g * (1.0 - out * out),), doc="Hyperbolic tangent.")
+arcsinh = elementwise(
+    "arcsinh", e.arcsinh, (lambda g, x: g / sqrt(x * x + 1.0),), doc="Inverse hyperbolic sine."
+)
+arccosh = elementwise(
+    "arccosh", e.arccosh, (lambda g, x: g / sqrt(x * x - 1.0),), doc="Inverse hyperbolic cosine."
+)
+arctanh = elementwise("arctanh", e.arctanh, (lambda g, x: g / (1.0 - x * x),), doc="Inverse hyperbolic tangent.")
+erf = elementwise(
+    "erf", e.erf, (lambda g, x: g * (2.0 / math.sqrt(math.pi) * exp(-(x * x))),), doc="The error function."
+)
+
+# ---------------------------------------------------------------------------- activations
+
+sigmoid = elementwise(
+    "sigmoid", e.sigmoid, (lambda g, out: g * (out * (1.0 - out)),), doc="1 / (1 + exp(-x)), exact for every x."
+)
+softplus = elementwise("softplus", e.softplus, (lambda g, x: g * sigmoid(x),), doc="log(1 + exp(x)), without overflow.")
+relu = elementwise(
+    "relu", lambda x: e.maximum(x, 0), (lambda g, out: where(greater(out, 0), g, 0.0),),
+    doc="max(x, 0); the derivative at 0 is 0.",
+)  # fmt: skip
+silu = elementwise(
+    "silu",
+    lambda x: x * e.sigmoid(x),
+    (lambda g, x: g * (sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))),),
+    doc="x * sigmoid(x) (Elfwing, Uchibe & Doya 2018; also called swish).",
+)
+gelu = elementwise(
+    "gelu",
+    lambda x: 0.5 * x * (1.0 + e.erf(x * math.sqrt(0.5))),
+    (lambda g, x: g * (0.5 * (1.0 + erf(x * math.sqrt(0.5))) + x * exp(-0.5 * (x * x)) / math.sqrt(2 * math.pi)),),
+    doc="x * Phi(x) with the exact normal distribution function (Hendrycks & Gimpel 2016).",
+)
+_leaky_relu = elementwise(
+    "leaky_relu",
+    lambda x, *, negative_slope: e.where(x > 0, x, negative_slope * x),
+    (lambda g, x, negative_slope: where(greater(x, 0), g, negative_slope * g),),
+)
+_elu = elementwise(
+    "elu",
+    lambda x, *, alpha: e.where(x > 0, x, alpha * e.expm1(e.minimum(x, 0))),
+    (lambda g, x, alpha: where(greater(x, 0), g, g * (alpha * exp(minimum(x, 0.0)))),),
+)
+_clip = elementwise(
+    "clip",
+    lambda x, *, a_min, a_max: _clip_expression(x, a_min, a_max),
+    (lambda g, x, a_min, a_max: where(logical_and(greater_equal(x, a_min), less_equal(x, a_max)), g, 0.0),),
+)
+
+
+def _clip_expression(x: Any, a_min: float, a_max: float) -> Any:
+    return e.minimum(e.maximum(x, a_min), a_max)
+
+
+def leaky_relu(x: Any, negative_slope: float = 0.01) -> Any:
+    """x where x > 0, else ``negative_slope * x``; any shape, floating dtype (Maas, Hannun & Ng 2013)."""
+    return _leaky_relu(x, negative_slope=float(negative_slope))
+
+
+def elu(x: Any, alpha: float = 1.0) -> Any:
+    """x where x > 0, else ``alpha * (exp(x) - 1)``; any shape, floating dtype (Clevert et al. 2016)."""
+    return _elu(x, alpha=float(alpha))
+
+
+def clip(x: Any, a_min: Any = None, a_max: Any = None) -> Any:
+    """x limited to ``[a_min, a_max]``, as numpy.clip; None leaves a side open.
+
+    The gradient passes where ``a_min <= x <= a_max``, bounds included.  Bounds may be arrays or tensors:
+    then ties between x and a bound share the gradient, as in ``maximum``.
+
+    >>> from tinygrad_lstm import ops
+    >>> ops.clip([-2.0, 0.5, 3.0], -1.0, 1.0).tolist()
+    [-1.0, 0.5, 1.0]
+    """
+    numbers = (int, float, np.number)
+    if all(bound is None or isinstance(bound, numbers) for bound in (a_min, a_max)):
+        integer = np.issubdtype(getattr(x, "dtype", np.float32), np.integer)
+        if integer or (a_min is None and a_max is None):
+            low, high = a_min, a_max
+            x = x if low is None else maximum(x, low)
+            return x if high is None else minimum(x, high)
+        return _clip(
+            x, a_min=-math.inf if a_min is None else float(a_min), a_max=math.inf if a_max is None else float(a_max)
+        )
+    x = x if a_min is None else maximum(x, a_min)
+    return x if a_max is None else minimum(x, a_max)
+
+
+def hard_sigmoid(x: Any) -> Any:
+    """clip(x / 6 + 1 / 2, 0, 1); any shape, floating dtype."""
+    return clip(x * (1.0 / 6.0) + 0.5 if isinstance(x, Tensor) else add(multiply(x, 1.0 / 6.0), 0.5), 0.0, 1.0)
+
+
+def hard_tanh(x: Any) -> Any:
+    """clip(x, -1, 1); any shape, floating dtype."""
+    return clip(x, -1.0, 1.0)
+
+
+# ---------------------------------------------------------------------------- selection and comparison
+
+where = elementwise(
+    "where",
+    lambda condition, x, y: e.where(condition, x, y),
+    (None, lambda g, condition: where(condition, g, 0.0), lambda g, condition: where(condition, 0.0, g)),
+    doc="x where the condition holds, else y.  The gradient is selected, not multiplied: NaN does not leak.",
+)
+equal = elementwise("equal", e.equal, None, doc="x == y, elementwise; boolean, no gradient.")
+not_equal = elementwise("not_equal", e.not_equal, None, doc="x != y, elementwise; boolean, no gradient.")
+less = elementwise("less", e.less, None, doc="x < y, elementwise; boolean, no gradient.")
+less_equal = elementwise("less_equal", e.less_equal, None, doc="x <= y, elementwise; boolean, no gradient.")
+greater = elementwise("greater", e.greater, None, doc="x > y, elementwise; boolean, no gradient.")
+greater_equal = elementwise("greater_equal", e.greater_equal, None, doc="x >= y, elementwise; boolean, no gradient.")
+isfinite = elementwise("isfinite", e.isfinite, None, doc="True where x is neither infinite nor NaN; no gradient.")
+logical_and = elementwise("logical_and", e.logical_and, None, doc="Both nonzero; boolean, no gradient.")
+logical_or = elementwise("logical_or", e.logical_or, None, doc="Either nonzero; boolean, no gradient.")
+logical_not = elementwise("logical_not", e.logical_not, None, doc="Zero; boolean, no gradient.")
+
+__all__ = [
+    "abs", "add", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "clip", "cos", "cosh",
+    "divide", "elu", "equal", "erf", "exp", "exp2", "expm1", "gelu", "greater", "greater_equal", "hard_sigmoid",
+    "hard_tanh", "isfinite", "leaky_relu", "less", "less_equal", "log", "log1p", "log2", "logical_and", "logical_not",
+    "logical_or", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "relu", "sigmoid", "sign",
+    "silu", "sin", "sinh", "softplus", "sqrt", "square", "subtract", "tan", "tanh", "where",
+]  # fmt: skip

@@ -1,0 +1,107 @@
+"""Operators and methods of Tensor, and NumPy functions on tensors: all of them the ops of this package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm import ops
+from tinygrad_lstm.errors import ArgumentError
+from tinygrad_lstm.tensor import Tensor
+
+
+def _reflected(primitive: Any) -> Any:
+    return lambda self, other: primitive.bind((other, self), {})
+
+
+def _binary(primitive: Any) -> Any:
+    return lambda self, other: primitive.bind((self, other), {})
+
+
+def _unary(primitive: Any) -> Any:
+    return lambda self: primitive.bind((self,), {})
+
+
+_OPERATORS = {
+    "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "truediv": ops.divide, "pow": ops.power,
+}  # fmt: skip
+
+
+def _shape_argument(function: Any) -> Any:
+    """A method that takes its shape or axes as one tuple or as several numbers."""
+
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and (args[0] is None or isinstance(args[0], (tuple, list))):
+            return function(self, args[0])
+        return function(self, *([args] if args else []), **kwargs)
+
+    method.__doc__ = function.__doc__
+    return method
+
+
+def _method(function: Any) -> Any:
+    def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    method.__doc__ = function.__doc__
+    method.__name__ = function.__name__
+    return method
+
+
+def _array_ufunc(self: Tensor, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+    """``np.tanh(t)`` is ``ops.tanh(t)``; a ufunc without a counterpart raises and says so."""
+    name = _UFUNC_NAMES.get(ufunc.__name__, ufunc.__name__)
+    function = getattr(ops, name, None)
+    if method != "__call__" or function is None or name not in ops.__all__:
+        raise ArgumentError(f"numpy.{ufunc.__name__} ({method}) has no differentiable counterpart in ops; use t.numpy()")
+    if kwargs:
+        raise ArgumentError(f"numpy.{ufunc.__name__} on a Tensor takes no keyword arguments, found {sorted(kwargs)}")
+    return function(*inputs)
+
+
+_UFUNC_NAMES = {"absolute": "abs", "true_divide": "divide", "fabs": "abs"}
+
+
+def _array_function(self: Tensor, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    name = {"amax": "max", "amin": "min"}.get(function.__name__, function.__name__)
+    counterpart = getattr(ops, name, None)
+    if counterpart is None or name not in ops.__all__:
+        raise ArgumentError(f"numpy.{function.__name__} has no counterpart in ops; use t.numpy()")
+    return counterpart(*args, **kwargs)
+
+
+def install() -> None:
+    """Called once, when the ops are imported."""
+    for name, primitive in _OPERATORS.items():
+        setattr(Tensor, f"__{name}__", _binary(primitive))
+        setattr(Tensor, f"__r{name}__", _reflected(primitive))
+    comparisons = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
+    for name, short in zip(comparisons, ("eq", "ne", "lt", "le", "gt", "ge"), strict=True):
+        setattr(Tensor, f"__{short}__", _binary(getattr(ops, name)))
+    Tensor.__neg__ = _unary(ops.negative)  # type: ignore[attr-defined]
+    Tensor.__pos__ = lambda self: self  # type: ignore[attr-defined]
+    Tensor.__abs__ = _unary(ops.abs)  # type: ignore[attr-defined]
+    Tensor.__and__ = _binary(ops.logical_and)  # type: ignore[attr-defined]
+    Tensor.__or__ = _binary(ops.logical_or)  # type: ignore[attr-defined]
+    Tensor.__invert__ = _unary(ops.logical_not)  # type: ignore[attr-defined]
+    Tensor.__matmul__ = lambda self, other: ops.matmul(self, other)  # type: ignore[attr-defined]
+    Tensor.__rmatmul__ = lambda self, other: ops.matmul(other, self)  # type: ignore[attr-defined]
+    Tensor.__getitem__ = lambda self, index: ops.getitem(self, index)  # type: ignore[attr-defined]
+    Tensor.__iter__ = lambda self: (self[k] for k in range(len(self)))  # type: ignore[attr-defined]
+    Tensor.__array_ufunc__ = _array_ufunc  # type: ignore[attr-defined]
+    Tensor.__array_function__ = _array_function  # type: ignore[attr-defined]
+    Tensor.reshape = _shape_argument(ops.reshape)  # type: ignore[attr-defined]
+    Tensor.transpose = _shape_argument(ops.transpose)  # type: ignore[attr-defined]
+    Tensor.T = property(lambda self: ops.transpose(self))  # type: ignore[attr-defined]
+    Tensor.flatten = _method(ops.ravel)  # type: ignore[attr-defined]
+    for name in _METHODS:
+        setattr(Tensor, name, _method(getattr(ops, name)))
+
+
+_METHODS = [
+    "sum", "mean", "var", "std", "max", "min", "prod", "argmax", "argmin", "cumsum", "norm", "logsumexp", "softmax",
+    "log_softmax", "swapaxes", "moveaxis", "expand_dims", "squeeze", "ravel", "broadcast_to", "repeat", "take", "clip",
+    "dot", "astype", "exp", "log", "sqrt", "square", "abs", "tanh", "sigmoid", "relu", "split", "chunk", "flip",
+]  # fmt: skip
+

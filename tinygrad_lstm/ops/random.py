@@ -1,0 +1,50 @@
+"""Ops that draw random numbers.  The mask is drawn first; what is recorded is a plain product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.errors import ArgumentError, TraceError
+from tinygrad_lstm.ops.elementwise import multiply
+from tinygrad_lstm.random import Generator, default_generator
+from tinygrad_lstm.tape import state
+from tinygrad_lstm.tensor import Tensor, asarray
+
+
+def dropout(x: Any, p: float, generator: Generator | None = None, training: bool = True) -> Any:
+    """Zero each element with probability p and divide the others by 1 - p (Srivastava et al. 2014).
+
+    Parameters
+    ----------
+    x : array or Tensor, any shape, floating dtype
+    p : float in [0, 1]
+    generator : Generator, optional
+        The default one (``tg.seed``) without it.
+    training : bool
+        False returns x.
+
+    Raises
+    ------
+    ArgumentError
+        p outside of [0, 1].
+    """
+    if not 0.0 <= p <= 1.0:
+        raise ArgumentError(f"dropout: a probability lies in [0, 1], found p={p}")
+    x = asarray(x)
+    if not training or p == 0.0:
+        return x
+    if state().trace is not None:
+        raise TraceError("dropout draws numbers, which a recorded body would draw only once; draw the masks before the loop")
+    return multiply(x, dropout_mask(x.shape, p, x.dtype, generator))
+
+
+def dropout_mask(shape: tuple[int, ...], p: float, dtype: Any, generator: Generator | None = None) -> Tensor:
+    """What dropout multiplies by: 0 with probability p, else 1 / (1 - p)."""
+    keep = (generator or default_generator()).keep_mask(p, shape)
+    scale = np.asarray(0.0 if p == 1.0 else 1.0 / (1.0 - p), dtype)
+    return Tensor(np.where(keep, scale, np.zeros((), dtype)) if p < 1.0 else np.zeros(shape, dtype))
+
+
+__all__ = ["dropout"]

@@ -1,0 +1,640 @@
+"""How a primitive is declared, bound to operands, and differentiated; the registry of all of them.
+
+A primitive is one function on arrays plus the rules of its derivatives.  A rule is written in ops, takes
+the cotangent first and *names* what else it needs::
+
+    multiply = elementwise("multiply", lambda x, y: x * y, (lambda g, y: g * y, lambda g, x: g * x))
+
+The names are those of the forward function's arguments (the values are then saved), ``out`` (the output is
+saved), its keyword parameters, ``shapes`` and ``dtypes`` (of all inputs) and ``position`` (which input is
+asked for, in primitives with any number of them).  So what a primitive keeps for its backward can be read
+off its rules.  Un-broadcasting, dtypes and absent cotangents are handled here, once.
+
+The idea of a table of rules, one per argument, is HIPS autograd's (Maclaurin, Duvenaud & Adams, 2015).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
+from tinygrad_lstm.kernels import build, evaluate
+from tinygrad_lstm.kernels import expression as _expressions
+from tinygrad_lstm.kernels.table import LEAVES
+from tinygrad_lstm.tape import _STATE, Output, Record, State, differentiate, recording
+from tinygrad_lstm.tensor import Tensor, as_operand, asarray, fingerprint
+
+__all__ = ["REGISTRY", "Aval", "Primitive", "elementwise", "primitive"]
+
+REGISTRY: dict[str, Primitive] = {}
+
+Rule = Callable[..., Any]
+
+
+class Aval(NamedTuple):
+    """What is known of a value without its data."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
+
+
+class Values(NamedTuple):
+    """The view of an application of a primitive that a rule reads from; a Record has the same fields."""
+
+    saved: tuple[Any, ...]
+    params: Mapping[str, Any]
+    shapes: Any
+    primitive: Primitive
+
+
+class Primitive:
+    """A function on arrays with hand-written derivatives.  Calling it runs and, where needed, records it.
+
+    Attributes
+    ----------
+    name : str
+    forward : callable
+        Arrays and Python numbers in, an array (or a tuple of them) out; parameters are keyword-only.
+    expression : callable or None
+        For elementwise primitives: the same function on symbolic scalars
+        (:mod:`tinygrad_lstm.kernels.expression`), from which fused kernels are generated.
+    rules : tuple of callables
+        VJP per argument.  For an elementwise primitive the same rule is the JVP: the Jacobian is diagonal.
+    linear : "each", "jointly" or None
+        Linear in every argument taken alone (matmul), or in all of them together (concatenate).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        rules: Sequence[Rule | None] | Rule | None,
+        *,
+        jvp: Rule | None = None,
+        joint: bool = False,
+        linear: str | None = None,
+        shape: Callable[..., Any] | None = None,
+        expression: Callable[..., Any] | None = None,
+        is_elementwise: bool = False,
+        differentiable: bool = True,
+        accumulate: Callable[[np.ndarray, np.ndarray, Any], None] | None = None,
+        batch: Callable[..., Any] | None = None,
+        saves: Sequence[str] | None = None,
+        always_tuple: bool = False,
+        doc: str | None = None,
+    ) -> None:
+        if name in REGISTRY:
+            raise ArgumentError(f"a primitive named {name!r} exists already; choose another name")
+        self.name = name
+        self.forward = forward
+        self.expression = expression
+        self.is_elementwise = is_elementwise
+        self.differentiable = differentiable
+        self.linear = linear
+        self.shape_rule = shape
+        self.accumulate = accumulate
+        self.batch = batch  # how it runs on operands with a leading time axis (compiler.hoist)
+        self.always_tuple = always_tuple  # the forward returns a tuple even for one output
+        self._jvp = jvp
+        self.joint = joint
+        self.__doc__ = doc
+        self.__name__ = name
+        self.argument_names, self.variadic, self.parameter_names = _signature(expression or forward)
+        self._needs_shapes = False
+        self._saved_inputs: set[int] = set()
+        self.saves_out = False
+        self.rules: tuple[Rule | None, ...] = ()
+        self._rules_given = rules
+        self._fetch: tuple[Callable[..., Any] | None, ...] = ()
+        self._saves_given = tuple(saves) if saves is not None else None
+        self.set_rules(rules)
+        REGISTRY[name] = self
+
+    # ------------------------------------------------------------------ declaration
+
+    def set_rules(self, rules: Sequence[Rule | None] | Rule | None) -> None:
+        """Declare (or replace) the VJP rules; everything that runs later follows them."""
+        if rules is None:
+            listed: tuple[Rule | None, ...] = ()
+            self.differentiable = False
+        elif callable(rules):
+            listed = (rules,)
+        else:
+            listed = tuple(rules)
+        count = len(self.argument_names)
+        if listed and not self.variadic and not self.joint and len(listed) != count:
+            raise ArgumentError(f"{self.name}: {len(listed)} VJP rules for {count} arguments {self.argument_names}")
+        self._saved_inputs, self.saves_out, self._needs_shapes = set(), False, False
+        self._saved_from = sys.maxsize  # all inputs from this position on are saved
+        self.rules = listed
+        self._fetch = tuple(None if rule is None else self._compile_rule(rule) for rule in listed)
+        self.version = getattr(self, "version", -1) + 1
+
+    def _compile_rule(self, rule: Rule) -> Callable[..., Any]:
+        """A function (values, position, cotangent) that looks up what the rule names and calls it."""
+        names = list(inspect.signature(rule).parameters)[1:]
+        fetch: list[str] = []
+        for slot, asked in enumerate(names):
+            if self.variadic and asked == self.argument_names[-1]:
+                self._saved_from = len(self.argument_names) - 1
+                fetch.append(f"v.saved[{self._saved_from}:-1]")
+            elif asked in self.argument_names:
+                index = self.argument_names.index(asked)
+                self._saved_inputs.add(index)
+                fetch.append(f"v.saved[{index}]")
+            elif asked in _OUT_NAMES:
+                self.saves_out = True
+                fetch.append("out(v)")
+            elif asked == "inputs":
+                self._saved_from = 0
+                fetch.append("v.saved[:-1]")
+            elif asked in self.parameter_names:
+                fetch.append(f"v.params[{asked!r}]")
+            elif asked == "shapes":
+                self._needs_shapes = True
+                fetch.append("[s[0] for s in v.shapes]")
+            elif asked == "dtypes":
+                self._needs_shapes = True
+                fetch.append("[s[1] for s in v.shapes]")
+            elif asked in ("position", "wanted"):
+                fetch.append("position")
+            elif asked == "record":
+                fetch.append("v")
+            elif self._saves_given is not None and slot < len(self._saves_given):
+                # A rule with names of its own: what `saves` lists is passed in that order.
+                saved = self._saves_given[slot]
+                if saved in _OUT_NAMES:
+                    self.saves_out = True
+                    fetch.append("out(v)")
+                elif saved in self.argument_names:
+                    index = self.argument_names.index(saved)
+                    self._saved_inputs.add(index)
+                    fetch.append(f"v.saved[{index}]")
+                else:
+                    raise ArgumentError(f"{self.name}: saves names {saved!r}, expected {self.argument_names} or 'out'")
+            else:
+                raise ArgumentError(
+                    f"{self.name}: a VJP rule asks for {asked!r}; it may name the arguments {self.argument_names}, 'out', "
+                    f"the parameters {self.parameter_names}, 'shapes', 'dtypes' or 'position'"
+                )
+        source = f"lambda v, position, g: rule({', '.join(['g', *fetch])})"
+        return eval(source, {"rule": rule, "out": _saved_output})
+
+    # ------------------------------------------------------------------ running
+
+    def __call__(self, *args: Any, **params: Any) -> Any:
+        return self.bind(args, params)
+
+    def __repr__(self) -> str:
+        return f"<Primitive {self.name}>"
+
+    def bind(self, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
+        """Run the primitive on operands and record it where somebody may want its gradient."""
+        current = _STATE.get()
+        if current.trace is not None:
+            return current.trace.bind(self, args, params)
+        values = []
+        needs = found = False
+        for arg in args:
+            if isinstance(arg, Tensor):
+                values.append(arg._data)
+                found = True
+                if arg._rg:
+                    needs = True
+            elif arg.__class__ is float or arg.__class__ is int:
+                values.append(arg)
+            else:
+                return self.bind(tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args), params)
+        if not found:
+            if args or self.argument_names:
+                return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
+        try:
+            out = self.forward(*values, **params)
+        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+            raise self._explained(error, args, params) from None
+        if out.__class__ is tuple:
+            outputs = tuple([Tensor(o if o.__class__ is np.ndarray else np.asarray(o)) for o in out])
+            if current.enabled and (current.tapes or (needs and self.differentiable)):
+                record_application(self, args, params, outputs, needs, current, True)
+            return outputs
+        result = Tensor(out if out.__class__ is np.ndarray else np.asarray(out))
+        if current.enabled and (current.tapes or (needs and self.differentiable)):
+            record_application(self, args, params, (result,), needs, current, False)
+        return result
+
+    def several(self, count: int) -> bool:
+        """Whether the forward returns a tuple (``count`` outputs were recorded)."""
+        return count != 1 or self.always_tuple
+
+    def _no_operands(self) -> Any:
+        raise ArgumentError(f"{self.name}() needs at least one operand")
+
+    def _explained(self, error: Exception, args: Sequence[Any], params: Mapping[str, Any]) -> Exception:
+        """The error of the forward function, said in terms of the operands."""
+        if isinstance(error, Error):
+            return error
+        found = ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
+        given = "".join(f", {key}={value!r}" for key, value in params.items())
+        if isinstance(error, OverflowError):
+            return OutOfRangeError(f"{self.name}({found}{given}): a Python number does not fit the dtype of the array")
+        if isinstance(error, IndexError):
+            return OutOfRangeError(f"{self.name}({found}{given}): index out of range for these shapes")
+        if isinstance(error, (TypeError, AttributeError)):
+            return DTypeError(f"{self.name}({found}{given}): these dtypes or argument types do not fit the operation")
+        return ShapeError(f"{self.name}({found}{given}): these shapes, axes or sizes do not fit together")
+
+    def abstract(self, operands: Sequence[Any], params: Mapping[str, Any]) -> Any:
+        """Shape and dtype of the result (an Aval, or a tuple of them) from Avals and Python numbers."""
+        try:
+            if self.is_elementwise:
+                return self._elementwise_aval(operands, params)
+            if self.shape_rule is not None:
+                return self.shape_rule(*operands, **params)
+            arrays = [np.ones(o.shape, o.dtype) if isinstance(o, Aval) else o for o in operands]
+            with np.errstate(all="ignore"):
+                out = self.forward(*arrays, **params)
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            shown = [Tensor(np.empty(o.shape, o.dtype)) if isinstance(o, Aval) else o for o in operands]
+            raise self._explained(error, shown, params) from None
+        if isinstance(out, tuple):
+            return tuple(Aval(np.shape(o), np.asarray(o).dtype) for o in out)
+        return Aval(np.shape(out), np.asarray(out).dtype)
+
+    def _elementwise_aval(self, operands: Sequence[Any], params: Mapping[str, Any]) -> Aval:
+        key = tuple(o.dtype if isinstance(o, Aval) else type(o) for o in operands)
+        cache = self.__dict__.setdefault("_dtypes", {})
+        if key not in cache:
+            ones = [np.ones(1, o.dtype) if isinstance(o, Aval) else type(o)(1) for o in operands]
+            with np.errstate(all="ignore"):
+                cache[key] = self.forward(*ones, **params).dtype
+        return Aval(np.broadcast_shapes(*[o.shape for o in operands if isinstance(o, Aval)]), cache[key])
+
+    # ------------------------------------------------------------------ derivatives
+
+    def pull(self, record: Any, cotangent: Any, wanted: Sequence[bool]) -> Sequence[Any]:
+        """Cotangents of the wanted inputs: each rule's result, un-broadcast and in the input's dtype."""
+        parents = record.parents
+        if self.joint:
+            shares = list(self._fetch[0](record, wanted, cotangent))  # type: ignore[misc]
+            if len(shares) != len(parents):
+                raise GraphError(f"the VJP of {self.name} returned {len(shares)} cotangents for {len(parents)} inputs")
+            shares = [share if want else None for share, want in zip(shares, wanted, strict=True)]
+        elif cotangent is None:
+            return [None] * len(parents)
+        else:
+            if cotangent.__class__ is list:
+                cotangent = self._complete(record, cotangent)
+            fetch = self._fetch
+            if self.variadic:
+                shares = [fetch[0](record, i, cotangent) if want else None for i, want in enumerate(wanted)]  # type: ignore[misc]
+            else:
+                shares = [
+                    rule(record, 0, cotangent) if want and rule is not None else None
+                    for rule, want in zip(fetch, wanted, strict=True)
+                ]
+        for i, share in enumerate(shares):
+            if share is None:
+                continue
+            parent = parents[i]
+            if share.__class__ is not Tensor and not isinstance(share, Tensor):
+                share = shares[i] = asarray(share)
+            if share.shape != parent.shape:
+                shares[i] = share = sum_to(share, parent.shape)
+            if share.dtype != parent.dtype:
+                shares[i] = share.astype(parent.dtype)  # type: ignore[attr-defined]
+        return shares
+
+    def _complete(self, record: Any, cotangents: list[Any]) -> list[Any]:
+        """Zeros in place of the absent cotangents of a record with several outputs."""
+        return [
+            zeros(aval) if cotangent is None else cotangent
+            for cotangent, aval in zip(cotangents, record.output_avals, strict=True)
+        ]
+
+    def push(self, inputs: Sequence[Any], outputs: Sequence[Tensor], params: Mapping[str, Any], tangents: Sequence[Any]) -> Any:
+        """The tangents of the outputs (a list, None for zero), given those of the inputs (None for zero)."""
+        shapes = tuple((np.shape(a), getattr(a, "dtype", None)) if not isinstance(a, Tensor) else (a.shape, a.dtype) for a in inputs)
+        if not self.differentiable or all(t is None for t in tangents):
+            return [None] * len(outputs)
+        if self._jvp is not None:
+            result = self._jvp(list(tangents), *inputs, outputs[0] if len(outputs) == 1 else list(outputs), **params)
+            return list(result) if isinstance(result, (list, tuple)) else [result]
+        if self.is_elementwise:
+            values = Values((*inputs, outputs[0]), params, shapes, self)
+            terms = [
+                rule(values, i, t)
+                for i, (rule, t) in enumerate(zip(self._fetch, tangents, strict=True))
+                if t is not None and rule is not None
+            ]
+            return [_spread(_total(terms), outputs[0])]
+        if self.linear == "jointly":
+            moved = tuple(zeros(_aval(a)) if t is None else t for a, t in zip(inputs, tangents, strict=True))
+            result = self.bind(moved, dict(params))
+            return list(result) if isinstance(result, tuple) else [result]
+        if self.linear == "each":
+            terms = [
+                self.bind((*inputs[:i], t, *inputs[i + 1 :]), dict(params)) for i, t in enumerate(tangents) if t is not None
+            ]
+            if len(outputs) == 1:
+                return [_total(terms)]
+            return [_total([term[k] for term in terms]) for k in range(len(outputs))]
+        return self._push_by_double_vjp(inputs, outputs, params, shapes, tangents)
+
+    def _push_by_double_vjp(self, inputs: Any, outputs: Any, params: Any, shapes: Any, tangents: Any) -> list[Any]:
+        """The VJP is linear in the cotangent u; its own VJP with respect to u is the JVP."""
+        with recording(enabled=True):
+            dummies = [Tensor(np.zeros(o.shape, o.dtype), requires_grad=True) for o in outputs]
+            saved = tuple(a for a in inputs)
+            out = outputs[0] if len(outputs) == 1 else None
+            parents = tuple(a if isinstance(a, Tensor) else None for a in inputs)
+            avals = None if len(outputs) == 1 else tuple(_aval(o) for o in outputs)
+            values = _Application((*saved, out), params, shapes, self, parents, avals)
+            wanted = [t is not None for t in tangents]
+            shares = self.pull(values, dummies[0] if len(outputs) == 1 else list(dummies), wanted)
+        pairs = [(s, t) for s, t in zip(shares, tangents, strict=True) if s is not None and t is not None and s.requires_grad]
+        if not pairs:
+            return [None] * len(outputs)
+        return differentiate([s for s, _ in pairs], [t for _, t in pairs], dummies)
+
+    def verify(self, record: Record) -> None:
+        """Raise if a value that this record saved was changed since; the common path only looks."""
+        for index, saved in enumerate(record.saved or ()):
+            if saved is None:
+                continue
+            guards = record.extra.guards if record.extra is not None else None
+            if saved.__class__ is np.ndarray:
+                guard = guards.get(-1) if guards else None
+                if guard is not None and (guard == "replaced" or guard != fingerprint(saved)):
+                    raise _changed(f"the output of {record.describe()}", record)
+            elif isinstance(saved, Tensor) and saved._meta is not None:
+                meta = saved._meta
+                version, mark = guards.get(index, (0, None)) if guards else (0, None)
+                if mark is None and meta.exposed:
+                    mark = meta.fingerprint
+                if version != meta.version or (mark is not None and mark != fingerprint(saved._data)):
+                    label = f" {meta.label!r}" if meta.label else ""
+                    what = f"input {index} ('{self.argument_name(index)}'){label} of shape {saved.shape}"
+                    raise _changed(f"{what} of {record.describe()}", record)
+
+    def argument_name(self, index: int) -> str:
+        """What the forward function calls its argument number ``index``."""
+        return self.argument_names[0] if self.variadic else self.argument_names[index]
+
+
+class _Application(NamedTuple):
+    saved: tuple[Any, ...]
+    params: Mapping[str, Any]
+    shapes: Any
+    primitive: Primitive
+    parents: tuple[Any, ...]
+    output_avals: Any
+
+
+_OUT_NAMES = ("out", "ans", "output", "y_out")
+
+
+def _changed(what: str, record: Record) -> GraphError:
+    return GraphError(
+        f"{what} was changed in place after it was saved for the backward pass ({record.source_line()}); "
+        "change it after backward(), or write to a copy"
+    )
+
+
+def _signature(function: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:
+    """(names of the array arguments, any number of them?, names of the keyword-only parameters)."""
+    leaf = LEAVES.get(getattr(function, "__name__", ""))
+    if leaf is not None and getattr(_expressions, leaf.name) is function:
+        return list("xyz"[: leaf.arity]), False, []  # a bare leaf: its arguments are x, y, z
+    arguments, variadic, parameters = [], False, []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            arguments.append(parameter.name)
+            variadic = True
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            parameters.append(parameter.name)
+        else:
+            arguments.append(parameter.name)
+    return arguments, variadic, parameters
+
+
+def _saved_output(values: Any) -> Any:
+    """The output as a tensor that is linked to its record (for second derivatives)."""
+    out = values.saved[-1]
+    if out.__class__ is np.ndarray:
+        tensor = Tensor(out, True)
+        tensor._node = values
+        return tensor
+    return out
+
+
+def _aval(value: Any) -> Aval:
+    return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
+
+
+def _total(terms: Sequence[Any]) -> Any:
+    if not terms:
+        return None
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _spread(tangent: Any, output: Tensor) -> Any:
+    if tangent is None:
+        return None
+    if tangent.shape != output.shape:
+        tangent = REGISTRY["broadcast_to"].bind((tangent,), {"shape": output.shape})
+    return tangent if tangent.dtype == output.dtype else tangent.astype(output.dtype)
+
+
+def sum_to(t: Any, shape: tuple[int, ...]) -> Any:
+    """Sum over the axes along which ``shape`` was broadcast to ``t.shape``."""
+    return REGISTRY["sum_to"].bind((t,), {"shape": tuple(shape)})
+
+
+def zeros(aval: Any) -> Any:
+    """A tensor of zeros of an aval's shape and dtype."""
+    current = _STATE.get()
+    zero = Tensor(np.zeros((), aval.dtype))
+    if current.trace is not None:
+        return REGISTRY["broadcast_to"].bind((zero,), {"shape": tuple(aval.shape)})
+    return Tensor(np.zeros(aval.shape, aval.dtype))
+
+
+# The modules whose frames are not the user's: provenance looks past them.
+_INTERNAL = ("tinygrad_lstm.ops", "tinygrad_lstm.primitive", "tinygrad_lstm.tensor", "tinygrad_lstm.tape",
+             "tinygrad_lstm.trace", "tinygrad_lstm.autodiff")  # fmt: skip
+
+
+def record_application(
+    prim: Primitive, args: tuple[Any, ...], params: dict[str, Any], outputs: tuple[Tensor, ...],
+    needs: bool, current: State, several: bool,
+) -> Record:  # fmt: skip
+    """Make the Record of an application and link its outputs to it."""
+    keep, keep_from = prim._saved_inputs, prim._saved_from
+    every = bool(current.tapes) or current.trace is not None
+    guards = None
+    parents: list[Any] = []
+    saved: list[Any] = []
+    for index, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            linked = arg._rg or (every and arg.dtype.kind == "f")
+            parents.append((arg._node or arg) if linked and prim.differentiable else None)
+            if index in keep or index >= keep_from:
+                saved.append(arg)
+                arg._used = True
+                meta = arg._meta
+                if meta is not None and (meta.exposed or meta.version):
+                    guards = guards or {}
+                    guards[index] = (meta.version, fingerprint(arg._data) if meta.exposed else None)
+            else:
+                saved.append(None)
+        else:
+            parents.append(None)
+            saved.append(arg if index in keep or index >= keep_from else None)
+    if prim.saves_out:
+        traced = current.trace is not None
+        saved.append(outputs[0] if traced else outputs[0]._data)
+        outputs[0]._used = True
+    else:
+        saved.append(None)
+    shapes = None
+    if prim._needs_shapes:
+        shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
+    first = outputs[0]
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_INTERNAL):
+        frame = frame.f_back
+    record = Record(
+        prim, params, tuple(parents), tuple(saved), first.shape, first.dtype, shapes,
+        tuple([Aval(o.shape, o.dtype) for o in outputs]) if several else None, current,
+        None if frame is None else frame.f_code, -1 if frame is None else frame.f_lasti,
+    )  # fmt: skip
+    if guards is not None:
+        record.more().guards = guards
+    if several:
+        for index, output in enumerate(outputs):
+            output._node = Output(record, index, output.shape, output.dtype)
+            output._rg = needs and prim.differentiable and output.dtype.kind == "f"
+    else:
+        first._node = record
+        first._rg = needs and prim.differentiable and first.dtype.kind == "f"
+    if current.tapes:
+        if not needs:
+            record.more().tape_only = True
+        for tape in current.tapes:
+            tape.add(record, args, outputs)
+    return record
+
+
+# ---------------------------------------------------------------------------- declarations
+
+
+def elementwise(
+    name: str,
+    expression: Callable[..., Any],
+    rules: Sequence[Rule | None] | Rule | None,
+    *,
+    forward: Callable[..., Any] | None = None,
+    doc: str | None = None,
+) -> Primitive:
+    """Declare an elementwise primitive from its scalar expression and its partial derivatives.
+
+    ``expression`` works on symbolic scalars; the NumPy function, the single-op kernel and the fused code
+    all come from it.  Each rule multiplies its first argument by the partial derivative: applied to a
+    cotangent it is the VJP, applied to a tangent the JVP.
+    """
+    return Primitive(
+        name, forward or forward_of(expression), rules, expression=expression, is_elementwise=True, doc=doc
+    )  # fmt: skip
+
+
+def forward_of(expression: Callable[..., Any]) -> Callable[..., Any]:
+    """The array function of a scalar expression: the bare ufunc where it is one, else NumPy or a kernel by size."""
+    arguments, _, parameters = _signature(expression)
+    count = len(arguments)
+    if not parameters:
+        built = build(expression, count)
+        if isinstance(built.numpy, np.ufunc):
+            return built.numpy
+        return lambda *arrays: evaluate(built, arrays)
+    cache: dict[Any, Any] = {}
+
+    def forward(*arrays: Any, **params: Any) -> Any:
+        key = tuple(params.items())
+        if key not in cache:
+            cache[key] = build(lambda *scalars: expression(*scalars, **params), count)
+        return evaluate(cache[key], arrays)
+
+    return forward
+
+
+def primitive(
+    name: str,
+    forward: Callable[..., Any],
+    vjp: Any,
+    jvp: Rule | None = None,
+    expression: Callable[..., Any] | None = None,
+    saves: Sequence[str] | None = None,
+) -> Primitive:
+    """Declare an op of one's own; the result is a function on tensors.
+
+    Parameters
+    ----------
+    name : str
+        Unique among all primitives.
+    forward : callable
+        Arrays (and Python numbers) in, an array or a tuple of arrays out.  Keyword-only arguments are
+        parameters that are not differentiated.
+    vjp : callable, or one callable (or None) per argument
+        Each rule takes the cotangent ``g`` first and names what it needs: arguments of ``forward``, ``out``,
+        parameters.  It is written in ops, so that it can be differentiated again.  One callable for
+        several arguments returns a tuple, one cotangent per argument.
+    jvp : callable, optional
+        ``jvp(tangents, *inputs, out, **params)``; tangents may be None.  Without it the VJP is transposed.
+    expression : callable, optional
+        For an elementwise op: the same function on symbolic scalars, which lets it be fused.
+    saves : names, optional
+        What is kept for the backward pass; by default what the rules name.  Rules whose argument names are
+        not recognised get the saved values in this order.
+
+    Examples
+    --------
+    >>> import numpy as np, tinygrad_lstm as tg
+    >>> cube = tg.primitive("doc_cube", forward=lambda x: x**3, vjp=lambda g, x: g * 3.0 * x * x)
+    >>> x = tg.tensor([2.0], requires_grad=True)
+    >>> cube(x).sum().backward()
+    >>> x.grad.tolist()
+    [12.0]
+    """
+    arguments, variadic, _ = _signature(forward)
+    joint = callable(vjp) and (len(arguments) > 1 or variadic)
+    rule = vjp
+    if callable(vjp) and not joint:
+        rule = (_single(vjp),)
+    prim = Primitive(
+        name, forward, rule, jvp=jvp, joint=joint, expression=expression, saves=saves,
+        is_elementwise=expression is not None, doc=getattr(forward, "__doc__", None),
+    )  # fmt: skip
+    return prim
+
+
+def _single(rule: Rule) -> Rule:
+    """A rule for one argument that may return its cotangent in a tuple."""
+
+    def unwrapped(*args: Any) -> Any:
+        result = rule(*args)
+        return result[0] if isinstance(result, (tuple, list)) else result
+
+    unwrapped.__signature__ = inspect.signature(rule)  # type: ignore[attr-defined]
+    return unwrapped
+

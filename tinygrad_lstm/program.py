@@ -1,0 +1,305 @@
+"""Program: the immutable, value-free, single-assignment form of a tape; its executor and its printer.
+
+:func:`lower` is the only way from recorded entries to a Program.  Scan, the passes of the compiler, the
+printer and the exporters read Programs alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CodeType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tinygrad_lstm.errors import ArgumentError, GraphError
+from tinygrad_lstm.primitive import Aval, Primitive
+from tinygrad_lstm.tape import Output, Record
+
+if TYPE_CHECKING:
+    from tinygrad_lstm.tensor import Tensor
+
+__all__ = ["Equation", "Literal", "Program", "lower"]
+
+
+class Literal(NamedTuple):
+    """A Python number among the operands (weak: it takes the dtype of its neighbours)."""
+
+    value: Any
+
+
+Operand = Any  # int (a slot) or Literal
+
+
+class Source(NamedTuple):
+    """Where an equation came from."""
+
+    where: str
+    step: int | None
+    code: CodeType | None
+    lasti: int
+
+
+class Equation(NamedTuple):
+    """``outputs = primitive(operands, **params)``, on slots."""
+
+    primitive: Primitive
+    operands: tuple[Operand, ...]
+    params: Mapping[str, Any]
+    outputs: tuple[int, ...]
+    source: Source | None = None
+
+    def reads(self) -> list[int]:
+        """The slots among the operands."""
+        return [operand for operand in self.operands if operand.__class__ is int]
+
+
+class Program:
+    """Inputs, captures, equations and outputs over integer slots with known shapes and dtypes.
+
+    A Program is never changed; passes return new ones.  Every slot is assigned exactly once.
+    """
+
+    def __init__(
+        self,
+        avals: Sequence[Aval],
+        inputs: Sequence[int],
+        captures: Sequence[int],
+        equations: Sequence[Equation],
+        outputs: Sequence[Operand],
+        labels: Mapping[int, str] | None = None,
+    ) -> None:
+        self.avals = tuple(avals)
+        self.inputs = tuple(inputs)
+        self.captures = tuple(captures)
+        self.equations = tuple(equations)
+        self.outputs = tuple(outputs)
+        self.labels = dict(labels or {})
+        self._function: Callable[..., tuple[Any, ...]] | None = None
+        self._key: str | None = None
+        # Programs derived from this one (its adjoint, its loop plan), by what was asked for.
+        self.derived: dict[Any, Any] = {}
+
+    def replaced(self, **changes: Any) -> Program:
+        """A Program with some fields changed."""
+        fields = ("avals", "inputs", "captures", "equations", "outputs", "labels")
+        return Program(**{**{field: getattr(self, field) for field in fields}, **changes})
+
+    def __len__(self) -> int:
+        return len(self.equations)
+
+    def definitions(self) -> dict[int, Equation]:
+        """The equation that assigns each computed slot."""
+        return {slot: equation for equation in self.equations for slot in equation.outputs}
+
+    def output_avals(self) -> list[Aval]:
+        """Shapes and dtypes of the outputs."""
+        return [self.aval(output) for output in self.outputs]
+
+    def aval(self, operand: Operand) -> Aval:
+        """Shape and dtype of an operand (a Literal counts as 0-d)."""
+        if operand.__class__ is int:
+            return self.avals[operand]
+        return Aval((), np.asarray(operand.value).dtype)
+
+    def labelled(self, label: str) -> int:
+        """The last slot with this name (``tg.name``)."""
+        slots = [slot for slot, given in self.labels.items() if given == label]
+        if not slots:
+            raise ArgumentError(f"no value named {label!r}; named are {sorted(set(self.labels.values()))}")
+        return max(slots)
+
+    # ------------------------------------------------------------------ running
+
+    def run(self, inputs: Sequence[Any], captures: Sequence[Any] = ()) -> tuple[Any, ...]:
+        """Run on NumPy arrays, equation by equation: the reference for every pass.
+
+        >>> import numpy as np, tinygrad_lstm as tg
+        >>> x = tg.tensor([1.0, 2.0])
+        >>> with tg.Tape() as tape:
+        ...     y = x * 3.0
+        >>> tape.to_program([x], [y]).run([np.array([2.0, 4.0])])[0].tolist()
+        [6.0, 12.0]
+        """
+        if len(inputs) != len(self.inputs) or len(captures) != len(self.captures):
+            raise ArgumentError(
+                f"program with {len(self.inputs)} inputs and {len(self.captures)} captures, "
+                f"given {len(inputs)} and {len(captures)}"
+            )
+        return self.function()(*inputs, *captures)
+
+    def function(self) -> Callable[..., tuple[Any, ...]]:
+        """The program as one Python function of (inputs, captures), generated once.
+
+        Straight-line code over the primitives' NumPy forwards; a value is dropped after its last use.
+        """
+        if self._function is None:
+            source, names = self._generate()
+            exec(compile(source, "<program>", "exec"), names)
+            self._function = names["program"]
+        return self._function
+
+    def _generate(self) -> tuple[str, dict[str, Any]]:
+        names: dict[str, Any] = {}
+        last: dict[int, int] = {}
+        for k, equation in enumerate(self.equations):
+            for slot in equation.reads():
+                last[slot] = k
+        keep = {output for output in self.outputs if output.__class__ is int}
+
+        def text(operand: Operand, tag: str) -> str:
+            if operand.__class__ is int:
+                return f"v{operand}"
+            names[tag] = operand.value
+            return tag
+
+        lines = [f"def program({', '.join(f'v{slot}' for slot in (*self.inputs, *self.captures))}):"]
+        for k, equation in enumerate(self.equations):
+            names[f"f{k}"] = equation.primitive.forward
+            arguments = [text(operand, f"c{k}_{i}") for i, operand in enumerate(equation.operands)]
+            for key, value in equation.params.items():
+                names[f"p{k}_{key}"] = value
+                arguments.append(f"{key}=p{k}_{key}")
+            targets = ", ".join(f"v{slot}" for slot in equation.outputs)
+            several = "" if len(equation.outputs) == 1 and not _returns_tuple(equation) else ","
+            lines.append(f"    {targets}{several} = f{k}({', '.join(arguments)})")
+            dead = [slot for slot in {*equation.reads()} if last[slot] == k and slot not in keep]
+            dead += [slot for slot in equation.outputs if slot not in last and slot not in keep]
+            if dead:
+                lines.append("    del " + ", ".join(f"v{slot}" for slot in dead))
+        results = ", ".join(text(output, f"o{i}") for i, output in enumerate(self.outputs))
+        lines.append(f"    return ({results}{',' if self.outputs else ''})")
+        return "\n".join(lines), names
+
+    def apply(self, inputs: Sequence[Any], captures: Sequence[Any] = ()) -> list[Any]:
+        """Run on tensors through the ops, so that the run is itself recorded where recording is on."""
+        environment: dict[int, Any] = dict(zip(self.inputs, inputs, strict=True))
+        environment.update(zip(self.captures, captures, strict=True))
+
+        def read(operand: Operand) -> Any:
+            return environment[operand] if operand.__class__ is int else operand.value
+
+        for equation in self.equations:
+            out = equation.primitive.bind(tuple(read(o) for o in equation.operands), dict(equation.params))
+            for slot, value in zip(equation.outputs, out if isinstance(out, tuple) else (out,), strict=True):
+                environment[slot] = value
+                if slot in self.labels and value._node is not None:
+                    from tinygrad_lstm.tape import name
+
+                    name(value, self.labels[slot])
+        return [read(output) for output in self.outputs]
+
+    # ------------------------------------------------------------------ identity and text
+
+    @property
+    def key(self) -> str:
+        """A hash of the content: primitives and their rules' versions, parameters, shapes, dtypes, wiring."""
+        if self._key is None:
+            parts = [repr((self.inputs, self.captures, [(a.shape, np.dtype(a.dtype).str) for a in self.avals]))]
+            for equation in self.equations:
+                prim = equation.primitive
+                params = sorted((k, v.key if isinstance(v, Program) else repr(v)) for k, v in equation.params.items())
+                parts.append(repr((prim.name, prim.version, equation.operands, params, equation.outputs)))
+            parts.append(repr(self.outputs))
+            self._key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+        return self._key
+
+    def _show(self, operand: Operand) -> str:
+        if operand.__class__ is not int:
+            return repr(operand.value)
+        label = self.labels.get(operand)
+        return f"%{operand}:{label}" if label else f"%{operand}"
+
+    def __str__(self) -> str:
+        def declared(slots: Iterable[int]) -> str:
+            return ", ".join(f"{self._show(slot)} {self.avals[slot]}" for slot in slots)
+
+        lines = [f"program({declared(self.inputs)})" + (f" captures({declared(self.captures)})" if self.captures else "")]
+        for equation in self.equations:
+            params = "".join(f", {key}={_brief(value)}" for key, value in equation.params.items())
+            operands = ", ".join(self._show(operand) for operand in equation.operands)
+            targets = ", ".join(f"{self._show(slot)} {self.avals[slot]}" for slot in equation.outputs)
+            where = f"  # {equation.source.where}" if equation.source and equation.source.where else ""
+            lines.append(f"  {targets} = {equation.primitive.name}({operands}{params}){where}")
+        lines.append(f"  return {', '.join(self._show(output) for output in self.outputs)}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Program {len(self.inputs)} inputs, {len(self.captures)} captures, {len(self.equations)} equations>"
+
+
+def _returns_tuple(equation: Equation) -> bool:
+    return equation.primitive.several(len(equation.outputs))
+
+
+def _brief(value: Any) -> str:
+    return f"<{len(value)} equations>" if isinstance(value, Program) else repr(value)
+
+
+# ---------------------------------------------------------------------------- from a tape
+
+
+def _identity(t: Tensor) -> Any:
+    """What makes two tensors the same value: the record and output that made them, else the object."""
+    node = t._node
+    if node.__class__ is Output:
+        return (node.record.serial, node.index)  # type: ignore[union-attr]
+    if node.__class__ is Record:
+        return (node.serial, 0)  # type: ignore[union-attr]
+    return id(t)
+
+
+def lower(
+    entries: Sequence[tuple[Record, tuple[Any, ...], tuple[Tensor, ...]]],
+    inputs: Sequence[Tensor] | None,
+    outputs: Sequence[Tensor] | None,
+) -> tuple[Program, list[Tensor]]:
+    """Turn recorded entries into a Program; returns it with the captured tensors, in the order of its captures.
+
+    Raises GraphError when an output was neither made by the entries nor is an input or a tensor at all.
+    """
+    from tinygrad_lstm.tensor import Tensor
+
+    slots: dict[Any, int] = {}
+    avals: list[Aval] = []
+    labels: dict[int, str] = {}
+    captures: list[Tensor] = []
+    capture_slots: list[int] = []
+
+    def new(t: Tensor, label: str | None = None) -> int:
+        slot = len(avals)
+        slots[_identity(t)] = slot
+        avals.append(Aval(tuple(t.shape), t.dtype))
+        if label is None and t._meta is not None:
+            label = t._meta.label
+        if label:
+            labels[slot] = label
+        return slot
+
+    def operand(value: Any) -> Operand:
+        if not isinstance(value, Tensor):
+            return Literal(value)
+        identity = _identity(value)
+        if identity not in slots:
+            capture_slots.append(new(value))
+            captures.append(value)
+        return slots[identity]
+
+    input_slots = [new(t) for t in inputs or ()]
+    equations: list[Equation] = []
+    for record, args, outs in entries:
+        operands = tuple(operand(arg) for arg in args)
+        given = record.extra.label if record.extra is not None and record.extra.label else {}
+        targets = tuple(new(out, given.get(k)) for k, out in enumerate(outs))
+        source = Source(record.state.where, record.state.step, record.code, record.lasti)
+        equations.append(Equation(record.primitive, operands, record.params, targets, source))
+    if outputs is None:
+        used = {slot for equation in equations for slot in equation.reads()}
+        results: list[Operand] = [s for equation in equations for s in equation.outputs if s not in used]
+    else:
+        for t in outputs:
+            if not isinstance(t, Tensor):
+                raise GraphError(f"an output of a program is a Tensor, found {type(t).__name__}")
+        results = [operand(t) for t in outputs]
+    return Program(avals, input_slots, capture_slots, equations, results, labels), captures

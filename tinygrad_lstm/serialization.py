@@ -1,0 +1,402 @@
+"""Checkpoints: a tree of arrays and plain values in one safetensors file.
+
+The file is an ordinary `safetensors <https://github.com/huggingface/safetensors>`_ file, so any
+reader of that format sees the arrays under readable names (``model/lstm.weight_ih_l0``)::
+
+    8 bytes    length n of the header, little endian
+    n bytes    JSON: {"__metadata__": {"tinygrad_lstm": RECORD, "crc32": ...}, name: {dtype, shape, data_offsets}, ...}
+    the rest   the arrays, little endian, without gaps
+
+RECORD is JSON again (the format only allows strings there): the tree with every array replaced by
+its name, the user's metadata, and a checksum of the data.  In the tree JSON's own types stand for
+themselves; everything else is an object with one key that starts with ``$`` (see :func:`_encode`).
+
+The format is eight bytes, one JSON object and raw data, so it is written and read here, without
+the ``safetensors`` package: that gives clear errors, a checksum and writable arrays.  Nothing is
+ever unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tinygrad_lstm.errors import ArgumentError, CheckpointError, DTypeError, FileError
+from tinygrad_lstm.tensor import Tensor
+
+__all__ = ["load", "read_metadata", "save"]
+
+_VERSION = 1
+_KEY = "tinygrad_lstm"
+_MAX_HEADER = 100_000_000  # the limit of the format's reference implementation
+_CODE_OF = {
+    np.dtype(name): code
+    for name, code in {
+        "bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+        "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64",
+        "float16": "F16", "float32": "F32", "float64": "F64",
+    }.items()
+}  # fmt: skip
+_DTYPE_OF = {code: dtype for dtype, code in _CODE_OF.items()}
+
+PathLike = str | os.PathLike[str]
+
+
+def save(path: PathLike, tree: Any, metadata: dict[str, Any] | None = None) -> None:
+    """Write a tree to one file, atomically.
+
+    A tree is made of dicts (str or int keys), lists and tuples; its leaves are arrays and
+    NumPy scalars (bool, int8 .. int64, uint8 .. uint64, float16, float32, float64), Tensors (saved as
+    arrays), Python numbers (ints of any size; NaN and infinity too), strings, booleans and None.
+
+    The new content goes to a temporary file in the same folder, is flushed to the disk and then
+    renamed over ``path``: at any moment ``path`` is the whole old file or the whole new one.  Like
+    ``open(path, "wb")``, a symbolic link is followed, an existing file keeps its permissions, and a
+    new one gets those of the umask.
+
+    Parameters
+    ----------
+    path : str or path-like
+    tree : tree as above
+    metadata : dict of plain values, optional
+        A note about the file, which :func:`read_metadata` reads without the arrays.
+
+    Raises
+    ------
+    FileError
+        The file could not be written.  The old file, if any, is still there; no stray file is.
+    DTypeError
+        A leaf, a dtype or a key that a checkpoint cannot hold; the message names its place in the tree.
+    ArgumentError
+        A tree that contains itself, or that is too deep or too large.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.safetensors")
+    >>> save(path, {"w": np.arange(3), "step": 7, "best": float("inf")}, metadata={"note": "demo"})
+    >>> load(path)
+    {'w': array([0, 1, 2]), 'step': 7, 'best': inf}
+    >>> read_metadata(path)
+    {'note': 'demo'}
+    """
+    if metadata is not None and not isinstance(metadata, dict):
+        raise DTypeError(f"metadata is a dict or None, found {type(metadata).__name__}")
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        tree_json = _encode(tree, (), arrays, set())
+        metadata_json = _encode(metadata or {}, ("metadata",), None, set())
+        # Large items first keeps every array aligned to its item size within the data.
+        ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
+        header = _header(ordered, tree_json, metadata_json)
+    except RecursionError:
+        raise ArgumentError("the tree is nested too deeply to be saved") from None
+    if len(header) > _MAX_HEADER:
+        raise ArgumentError(
+            f"the tree's plain values take {len(header)} bytes of JSON, at most {_MAX_HEADER} are possible; "
+            "turn long lists of numbers into arrays"
+        )
+    with replacing(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for _, array in ordered:
+            file.write(_bytes_of(array))
+
+
+def load(path: PathLike) -> Any:
+    """Read back the tree that :func:`save` wrote.
+
+    Everything comes back as it was saved, except that Tensors come back as arrays, arrays are
+    C-contiguous, writable and in native byte order, and subclasses of the built-in containers and
+    numbers come back as the built-in ones.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.  (Other errors of the operating system pass through too.)
+    CheckpointError
+        The file is damaged or was not written by :func:`save`.
+    """
+    with _open_checkpoint(path) as (file, size):
+        header, record, start = _read_header(file, size, path)
+        arrays = _read_arrays(file, header, size - start, record, path)
+    try:
+        return _decode(record["tree"], arrays)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise _damaged(path, "its tree cannot be read") from None
+
+
+def read_metadata(path: PathLike) -> dict[str, Any]:
+    """The ``metadata`` given to :func:`save`; reads the header only.  Errors as for :func:`load`."""
+    with _open_checkpoint(path) as (file, size):
+        _, record, _ = _read_header(file, size, path)
+    try:
+        metadata = _decode(record["metadata"], {})
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "its metadata cannot be read")
+    return metadata
+
+
+# -- the tree as JSON --------------------------------------------------------------------------
+
+
+def _encode(value: Any, place: tuple[Any, ...], arrays: dict[str, np.ndarray] | None, parents: set[int]) -> Any:
+    """The JSON form of ``value``; arrays move to ``arrays`` (None: they are not allowed here)."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, (np.ndarray, np.generic, Tensor)) and not isinstance(value, np.str_):
+        # np.float64 is also a float: NumPy's types have to be asked for first.
+        return {"$scalar" if isinstance(value, np.generic) else "$array": _enrol(value, place, arrays)}
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        # Readers of JSON in other languages stop at 64 bits, Python's at 4300 digits.
+        return int(value) if -(2**63) <= value < 2**63 else {"$int": hex(value)}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+    if not isinstance(value, (dict, list, tuple)):
+        hint = "; save module.state_dict()" if hasattr(value, "state_dict") else ""
+        raise DTypeError(f"{_where(place)} is of type {type(value).__name__}, which a checkpoint cannot hold{hint}")
+    if id(value) in parents:
+        raise ArgumentError(f"{_where(place)} contains itself; a checkpoint holds trees only")
+    parents.add(id(value))
+    try:
+        if isinstance(value, dict):
+            return _encode_dict(value, place, arrays, parents)
+        items = [_encode(item, (*place, i), arrays, parents) for i, item in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    finally:
+        parents.discard(id(value))
+
+
+def _encode_dict(
+    value: dict[Any, Any], place: tuple[Any, ...], arrays: dict[str, np.ndarray] | None, parents: set[int]
+) -> dict[str, Any]:
+    for key in value:
+        if isinstance(key, bool) or not isinstance(key, (str, int)):
+            raise DTypeError(f"{_where(place)} has the key {key!r}; keys are strings or ints")
+    pairs = [(key, _encode(item, (*place, key), arrays, parents)) for key, item in value.items()]
+    if all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs):
+        return {str(key): item for key, item in pairs}
+    return {"$dict": [[str(key) if isinstance(key, str) else int(key), item] for key, item in pairs]}
+
+
+def _enrol(value: Any, place: tuple[Any, ...], arrays: dict[str, np.ndarray] | None) -> str:
+    """Put an array into ``arrays`` under a readable name of its own; returns the name."""
+    if arrays is None:
+        raise DTypeError(f"{_where(place)} is an array; metadata are plain values, arrays belong into the tree")
+    array = value.data if isinstance(value, Tensor) else np.asarray(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise DTypeError(f"{_where(place)} is a masked array, which a checkpoint cannot hold; save data and mask")
+    dtype = array.dtype.newbyteorder("=")
+    if dtype not in _CODE_OF:
+        raise DTypeError(
+            f"{_where(place)} has dtype {array.dtype}, which a checkpoint cannot hold; "
+            "bool, (u)int8 .. 64 and float16 .. 64 are possible"
+        )
+    path = "/".join(str(part) for part in place).encode("utf-8", "backslashreplace").decode("utf-8") or "value"
+    name, n = path, 2
+    while name in arrays or name == "__metadata__":
+        name, n = f"{path}#{n}", n + 1
+    # ascontiguousarray would turn a 0-d array into a 1-d one.
+    arrays[name] = np.asarray(array, dtype, order="C")
+    return name
+
+
+def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, arrays) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or not (tag := next(iter(value))).startswith("$"):
+        return {key: _decode(item, arrays) for key, item in value.items()}
+    content = value[tag]
+    if tag == "$array":
+        return arrays[content]
+    if tag == "$scalar":
+        return arrays[content][()]
+    if tag == "$int":
+        return int(content, 16)
+    if tag == "$float":
+        return float(content)
+    if tag == "$tuple":
+        return tuple(_decode(item, arrays) for item in content)
+    if tag == "$dict":
+        return {key: _decode(item, arrays) for key, item in content}
+    raise ValueError(tag)
+
+
+def _where(place: tuple[Any, ...]) -> str:
+    return "the tree" + "".join(f"[{part!r}]" for part in place)
+
+
+# -- the file ------------------------------------------------------------------------------------
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The array's bytes, little endian, without a copy on little-endian machines."""
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return little.reshape(-1).view(np.uint8).data
+
+
+def _header(ordered: list[tuple[str, np.ndarray]], tree: Any, metadata: Any) -> bytes:
+    entries: dict[str, Any] = {}
+    position = checksum = 0
+    for name, array in ordered:
+        code, end = _CODE_OF[array.dtype], position + array.nbytes
+        entries[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [position, end]}
+        position, checksum = end, zlib.crc32(_bytes_of(array), checksum)
+    record = json.dumps(
+        {"version": _VERSION, "tree": tree, "metadata": metadata, "data_crc32": checksum}, separators=(",", ":")
+    )
+    note = {_KEY: record, "crc32": f"{_header_checksum(entries, record):08x}"}
+    header = json.dumps({"__metadata__": note, **entries}, separators=(",", ":")).encode("ascii")
+    return header + b" " * (-len(header) % 8)  # the data start aligned
+
+
+def _header_checksum(entries: dict[str, Any], record: str) -> int:
+    return zlib.crc32(json.dumps([entries, record], sort_keys=True).encode("ascii"))
+
+
+@contextmanager
+def _open_checkpoint(path: PathLike) -> Iterator[tuple[BinaryIO, int]]:
+    target = _fspath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        # Opening a pipe would wait for ever.
+        kind = "a folder" if os.path.isdir(target) else "no regular file"
+        raise CheckpointError(f"{target} is {kind}, no checkpoint")
+    with open(target, "rb") as file:
+        yield file, os.fstat(file.fileno()).st_size
+
+
+def _read_header(file: BinaryIO, size: int, path: PathLike) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(the arrays' entries, our record, where the data start)."""
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8 or length > _MAX_HEADER:
+        what = "is empty" if not prefix else "is cut off or no checkpoint"
+        raise CheckpointError(f"{_fspath(path)} {what}: no safetensors header that fits into its {size} bytes")
+    try:
+        header = json.loads(file.read(length).decode("utf-8"))
+        note = header.pop("__metadata__", {})
+        raw = note.get(_KEY)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{_fspath(path)} is no checkpoint: it has no safetensors header") from None
+    if raw is None:
+        raise CheckpointError(
+            f"{_fspath(path)} is a safetensors file, but not one that tg.save wrote; "
+            "tg.interop.load_safetensors reads such files"
+        )
+    try:
+        if int(note["crc32"], 16) != _header_checksum(header, raw):
+            raise ValueError("checksum")
+        record = json.loads(raw)
+        version = int(record["version"])
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise _damaged(path, "its header was changed") from None
+    if version > _VERSION:
+        raise CheckpointError(
+            f"{_fspath(path)} has format version {version}, this release reads up to {_VERSION}; upgrade tinygrad-lstm"
+        )
+    return header, record, 8 + length
+
+
+def _read_arrays(
+    file: BinaryIO, header: dict[str, Any], size: int, record: dict[str, Any], path: PathLike
+) -> dict[str, np.ndarray]:
+    """Read the arrays in the order in which they lie in the file; they fill it without gaps."""
+    arrays: dict[str, np.ndarray] = {}
+    position = checksum = 0
+    try:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            dtype, shape = _DTYPE_OF[entry["dtype"]], tuple(entry["shape"])
+            if begin != position or end > size or end - begin != math.prod(shape) * dtype.itemsize:
+                raise _damaged(path, f"array {name!r} does not fit the {size} bytes of data")
+            array = np.empty(shape, dtype.newbyteorder("<"))
+            content = array.reshape(-1).view(np.uint8)
+            if file.readinto(content) != len(content):  # type: ignore[attr-defined]
+                raise _damaged(path, "it became shorter while it was read")
+            position, checksum = end, zlib.crc32(content.data, checksum)
+            arrays[name] = array.astype(dtype, copy=False)
+        expected = int(record["data_crc32"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise _damaged(path, "the description of its arrays cannot be read") from None
+    if position != size or checksum != expected:
+        raise _damaged(path, "its data are not those that were saved")
+    return arrays
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[BinaryIO]:
+    """A file to write to; it takes the place of ``path`` when the block ends without an error."""
+    shown = _fspath(path)
+    created = False
+    try:
+        target = Path(os.path.realpath(shown))
+        temporary = target.parent / f".tg-{os.urandom(6).hex()}.tmp"
+        mode = _mode_of_existing(target)
+        # 0o666 is what open() asks for: the umask decides.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        created = True
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(temporary, mode)
+        os.replace(temporary, target)
+        created = False
+        _sync_folder(target.parent)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(f"cannot write {shown}: {reason[:1].lower()}{reason[1:]}") from error
+    finally:
+        if created:
+            temporary.unlink(missing_ok=True)
+
+
+def _mode_of_existing(target: Path) -> int | None:
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
+    if not os.access(target, os.W_OK):
+        # A rename would replace a write-protected file without asking.
+        raise OSError("the file is write-protected")
+    return stat.S_IMODE(mode)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system lets a folder be synchronised."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _fspath(path: PathLike) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise DTypeError(f"a path is a str or path-like, found {type(path).__name__}")
+    return os.fspath(path)
+
+
+def _damaged(path: PathLike, why: str) -> CheckpointError:
+    return CheckpointError(f"{_fspath(path)} is damaged: {why}")

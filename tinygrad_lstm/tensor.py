@@ -1,0 +1,450 @@
+"""Tensor: an ndarray and its place on a tape.
+
+Operators and methods are installed by :mod:`tinygrad_lstm.ops`, which stands above this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
+from tinygrad_lstm.tape import Node, Output, Record, recording, replay, run_hooks
+
+__all__ = ["Tensor", "as_operand", "asarray", "tensor"]
+
+
+class Meta:
+    """What few tensors have: leaves with a gradient, hooks, values that somebody else can write to."""
+
+    __slots__ = ("exposed", "fingerprint", "grad", "hooks", "label", "version")
+
+    def __init__(self) -> None:
+        self.grad: np.ndarray | None = None
+        self.hooks: list[Any] | None = None
+        self.label: str | None = None
+        self.version = 0  # bumped by the data setter and by optimizers
+        self.exposed = False  # somebody outside holds the array
+        self.fingerprint: Any = None  # taken when a tensor with saved uses was exposed
+
+
+class Tensor:
+    """An n-dimensional array that remembers how it was made.
+
+    Make one with :func:`tensor` (copies) or :func:`asarray` (aliases).  Arithmetic, slicing and the methods
+    follow NumPy; ``np.asarray(t)`` is the array.
+    """
+
+    __slots__ = ("__weakref__", "_data", "_meta", "_node", "_rg", "_used")
+    __array_priority__ = 1000.0
+
+    _data: np.ndarray
+    _meta: Meta | None
+    _node: Record | Output | None
+    _rg: bool
+    _used: bool
+
+    def __init__(self, data: np.ndarray, requires_grad: bool = False) -> None:
+        self._data = data
+        self._node = None
+        self._rg = requires_grad
+        self._used = False  # some record has saved this value
+        self._meta = None
+
+    # ------------------------------------------------------------------ the value
+
+    @property
+    def data(self) -> np.ndarray:
+        """The ndarray itself.  Writing to it after an op saved it is noticed by ``backward``."""
+        self._expose()
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        array = np.asarray(value._data if isinstance(value, Tensor) else value)
+        if array.shape != self._data.shape:
+            raise ShapeError(f"data of shape {array.shape} for a tensor of shape {self._data.shape}; make a new tensor")
+        if array.dtype != self._data.dtype:
+            if not np.can_cast(array.dtype, self._data.dtype, "same_kind"):
+                raise DTypeError(f"data of dtype {array.dtype} for a tensor of dtype {self._data.dtype}; convert it first")
+            array = array.astype(self._data.dtype)
+        self._data = array
+        self._more().exposed = True  # the caller may hold the array
+        self._bump()
+
+    def numpy(self) -> np.ndarray:
+        """The ndarray itself (shared, not a copy), as :attr:`data`."""
+        return self.data
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy or (dtype is not None and np.dtype(dtype) != self._data.dtype):
+            if copy is False:
+                raise DTypeError(f"a tensor of dtype {self._data.dtype} cannot become {dtype} without a copy")
+            return np.array(self._data, dtype=dtype)
+        return self.data
+
+    def _expose(self) -> None:
+        meta = self._more()
+        if self._used and not meta.exposed:
+            # Saved before it was exposed: this is the last moment at which the value is surely the saved one.
+            meta.fingerprint = fingerprint(self._data)
+            guard_output(self._node, meta.fingerprint)
+        meta.exposed = True
+
+    def _bump(self) -> None:
+        self._more().version += 1
+        if self._used:
+            guard_output(self._node, "replaced")
+
+    def _more(self) -> Meta:
+        if self._meta is None:
+            self._meta = Meta()
+        return self._meta
+
+    @property
+    def version(self) -> int:
+        """How often the value was replaced through ``data`` or by an optimizer."""
+        return 0 if self._meta is None else self._meta.version
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of every axis."""
+        return self._data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The NumPy dtype."""
+        return self._data.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return self._data.ndim
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self._data.size
+
+    def item(self) -> Any:
+        """The value of a tensor with one element, as a Python number."""
+        if self._data.size != 1:
+            raise ShapeError(f"item() needs exactly one element, found shape {self.shape}; use tolist() or an index")
+        return self._data.item()
+
+    def tolist(self) -> Any:
+        """The values as nested Python lists (a number for a 0-d tensor)."""
+        return self._data.tolist()
+
+    def copy(self) -> np.ndarray:
+        """A copy of the values as an ndarray."""
+        return self._data.copy()
+
+    def __len__(self) -> int:
+        if self._data.ndim == 0:
+            raise DTypeError("len() of a 0-d tensor; it holds one number, use item()")
+        return self._data.shape[0]
+
+    def __bool__(self) -> bool:
+        if self._data.size != 1:
+            raise ShapeError(f"the truth value of a tensor of shape {self.shape} is ambiguous; reduce it to one element")
+        return bool(self._data.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __index__(self) -> int:
+        if self._data.dtype.kind not in "iu" or self._data.ndim:
+            raise DTypeError(f"only an integer 0-d tensor can be an index, found {self.dtype} of shape {self.shape}")
+        return int(self._data)
+
+    def __hash__(self) -> int:
+        return id(self) >> 4  # identity: == compares values
+
+    def __format__(self, spec: str) -> str:
+        return format(self._data.item(), spec) if self._data.size == 1 and spec else str(self)
+
+    def __repr__(self) -> str:
+        body = np.array2string(self._data, separator=", ", prefix="tensor(", threshold=100)
+        dtype = "" if self.dtype == np.float32 else f", dtype={self.dtype}"
+        return f"tensor({body}{dtype}{', requires_grad=True' if self._rg else ''})"
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if self._rg or self._node is not None or self._used:
+            raise GraphError(
+                f"in-place write to a tensor of shape {self.shape} that is on a tape; write "
+                "ops.where(mask, new, t) or ops.scatter_add(t, index, value), or assign to t.data outside of the graph"
+            )
+        self._data[index] = value._data if isinstance(value, Tensor) else value
+
+    # ------------------------------------------------------------------ the place on the tape
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether ``backward`` computes a gradient for this value."""
+        return self._rg
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if self._node is not None and self._rg and not value:
+            raise GraphError("requires_grad of a computed tensor cannot be unset; use detach()")
+        if value:
+            check_differentiable(self._data.dtype)
+        self._rg = bool(value)
+
+    @property
+    def is_leaf(self) -> bool:
+        """True where no record made this tensor."""
+        return self._node is None
+
+    @property
+    def grad(self) -> np.ndarray | None:
+        """The accumulated gradient: an ndarray of this tensor's shape and dtype, or None."""
+        return None if self._meta is None else self._meta.grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if value is None:
+            if self._meta is not None:
+                self._meta.grad = None
+            return
+        array = np.asarray(value, self.dtype)
+        if array.shape != self.shape:
+            raise ShapeError(f"grad of shape {array.shape} for a tensor of shape {self.shape}")
+        self._more().grad = array
+
+    def zero_grad(self) -> None:
+        """Forget the gradient (sets it to None)."""
+        self.grad = None
+
+    def detach(self) -> Tensor:
+        """The same values (shared), outside of any graph."""
+        self._expose()
+        out = Tensor(self._data)
+        out._more().exposed = True
+        return out
+
+    def retain_grad(self) -> None:
+        """Let ``backward`` fill ``grad`` of this computed tensor too, as it does for leaves."""
+        if not self._rg:
+            raise GraphError("retain_grad() on a tensor that does not require a gradient")
+        if self._node is None:
+            return
+        import weakref
+
+        me = weakref.ref(self)  # the record must not keep its own output alive
+
+        def keep(cotangent: Tensor) -> None:
+            alive = me()
+            if alive is not None:
+                accumulate_grad(alive, cotangent)
+
+        self.register_hook(keep)
+
+    def register_hook(self, hook: Any) -> Any:
+        """Call ``hook(gradient)`` when the gradient of this value is complete; a returned value replaces it.
+
+        Returns a function of no arguments that removes the hook.
+        """
+        if not self._rg:
+            raise GraphError("register_hook() on a tensor that does not require a gradient")
+        if self._node is None:
+            meta = self._more()
+            meta.hooks = hooks = meta.hooks or []
+        else:
+            record, index = (self._node.record, self._node.index) if isinstance(self._node, Output) else (self._node, 0)
+            extra = record.more()
+            extra.hooks = extra.hooks or {}
+            hooks = extra.hooks.setdefault(index, [])
+        hooks.append(hook)
+
+        def remove() -> None:
+            if hook in hooks:
+                hooks.remove(hook)
+
+        return remove
+
+    def backward(self, grad: Any = None, retain_graph: bool = False) -> None:
+        """Replay the tape behind this tensor in reverse and accumulate into ``grad`` of every leaf.
+
+        Parameters
+        ----------
+        grad : array or Tensor of this shape, optional
+            The cotangent; may be left out for a scalar.
+        retain_graph : bool
+            Keep what the records saved, so that a second call can go through them.
+
+        Raises
+        ------
+        GraphError
+            No graph, a graph freed by an earlier call, or a saved value that was changed in place.
+
+        Examples
+        --------
+        >>> import tinygrad_lstm as tg
+        >>> x = tg.tensor([1.0, 2.0], requires_grad=True)
+        >>> (x * x).sum().backward()
+        >>> x.grad.tolist()
+        [2.0, 4.0]
+        """
+        if not self._rg:
+            raise GraphError(
+                "backward() on a tensor that does not require a gradient: none of the values it was computed from has "
+                "requires_grad=True (or it was computed under no_grad)"
+            )
+        seed = seed_cotangent(self, grad, "backward")
+        # The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
+        with recording(enabled=False, tapes=(), trace=None), np.errstate(divide="ignore", invalid="ignore"):
+            found: dict[Any, Tensor] = replay([(self._node or self, seed)], free=not retain_graph)
+            del seed
+            for leaf in found:
+                hooks = leaf._meta.hooks if leaf._meta is not None else None
+                if hooks:
+                    found[leaf] = run_hooks(hooks, found[leaf], "a leaf")
+            while found:
+                leaf, cotangent = found.popitem()
+                accumulate_grad(leaf, cotangent)
+
+
+def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
+    """The cotangent to start from, checked against the target; ones for a scalar."""
+    if not isinstance(target, Tensor):
+        raise DTypeError(f"{who} needs a Tensor to differentiate, found {type(target).__name__}")
+    if cotangent is None:
+        if target.size != 1:
+            raise ShapeError(
+                f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it (sum, mean) or pass one"
+            )
+        return Tensor(np.ones(target.shape, target.dtype))
+    given = cotangent if isinstance(cotangent, Tensor) else asarray(cotangent)
+    if given.shape != target.shape:
+        raise ShapeError(f"{who}: cotangent of shape {given.shape} for an output of shape {target.shape}")
+    return given if given.dtype == target.dtype else given.astype(target.dtype)  # type: ignore[attr-defined]
+
+
+def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
+    """Add a finished cotangent to ``leaf.grad``, in an array that nothing else refers to."""
+    meta = leaf._more()
+    array = cotangent._data
+    if meta.grad is None:
+        # Cotangents may be shared (both operands of an addition get the same one) or be read-only views.
+        meta.grad = np.array(array, dtype=leaf.dtype)
+    else:
+        meta.grad = meta.grad + array  # a new array: the user may have kept the old one
+
+
+# ---------------------------------------------------------------------------- changes in place
+
+
+def fingerprint(array: np.ndarray) -> Any:
+    """A value that almost surely changes when the array is written to; runs at memory bandwidth.
+
+    Sums of machine words in 61 columns: a prime width, so that moved blocks and sign flips do not cancel.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    n = flat.size // 8
+    words, rest = flat[: n * 8].view(np.uint64), flat[n * 8 :]
+    rows = n // 61
+    columns = words[: rows * 61].reshape(rows, 61).sum(axis=0, dtype=np.uint64)
+    return columns.tobytes(), words[rows * 61 :].tobytes(), rest.tobytes()
+
+
+def guard_output(node: Node | None, guard: Any) -> None:
+    """Let the record that saved its own output know that the output was exposed or replaced."""
+    if isinstance(node, Record) and node.saved is not None:
+        extra = node.more()
+        extra.guards = {**(extra.guards or {}), -1: guard}
+
+
+# ---------------------------------------------------------------------------- making tensors
+
+
+def check_differentiable(dtype: np.dtype) -> None:
+    """Raise unless gradients exist for this dtype."""
+    if dtype.kind != "f":
+        raise DTypeError(f"requires_grad needs a floating dtype, found {dtype}; convert with astype(np.float32)")
+
+
+def _only_python_numbers(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_only_python_numbers(item) for item in value)
+    return not isinstance(value, (np.generic, np.ndarray))
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds_tensors(item) for item in value)
+    return isinstance(value, Tensor)
+
+
+def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
+    """Anything array-like as an ndarray; Python floats become float32, everything else keeps its dtype."""
+    if isinstance(value, Tensor):
+        array = value._data
+    elif isinstance(value, np.ndarray):
+        array = value
+    else:
+        if _holds_tensors(value):
+            raise DTypeError("a list of tensors; join them with ops.stack or ops.concatenate, which keep the graph")
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            raise ShapeError(f"nested lists of unequal lengths cannot become an array: {value!r:.80}") from None
+        if array.dtype == np.float64 and dtype is None and _only_python_numbers(value):
+            array = array.astype(np.float32)
+    if array.dtype.kind not in "fiub":
+        raise DTypeError(
+            f"a tensor holds real numbers, integers or booleans; found dtype {array.dtype} from {type(value).__name__}"
+        )
+    if dtype is not None and array.dtype != np.dtype(dtype):
+        return array.astype(dtype)
+    return np.array(array) if copy else array
+
+
+def tensor(a: Any, dtype: Any = None, requires_grad: bool = False) -> Tensor:
+    """A tensor with a copy of ``a``.
+
+    Parameters
+    ----------
+    a : array, Tensor, number, or nested lists of numbers
+        Arrays keep their dtype; Python floats become float32, Python ints stay integers.
+    dtype : NumPy dtype, optional
+    requires_grad : bool
+        Floating dtypes only; otherwise :class:`~tinygrad_lstm.DTypeError`.
+
+    Examples
+    --------
+    >>> import tinygrad_lstm as tg
+    >>> tg.tensor([1.0, 2.0]).dtype
+    dtype('float32')
+    """
+    out = Tensor(to_array(a, dtype, copy=True))
+    if requires_grad:
+        check_differentiable(out.dtype)
+        out._rg = True
+    return out
+
+
+def asarray(a: Any, dtype: Any = None) -> Tensor:
+    """A tensor that shares memory with the array ``a`` where that is possible; a Tensor is returned as it is."""
+    if isinstance(a, Tensor) and (dtype is None or a.dtype == np.dtype(dtype)):
+        return a
+    out = Tensor(to_array(a, dtype))
+    out._more().exposed = True
+    return out
+
+
+def as_operand(value: Any) -> Any:
+    """An operand of a primitive: a Tensor as it is, a number as a (weak) Python number, the rest as an array.
+
+    NumPy scalars count as Python numbers: ``x32 * np.sqrt(64)`` stays float32 (the one deviation from NEP 50).
+    """
+    if isinstance(value, (Tensor, bool, int, float)) and not isinstance(value, np.generic):
+        return value
+    if isinstance(value, np.generic) and value.dtype.kind in "fiub":
+        return value.item()
+    return asarray(value)

@@ -1,0 +1,188 @@
+"""Recording with data-free tensors: a body is run once on shapes and dtypes, and becomes a Program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.errors import GraphError, TraceError
+from tinygrad_lstm.primitive import Aval, Primitive, record_application
+from tinygrad_lstm.program import Program, lower
+from tinygrad_lstm.tape import _STATE, Record, recording
+from tinygrad_lstm.tensor import Tensor, as_operand, asarray
+from tinygrad_lstm.tree import TreeDef, flatten, unflatten
+
+__all__ = ["Trace", "Traced", "TracedTensor", "trace"]
+
+
+class TracedTensor(Tensor):
+    """A tensor of which only shape and dtype are known.  Asking for its values raises TraceError."""
+
+    __slots__ = ("_aval", "_trace")
+
+    def __init__(self, aval: Aval, owner: Trace) -> None:
+        self._aval = aval
+        self._trace = owner
+        self._node = None
+        self._rg = False
+        self._used = False
+        self._meta = None
+
+    @property
+    def _data(self) -> np.ndarray:  # type: ignore[override]
+        if self._trace.closed:
+            raise GraphError(
+                f"a tensor of shape {self.shape} that was made while a scan or compiled body was recorded is used "
+                f"outside of it ({_user_line()}); return it from the body instead of storing it"
+            )
+        raise TraceError(
+            f"the value of a tensor of shape {self.shape} is needed while the body is being recorded ({_user_line()}); "
+            "a recorded body may use shapes and dtypes, not values: use ops.where instead of if"
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of every axis."""
+        return self._aval.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The NumPy dtype."""
+        return np.dtype(self._aval.dtype)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self._aval.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        size = 1
+        for n in self._aval.shape:
+            size *= n
+        return size
+
+    def __len__(self) -> int:
+        if not self._aval.shape:
+            return super().__len__()
+        return self._aval.shape[0]
+
+    def _expose(self) -> None:
+        _ = self._data
+
+    def __repr__(self) -> str:
+        return f"<traced {self._aval}>"
+
+
+def _user_line() -> str:
+    """``file:line`` of the first frame outside of this package."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("tinygrad_lstm."):
+        frame = frame.f_back
+    return "<unknown>" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class Trace:
+    """The recorder that is in force while a body runs on data-free tensors."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Record, tuple[Any, ...], tuple[Tensor, ...]]] = []
+        self.closed = False
+
+    def new(self, aval: Aval, requires_grad: bool = False) -> TracedTensor:
+        """A fresh input of the program."""
+        tensor = TracedTensor(aval, self)
+        tensor._rg = requires_grad and np.dtype(aval.dtype).kind == "f"
+        return tensor
+
+    def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
+        """Record an application without running it."""
+        operands = tuple(asarray(a) if a.__class__ is bool else as_operand(a) for a in args)
+        if args and not any(isinstance(a, Tensor) for a in operands):
+            operands = tuple(asarray(a) for a in operands)
+        for a in operands:
+            if isinstance(a, TracedTensor) and a._trace.closed:
+                _ = a._data  # raises: it escaped from an earlier recording
+        avals = [Aval(a.shape, a.dtype) if isinstance(a, Tensor) else a for a in operands]
+        out = prim.abstract(avals, params)
+        several = not isinstance(out, Aval)
+        outputs = tuple(TracedTensor(aval, self) for aval in (out if several else (out,)))
+        needs = any(isinstance(a, Tensor) and a._rg for a in operands)
+        record = record_application(prim, operands, params, outputs, needs, _STATE.get(), several)
+        self.entries.append((record, operands, outputs))
+        return outputs if several else outputs[0]
+
+
+class Traced:
+    """A recorded body: the Program, the tensors that it captured, and the trees of its results."""
+
+    def __init__(self, program: Program, captures: list[Tensor], out_tree: TreeDef) -> None:
+        self.program = program
+        self.captures = captures
+        self.out_tree = out_tree
+
+
+def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False) -> Traced:
+    """Run ``body`` once on data-free tensors and return its Program.
+
+    Parameters
+    ----------
+    body : callable
+        Takes one argument per tree in ``avals``; returns a tree of tensors (numbers and arrays count as constants).
+    avals : sequence of trees of Aval
+    flat : bool
+        ``avals`` is one flat list and ``body`` takes the tensors as positional arguments.
+
+    Raises
+    ------
+    TraceError
+        The body asked for a value.
+    """
+    recorder = Trace()
+    inputs: list[Tensor] = []
+
+    def fresh(aval: Any) -> Tensor:
+        tensor = recorder.new(aval)
+        inputs.append(tensor)
+        return tensor
+
+    arguments = []
+    for tree in avals:
+        if flat:
+            arguments.append(fresh(tree))
+        else:
+            leaves, treedef = _flatten_avals(tree)
+            arguments.append(unflatten(treedef, [fresh(leaf) for leaf in leaves]))
+    try:
+        with recording(enabled=True, tapes=(), trace=recorder):
+            result = body(*arguments)
+            outputs, out_tree = flatten(result)
+            outputs = [asarray(o) if not isinstance(o, Tensor) else o for o in outputs]
+        program, captures = lower(recorder.entries, inputs, outputs)
+    finally:
+        recorder.closed = True
+    return Traced(program, captures, out_tree)
+
+
+def _flatten_avals(tree: Any) -> tuple[list[Aval], TreeDef]:
+    """Flatten a tree whose leaves are Avals (which are tuples themselves)."""
+    boxed: list[Aval] = []
+
+    def box(node: Any) -> Any:
+        if isinstance(node, Aval):
+            boxed.append(node)
+            return object()
+        if isinstance(node, dict):
+            return {key: box(value) for key, value in node.items()}
+        if isinstance(node, tuple) and hasattr(type(node), "_fields"):
+            return type(node)(*[box(value) for value in node])
+        if isinstance(node, (list, tuple)):
+            return type(node)(box(value) for value in node)
+        return None if node is None else node
+
+    _, treedef = flatten(box(tree))
+    return boxed, treedef
