@@ -72,6 +72,8 @@ class Primitive:
         Linear in every argument taken alone (matmul), or in all of them together (concatenate).
     """
 
+    generation = 0  # grows whenever any rule changes: what was derived from rules before is stale
+
     def __init__(
         self,
         name: str,
@@ -86,7 +88,7 @@ class Primitive:
         is_elementwise: bool = False,
         differentiable: bool = True,
         accumulate: Callable[[np.ndarray, np.ndarray, Any], None] | None = None,
-        batch: Callable[..., Any] | None = None,
+        batch: str | None = None,
         saves: Sequence[str] | None = None,
         always_tuple: bool = False,
         doc: str | None = None,
@@ -101,7 +103,7 @@ class Primitive:
         self.linear = linear
         self.shape_rule = shape
         self.accumulate = accumulate
-        self.batch = batch  # how it runs on operands with a leading time axis (compiler.hoist)
+        self.batch = batch  # "same": right with the same parameters when operands have one more leading axis
         self.always_tuple = always_tuple  # the forward returns a tuple even for one output
         self._jvp = jvp
         self.joint = joint
@@ -137,6 +139,7 @@ class Primitive:
         self.rules = listed
         self._fetch = tuple(None if rule is None else self._compile_rule(rule) for rule in listed)
         self.version = getattr(self, "version", -1) + 1
+        Primitive.generation += 1
 
     def _compile_rule(self, rule: Rule) -> Callable[..., Any]:
         """A function (values, position, cotangent) that looks up what the rule names and calls it."""
@@ -355,10 +358,11 @@ class Primitive:
             saved = tuple(a for a in inputs)
             out = outputs[0] if len(outputs) == 1 else None
             parents = tuple(a if isinstance(a, Tensor) else None for a in inputs)
-            avals = None if len(outputs) == 1 else tuple(_aval(o) for o in outputs)
+            single = not self.several(len(outputs))
+            avals = None if single else tuple(_aval(o) for o in outputs)
             values = _Application((*saved, out), params, shapes, self, parents, avals)
             wanted = [t is not None for t in tangents]
-            shares = self.pull(values, dummies[0] if len(outputs) == 1 else list(dummies), wanted)
+            shares = self.pull(values, dummies[0] if single else list(dummies), wanted)
         pairs = [(s, t) for s, t in zip(shares, tangents, strict=True) if s is not None and t is not None and s.requires_grad]
         if not pairs:
             return [None] * len(outputs)
@@ -463,10 +467,8 @@ def sum_to(t: Any, shape: tuple[int, ...]) -> Any:
 
 def zeros(aval: Any) -> Any:
     """A tensor of zeros of an aval's shape and dtype."""
-    current = _STATE.get()
-    zero = Tensor(np.zeros((), aval.dtype))
-    if current.trace is not None:
-        return REGISTRY["broadcast_to"].bind((zero,), {"shape": tuple(aval.shape)})
+    if _STATE.get().trace is not None:
+        return REGISTRY["full"].bind((), {"shape": tuple(aval.shape), "dtype": np.dtype(aval.dtype), "value": 0})
     return Tensor(np.zeros(aval.shape, aval.dtype))
 
 

@@ -38,14 +38,9 @@ __all__ = ["load", "read_metadata", "save"]
 _VERSION = 1
 _KEY = "tinygrad_lstm"
 _MAX_HEADER = 100_000_000  # the limit of the format's reference implementation
-_CODE_OF = {
-    np.dtype(name): code
-    for name, code in {
-        "bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
-        "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64",
-        "float16": "F16", "float32": "F32", "float64": "F64",
-    }.items()
-}  # fmt: skip
+_CODES = "BOOL I8 I16 I32 I64 U8 U16 U32 U64 F16 F32 F64"
+_NAMES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
+_CODE_OF = {np.dtype(name): code for name, code in zip(_NAMES.split(), _CODES.split(), strict=True)}
 _DTYPE_OF = {code: dtype for dtype, code in _CODE_OF.items()}
 
 PathLike = str | os.PathLike[str]
@@ -115,9 +110,8 @@ def save(path: PathLike, tree: Any, metadata: dict[str, Any] | None = None) -> N
 def load(path: PathLike) -> Any:
     """Read back the tree that :func:`save` wrote.
 
-    Everything comes back as it was saved, except that Tensors come back as arrays, arrays are
-    C-contiguous, writable and in native byte order, and subclasses of the built-in containers and
-    numbers come back as the built-in ones.
+    Everything comes back as it was saved, except that Tensors become arrays, arrays are C-contiguous,
+    writable and in native byte order, and subclasses of built-in types become those.
 
     Raises
     ------
@@ -129,22 +123,16 @@ def load(path: PathLike) -> Any:
     with _open_checkpoint(path) as (file, size):
         header, record, start = _read_header(file, size, path)
         arrays = _read_arrays(file, header, size - start, record, path)
-    try:
-        return _decode(record["tree"], arrays)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise _damaged(path, "its tree cannot be read") from None
+    return _decoded(record, "tree", arrays, path)
 
 
 def read_metadata(path: PathLike) -> dict[str, Any]:
     """The ``metadata`` given to :func:`save`; reads the header only.  Errors as for :func:`load`."""
     with _open_checkpoint(path) as (file, size):
         _, record, _ = _read_header(file, size, path)
-    try:
-        metadata = _decode(record["metadata"], {})
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        metadata = None
+    metadata = _decoded(record, "metadata", {}, path)
     if not isinstance(metadata, dict):
-        raise _damaged(path, "its metadata cannot be read")
+        raise _damaged(path, "its metadata are no dict")
     return metadata
 
 
@@ -214,6 +202,13 @@ def _enrol(value: Any, place: tuple[Any, ...], arrays: dict[str, np.ndarray] | N
     return name
 
 
+def _decoded(record: dict[str, Any], part: str, arrays: dict[str, np.ndarray], path: PathLike) -> Any:
+    try:
+        return _decode(record[part], arrays)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise _damaged(path, f"its {part} cannot be read") from None
+
+
 def _decode(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, list):
         return [_decode(item, arrays) for item in value]
@@ -281,7 +276,7 @@ def _open_checkpoint(path: PathLike) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _read_header(file: BinaryIO, size: int, path: PathLike) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """(the arrays' entries, our record, where the data start)."""
+    """The arrays' entries, our record, and where the data start."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8 or length > _MAX_HEADER:
@@ -331,9 +326,9 @@ def _read_arrays(
             position, checksum = end, zlib.crc32(content.data, checksum)
             arrays[name] = array.astype(dtype, copy=False)
         expected = int(record["data_crc32"])
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise _damaged(path, "the description of its arrays cannot be read") from None
     if position != size or checksum != expected:
         raise _damaged(path, "its data are not those that were saved")

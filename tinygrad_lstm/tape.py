@@ -541,7 +541,7 @@ def differentiate(
     starts = [target._node or target for target in targets]
     through, foreign = paths(starts, set(nodes))
     current = _STATE.get()
-    again = current.enabled and (foreign or observed(sources))
+    again = current.enabled and (foreign or observed(sources) or any(c._rg for c in cotangents))
     with recording(enabled=again), np.errstate(divide="ignore", invalid="ignore"):
         found = replay(zip(starts, cotangents, strict=True), free=free, sources=set(nodes), through=through)
     return [found.get(node) for node in nodes]

@@ -1,17 +1,17 @@
 """Every primitive of the package, and the functions made of them.  NumPy's names, arguments and defaults."""
 
-from tinygrad_lstm.ops import elementwise, indexing, linalg, random, reduction, scan_op, shape
+from tinygrad_lstm.ops import elementwise, indexing, linalg, random, reduction, control, shape
 from tinygrad_lstm.ops.elementwise import *  # noqa: F403
 from tinygrad_lstm.ops.indexing import *  # noqa: F403
 from tinygrad_lstm.ops.linalg import *  # noqa: F403
 from tinygrad_lstm.ops.random import *  # noqa: F403
 from tinygrad_lstm.ops.reduction import *  # noqa: F403
-from tinygrad_lstm.ops.scan_op import *  # noqa: F403
+from tinygrad_lstm.ops.control import *  # noqa: F403
 from tinygrad_lstm.ops.shape import *  # noqa: F403
 
 __all__ = [
     *elementwise.__all__, *indexing.__all__, *linalg.__all__, *random.__all__, *reduction.__all__,
-    *scan_op.__all__, *shape.__all__,
+    *control.__all__, *shape.__all__,
 ]  # fmt: skip
 
 from tinygrad_lstm.ops import methods

@@ -93,10 +93,6 @@ def _accumulate_getitem(buffer: np.ndarray, g: np.ndarray, record: Any) -> None:
     _add_at(buffer, g, _index(template, arrays), _is_basic(template, arrays))
 
 
-def _batched_template(steps: int, params: Any) -> dict[str, Any]:
-    return {"template": (("slice", None, None, None), *params["template"])}
-
-
 getitem_primitive = Primitive(
     "getitem",
     _getitem_forward,
@@ -104,7 +100,6 @@ getitem_primitive = Primitive(
     jvp=lambda t, x, *rest, template: getitem_primitive(t[0], *rest[:-1], template=template),
     shape=_getitem_aval,
     accumulate=_accumulate_getitem,
-    batch=_batched_template,
 )
 
 
@@ -120,7 +115,6 @@ put = Primitive(
     (lambda g, arrays, template: getitem_primitive(g, *arrays, template=template),),
     jvp=lambda t, g, *rest, template, shape: put(t[0], *rest[:-1], template=template, shape=shape),
     shape=lambda g, *arrays, template, shape: Aval(shape, g.dtype),
-    batch=lambda steps, params: {**_batched_template(steps, params), "shape": (steps, *params["shape"])},
     doc="Zeros with g added at an index (the transpose of getitem).",
 )
 

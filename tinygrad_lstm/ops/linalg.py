@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ def _matmul_aval(a: Aval, b: Aval) -> Aval:
 def _right_rule(g: Any, a: Any, shapes: Sequence[Any]) -> Any:
     if len(shapes[1]) == 2 and len(shapes[0]) > 2:
         # One matrix for all of a: contract the batch axes too, in one product.
-        a = reshape(a, (-1, shapes[0][-1]) if a.size else (0, shapes[0][-1]))
-        g = reshape(g, (a.shape[0], shapes[1][-1]))
+        rows = math.prod(shapes[0][:-1])
+        a, g = reshape(a, (rows, shapes[0][-1])), reshape(g, (rows, shapes[1][-1]))
     return _matmul(swapaxes(a, -1, -2), g)
 
 

@@ -30,7 +30,6 @@ _reshape = Primitive(
     (lambda g, shapes: _reshape(g, shape=tuple(shapes[0])),),
     linear="each",
     shape=lambda x, *, shape: Aval(shape, x.dtype),
-    batch=lambda steps, params: {"shape": (steps, *params["shape"])},
 )
 
 
@@ -90,7 +89,6 @@ _broadcast_to = Primitive(
     (lambda g, shapes: sum_to(g, shapes[0]),),
     linear="each",
     shape=_broadcast_aval,
-    batch=lambda steps, params: {"shape": (steps, *params["shape"])},
 )
 
 
@@ -423,6 +421,15 @@ stop_gradient = Primitive(
     "stop_gradient", lambda x: x, None, shape=lambda x: x, batch="same",
     doc="The same values; no gradient flows through (forward and reverse mode alike).",
 )  # fmt: skip
+
+
+full = Primitive(
+    "full",
+    lambda *, shape, dtype, value: np.full(shape, value, dtype),
+    None,
+    shape=lambda *, shape, dtype, value: Aval(tuple(shape), np.dtype(dtype)),
+    doc="An array of one value; it has no operands and no gradient.",
+)
 
 
 def zeros_like(x: Any) -> Any:

@@ -1,0 +1,137 @@
+"""Fuse elementwise equations of one shape into one loop over the elements.
+
+Every equation gets a level: one more than what it reads whenever something stands between them that cannot
+be fused (or has another shape).  Elementwise equations of one level and one shape then have no path between
+each other through anything outside, and become one ``fused`` equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.errors import GraphError
+from tinygrad_lstm.kernels import Expression, build, fused
+from tinygrad_lstm.kernels import expression as e
+from tinygrad_lstm.primitive import Aval, Primitive
+from tinygrad_lstm.program import Equation, Program
+
+__all__ = ["FUSED", "FusedKernel", "fuse"]
+
+
+class FusedKernel:
+    """The scalar expression of a fused chain; runs on NumPy or, where it pays, natively."""
+
+    def __init__(self, expression: Expression, avals: Sequence[Aval], operands: Sequence[Aval | None]) -> None:
+        self.expression = expression
+        self.avals = list(avals)
+        self.dtypes = [None if a is None else np.dtype(a.dtype) for a in operands]
+        self.native: Any = None
+
+    def __repr__(self) -> str:
+        return self.expression.key
+
+    def compile(self) -> Any:
+        """The native loop: a function (inputs, outputs)."""
+        if self.native is None:
+            self.native = fused(self.expression, self.dtypes)
+        return self.native
+
+    def on_numpy(self, *arrays: Any) -> tuple[np.ndarray, ...]:
+        """Every output by NumPy, in the shape of the chain."""
+        out = self.expression.numpy(*arrays)
+        out = out if isinstance(out, tuple) else (out,)
+        return tuple(
+            o if np.shape(o) == a.shape else np.broadcast_to(o, a.shape) for o, a in zip(out, self.avals, strict=True)
+        )
+
+
+def _no_rule(*args: Any) -> Any:
+    raise GraphError("fused equations are made after differentiation")
+
+
+FUSED = Primitive(
+    "fused",
+    lambda *arrays, kernel: kernel.on_numpy(*arrays),
+    (lambda g, position: _no_rule(g, position),),
+    shape=lambda *operands, kernel: tuple(kernel.avals),
+    always_tuple=True,
+    doc="A chain of elementwise primitives as one loop.",
+)
+
+
+def fuse(program: Program, at_least: int = 2) -> Program:
+    """Fuse chains of ``at_least`` elementwise equations."""
+    made = program.definitions()
+    level: dict[int, int] = {}
+    groups: dict[tuple[int, tuple[int, ...]], list[Equation]] = {}
+    rest: dict[int, list[Equation]] = {}
+
+    def fusible(equation: Equation) -> bool:
+        return equation.primitive.is_elementwise and equation.primitive.expression is not None
+
+    for equation in program.equations:
+        shape = program.avals[equation.outputs[0]].shape
+        own = 0
+        for slot in equation.reads():
+            if slot not in made:
+                continue
+            source = made[slot]
+            together = fusible(source) and fusible(equation) and program.avals[slot].shape == shape
+            step = 0 if together or not fusible(equation) and not fusible(source) else 1
+            # A plain equation runs behind the groups of its level, so it may read them at the same level.
+            if not fusible(equation):
+                step = 0
+            own = max(own, level[slot] + step)
+        for slot in equation.outputs:
+            level[slot] = own
+        if fusible(equation):
+            groups.setdefault((own, shape), []).append(equation)
+        else:
+            rest.setdefault(own, []).append(equation)
+    equations: list[Equation] = []
+    uses = _users(program)
+    for depth in range(max(level.values(), default=-1) + 1):
+        for (own, _), members in groups.items():
+            if own == depth:
+                equations.extend([_fused(program, members, uses)] if len(members) >= at_least else members)
+        equations.extend(rest.get(depth, ()))
+    return program.replaced(equations=tuple(equations))
+
+
+def _users(program: Program) -> dict[int, set[int]]:
+    users: dict[int, set[int]] = {}
+    for equation in program.equations:
+        for slot in equation.reads():
+            users.setdefault(slot, set()).add(id(equation))
+    for output in program.outputs:
+        if output.__class__ is int:
+            users.setdefault(output, set()).add(0)
+    return users
+
+
+def _fused(program: Program, members: Sequence[Equation], uses: dict[int, set[int]]) -> Equation:
+    inside = {id(equation) for equation in members}
+    own = [slot for equation in members for slot in equation.outputs]
+    results = [slot for slot in own if uses.get(slot, set()) - inside]
+    operands: list[int] = []
+    for equation in members:
+        for slot in equation.reads():
+            if slot not in own and slot not in operands:
+                operands.append(slot)
+
+    def chain(*scalars: Any) -> Any:
+        values: dict[int, Any] = dict(zip(operands, scalars, strict=True))
+        for equation in members:
+            arguments = [values[o] if o.__class__ is int else o.value for o in equation.operands]
+            value = equation.primitive.expression(*arguments, **equation.params)  # type: ignore[misc]
+            goal = np.dtype(program.avals[equation.outputs[0]].dtype)
+            values[equation.outputs[0]] = value if isinstance(value, e.Expr) else e.cast(e.constant(value), goal)
+        return tuple(values[slot] for slot in results)
+
+    kernel = FusedKernel(
+        build(chain, len(operands)), [program.avals[s] for s in results], [program.avals[s] for s in operands]
+    )
+    return Equation(FUSED, tuple(operands), {"kernel": kernel}, tuple(results), members[0].source)

@@ -1,0 +1,247 @@
+"""The plan of a loop: what runs before it, in it, and behind it (hoist and sink).
+
+What does not depend on the carry leaves the loop in front, as one operation on the whole sequence; what
+the carry does not depend on leaves it behind.  For an LSTM that makes one product of the input projection,
+and one product with K = T * B of each weight gradient; nothing here knows that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.compiler.batching import TimeSum, can_batch, run_batched
+from tinygrad_lstm.compiler.constants import fill
+from tinygrad_lstm.compiler.fuse import fuse
+from tinygrad_lstm.compiler.simplify import dead_code, simplify
+from tinygrad_lstm.primitive import Aval
+from tinygrad_lstm.program import Equation, Program, lower
+from tinygrad_lstm.tape import recording
+from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.trace import Trace
+
+__all__ = ["LoopPlan", "plan_loop"]
+
+INVARIANT, SEQUENCE, LOOP, BEHIND = "invariant", "sequence", "loop", "behind"
+
+
+@dataclass
+class LoopPlan:
+    """Three programs and their wiring.
+
+    ``before``: (xs..., captures...) -> (sequence values..., invariant values...) that the others read.
+    ``body``: (carry..., some sequence values...; some invariant values...) -> (carry..., stacked..., summed...).
+    ``behind``: (stacked..., summed..., sequence values..., invariant values...) -> (ys..., sums...).
+    """
+
+    before: Program
+    body: Program
+    behind: Program
+    n_carry: int
+    n_sequence: int  # how many of before's outputs have the time axis
+    loop_sequence: list[int]  # which of them the loop reads
+    loop_invariant: list[int]
+    stacked: list[Aval]  # per step
+    sums: list[Aval]
+    carry: list[Aval]
+    runner: Any = None  # the loop as a Python function, generated on first use
+
+    def __str__(self) -> str:
+        parts = (("before the loop", self.before), ("in the loop", self.body), ("behind the loop", self.behind))
+        return "\n".join(f"-- {title}\n{program}" for title, program in parts)
+
+
+class _Planner:
+    def __init__(self, body: Program, n_carry: int, n_ys: int, steps: int) -> None:
+        self.body = simplify(body)
+        self.n_carry = n_carry
+        self.n_ys = n_ys
+        self.steps = steps
+        self.kind: dict[int, str] = {}
+        self._classify()
+
+    def _kind(self, operand: Any) -> str:
+        return self.kind[operand] if operand.__class__ is int else INVARIANT
+
+    def _classify(self) -> None:
+        """Where each equation runs."""
+        body = self.body
+        for slot in body.captures:
+            self.kind[slot] = INVARIANT
+        for k, slot in enumerate(body.inputs):
+            self.kind[slot] = LOOP if k < self.n_carry else SEQUENCE
+        carried = {o for o in body.outputs[: self.n_carry] if o.__class__ is int}
+        for equation in reversed(body.equations):
+            if any(slot in carried for slot in equation.outputs):
+                carried.update(equation.reads())
+        for equation in body.equations:
+            kinds = [self._kind(operand) for operand in equation.operands]
+            changing = [kind != INVARIANT for kind in kinds]
+            if not any(changing):
+                place = INVARIANT
+            elif BEHIND in kinds:
+                place = BEHIND if can_batch(body, equation, changing) else LOOP
+                if place == LOOP:
+                    self._pull_into_loop(equation)
+            elif LOOP not in kinds:
+                place = SEQUENCE if can_batch(body, equation, changing) else LOOP
+            elif not any(slot in carried for slot in equation.outputs) and can_batch(body, equation, changing):
+                place = BEHIND
+            else:
+                place = LOOP
+            for slot in equation.outputs:
+                self.kind[slot] = place
+
+    def _pull_into_loop(self, equation: Equation) -> None:
+        """Something behind the loop is needed in it after all."""
+        definitions = self.body.definitions()
+        pending = [slot for slot in equation.reads() if self.kind[slot] == BEHIND]
+        while pending:
+            slot = pending.pop()
+            made = definitions[slot]
+            for out in made.outputs:
+                self.kind[out] = LOOP
+            pending.extend(s for s in made.reads() if self.kind[s] == BEHIND)
+
+    # ------------------------------------------------------------------ the three programs
+
+    def plan(self) -> LoopPlan:
+        body, kind = self.body, self.kind
+        ys = body.outputs[self.n_carry : self.n_carry + self.n_ys]
+        sums = body.outputs[self.n_carry + self.n_ys :]
+        in_loop = [e for e in body.equations if kind[e.outputs[0]] == LOOP]
+        behind = [e for e in body.equations if kind[e.outputs[0]] == BEHIND]
+        # Sums of values made in the loop by something that cannot run behind it are accumulated in it.
+        loop_sums = [o for o in sums if self._kind(o) == LOOP and self._made_here(o)]
+        stacked = sorted(
+            {s for e in behind for s in e.reads() if kind[s] == LOOP}
+            | {o for o in ys if o.__class__ is int and kind[o] == LOOP}
+            | {o for o in sums if self._kind(o) == LOOP and o not in loop_sums}
+        )
+        carry_out = body.outputs[: self.n_carry]
+        read_in_loop = {s for e in in_loop for s in e.reads()} | {o for o in carry_out if o.__class__ is int}
+        read_behind = {s for e in behind for s in e.reads()} | {o for o in (*ys, *sums) if o.__class__ is int}
+        sequence = sorted(s for s in read_in_loop | read_behind if kind[s] == SEQUENCE)
+        invariant = sorted(s for s in read_in_loop | read_behind if kind[s] == INVARIANT)
+        loop_sequence = [s for s in sequence if s in read_in_loop]
+        loop_invariant = [s for s in invariant if s in read_in_loop]
+        before = self._before(sequence, invariant)
+        inner = Program(
+            body.avals,
+            (*body.inputs[: self.n_carry], *loop_sequence),
+            loop_invariant,
+            in_loop,
+            (*carry_out, *stacked, *loop_sums),
+            body.labels,
+        )
+        return LoopPlan(
+            before=before,
+            body=fuse(dead_code(inner)),
+            behind=self._behind(behind, stacked, loop_sums, sequence, invariant, ys, sums),
+            n_carry=self.n_carry,
+            n_sequence=len(sequence),
+            loop_sequence=[sequence.index(s) for s in loop_sequence],
+            loop_invariant=[invariant.index(s) for s in loop_invariant],
+            stacked=[body.avals[s] for s in stacked],
+            sums=[body.aval(o) for o in loop_sums],
+            carry=[body.avals[s] for s in body.inputs[: self.n_carry]],
+        )
+
+    def _made_here(self, operand: Any) -> bool:
+        return operand.__class__ is int and operand not in self.body.inputs
+
+    def _before(self, sequence: Sequence[int], invariant: Sequence[int]) -> Program:
+        body = self.body
+        recorder = Trace()
+        environment: dict[int, Any] = {}
+        with recording(enabled=True, tapes=(), names=None, trace=recorder):
+            inputs = []
+            for slot in body.inputs[self.n_carry :]:
+                aval = body.avals[slot]
+                environment[slot] = recorder.new(Aval((self.steps, *aval.shape), aval.dtype))
+                inputs.append(environment[slot])
+            for slot in body.captures:
+                environment[slot] = recorder.new(body.avals[slot])
+                inputs.append(environment[slot])
+            for equation in body.equations:
+                place = self.kind[equation.outputs[0]]
+                if place == INVARIANT:
+                    operands = tuple(environment[o] if o.__class__ is int else o.value for o in equation.operands)
+                    out = equation.primitive.bind(operands, dict(equation.params))
+                    out = out if isinstance(out, tuple) else (out,)
+                elif place == SEQUENCE:
+                    out = run_batched(body, equation, [self._value(o, environment) for o in equation.operands], self.steps)
+                else:
+                    continue
+                environment.update(zip(equation.outputs, out, strict=True))
+            program, extra = lower(recorder.entries, inputs, [environment[s] for s in (*sequence, *invariant)])
+        recorder.closed = True
+        return simplify(fill(program, extra))
+
+    def _value(self, operand: Any, environment: dict[int, Any]) -> tuple[Any, bool]:
+        if operand.__class__ is not int:
+            return operand.value, False
+        return environment[operand], self.kind[operand] != INVARIANT
+
+    def _behind(
+        self, behind: Sequence[Equation], stacked: Sequence[int], loop_sums: Sequence[Any], sequence: Sequence[int],
+        invariant: Sequence[int], ys: Sequence[Any], sums: Sequence[Any],
+    ) -> Program:  # fmt: skip
+        body, steps = self.body, self.steps
+        recorder = Trace()
+        environment: dict[int, Any] = {}
+        made: dict[int, Equation] = {slot: e for e in behind for slot in e.outputs}
+        with recording(enabled=True, tapes=(), names=None, trace=recorder):
+            inputs = []
+            for slot in stacked:
+                environment[slot] = recorder.new(Aval((steps, *body.avals[slot].shape), body.avals[slot].dtype))
+                inputs.append(environment[slot])
+            totals = {}
+            for operand in loop_sums:
+                totals[operand] = recorder.new(body.aval(operand))
+                inputs.append(totals[operand])
+            for slot in (*sequence, *invariant):
+                aval = body.avals[slot]
+                shape = aval.shape if self.kind[slot] == INVARIANT else (steps, *aval.shape)
+                environment[slot] = recorder.new(Aval(shape, aval.dtype))
+                inputs.append(environment[slot])
+
+            def value(operand: Any) -> tuple[Any, bool]:
+                if operand.__class__ is int and operand not in environment:
+                    equation = made[operand]
+                    out = run_batched(body, equation, [value(o) for o in equation.operands], steps)
+                    environment.update(zip(equation.outputs, out, strict=True))
+                return self._value(operand, environment)
+
+            outputs: list[Any] = []
+            for operand in ys:
+                tensor, has_time = value(operand)
+                aval = body.aval(operand)
+                if not has_time:
+                    from tinygrad_lstm.ops.shape import broadcast_to
+                    from tinygrad_lstm.tensor import asarray
+
+                    tensor = broadcast_to(asarray(tensor), (steps, *aval.shape))
+                outputs.append(tensor)
+            adder = TimeSum(body, value, steps)
+            adder.value_of_kind = lambda slot: self.kind[slot] != INVARIANT  # type: ignore[method-assign]
+            adder.definitions = made
+            for operand in sums:
+                outputs.append(totals[operand] if operand in totals else adder.of(operand))
+            program, extra = lower(recorder.entries, inputs, [o if isinstance(o, Tensor) else Tensor(np.asarray(o)) for o in outputs])
+        recorder.closed = True
+        return simplify(fill(program, extra))
+
+
+def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int) -> LoopPlan:
+    """Hoist and sink; the loop's own program is then fused.
+
+    ``body`` maps (carry..., x...; captures...) to (carry..., y..., s...): of the last ones the sum over all
+    steps is wanted.
+    """
+    return _Planner(body, n_carry, n_ys, steps).plan()
+
+

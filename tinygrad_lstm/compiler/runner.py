@@ -1,0 +1,133 @@
+"""Run a loop plan: the program before, the time loop as one generated Python function, the program behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.compiler.fuse import FUSED
+from tinygrad_lstm.compiler.loop import LoopPlan
+from tinygrad_lstm.program import Program
+
+__all__ = ["run_loop"]
+
+# A chain is compiled when the whole loop does at least this many scalar operations in it: below, the first
+# call would wait longer for the compiler than NumPy needs for thousands of calls.
+COMPILE_FROM = 2_000_000
+
+
+def run_loop(
+    plan: LoopPlan, carry: Sequence[np.ndarray], xs: Sequence[np.ndarray], captures: Sequence[np.ndarray],
+    steps: int, reverse: bool,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    """Returns (final carry, [ys..., sums...]); nothing that is returned shares memory with the arguments' carry."""
+    if steps == 0:
+        return [np.array(c) for c in carry], _empty(plan)
+    values = [np.asarray(v) for v in plan.before.function()(*xs, *captures)]
+    sequence, invariant = values[: plan.n_sequence], values[plan.n_sequence :]
+    stacks = [np.empty((steps, *aval.shape), aval.dtype) for aval in plan.stacked]
+    sums = [np.zeros(aval.shape, aval.dtype) for aval in plan.sums]
+    native = steps * _work(plan.body) >= COMPILE_FROM
+    loop = _runner(plan, native)
+    final = loop(
+        range(steps - 1, -1, -1) if reverse else range(steps),
+        *carry,
+        *[sequence[k] for k in plan.loop_sequence],
+        *[invariant[k] for k in plan.loop_invariant],
+        *stacks,
+        *sums,
+    )
+    # A carry value may live in a row of a stack, or be the caller's own array where no step changed it.
+    final = [np.array(c) for c in final]
+    outs = plan.behind.function()(*stacks, *sums, *sequence, *invariant)
+    return final, [np.asarray(o) for o in outs]
+
+
+def _empty(plan: LoopPlan) -> list[np.ndarray]:
+    """Outputs of a loop of no steps."""
+    return [np.zeros(aval.shape, aval.dtype) for aval in plan.behind.output_avals()]
+
+
+def _work(body: Program) -> int:
+    """Scalar operations of the fused chains of one step."""
+    total = 0
+    for equation in body.equations:
+        if equation.primitive is FUSED:
+            kernel = equation.params["kernel"]
+            total += len(kernel.expression.nodes) * int(np.prod(kernel.avals[0].shape, dtype=int))
+    return total
+
+
+def _runner(plan: LoopPlan, native: bool) -> Callable[..., Any]:
+    if plan.runner is None:
+        plan.runner = {}
+    if native not in plan.runner:
+        source, names = _generate(plan, native)
+        exec(compile(source, "<loop>", "exec"), names)
+        plan.runner[native] = names["loop"]
+    return plan.runner[native]
+
+
+def _generate(plan: LoopPlan, native: bool) -> tuple[str, dict[str, Any]]:
+    """The time loop as straight-line Python over the primitives' forwards and the fused kernels.
+
+    Kernels write what is stacked straight into its row.
+    """
+    body = plan.body
+    names: dict[str, Any] = {"asarray": np.asarray, "empty": np.empty, "copyto": np.copyto}
+    n_carry, n_stacked = plan.n_carry, len(plan.stacked)
+    carry_in, sequence = body.inputs[:n_carry], body.inputs[n_carry:]
+    carry_out = body.outputs[:n_carry]
+    stacked = body.outputs[n_carry : n_carry + n_stacked]
+    sums = body.outputs[n_carry + n_stacked :]
+    row_of: dict[int, int] = {}
+    for k, slot in enumerate(stacked):
+        row_of.setdefault(slot, k)
+    arguments = (
+        [f"v{s}" for s in carry_in] + [f"X{s}" for s in sequence] + [f"v{s}" for s in body.captures]
+        + [f"Y{k}" for k in range(n_stacked)] + [f"S{k}" for k in range(len(sums))]
+    )  # fmt: skip
+    lines = [f"def loop(times, {', '.join(arguments)}):", "    for t in times:"]
+    # X[t, ...] stays an array also where a step's value is 0-d.
+    lines += [f"        v{s} = X{s}[t, ...]" for s in sequence]
+
+    def text(operand: Any, tag: str) -> str:
+        if operand.__class__ is int:
+            return f"v{operand}"
+        names[tag] = operand.value
+        return tag
+
+    written: set[int] = set()
+    for k, equation in enumerate(body.equations):
+        operands = [text(o, f"c{k}_{i}") for i, o in enumerate(equation.operands)]
+        if equation.primitive is FUSED and native:
+            kernel = equation.params["kernel"]
+            names[f"f{k}"] = kernel.compile()
+            for slot, aval in zip(equation.outputs, kernel.avals, strict=True):
+                if slot in row_of:
+                    lines.append(f"        v{slot} = Y{row_of[slot]}[t, ...]")
+                    written.add(slot)
+                else:
+                    names[f"s{slot}"], names[f"d{slot}"] = aval.shape, np.dtype(aval.dtype)
+                    lines.append(f"        v{slot} = empty(s{slot}, d{slot})")
+            outputs = "".join(f"v{s}, " for s in equation.outputs)
+            lines.append(f"        f{k}(({''.join(o + ', ' for o in operands)}), ({outputs}))")
+            continue
+        names[f"f{k}"] = equation.primitive.forward
+        for key, value in equation.params.items():
+            names[f"p{k}_{key}"] = value
+            operands.append(f"{key}=p{k}_{key}")
+        targets = ", ".join(f"v{slot}" for slot in equation.outputs)
+        several = "," if len(equation.outputs) == 1 and equation.primitive.several(1) else ""
+        lines.append(f"        {targets}{several} = f{k}({', '.join(operands)})")
+    for k, slot in enumerate(stacked):
+        if not (slot in written and row_of[slot] == k):
+            lines.append(f"        Y{k}[t] = v{slot}")
+    lines += [f"        S{k} += v{slot}" for k, slot in enumerate(sums)]
+    if n_carry:
+        targets = ", ".join(f"v{s}" for s in carry_in)
+        lines.append(f"        {targets} = {', '.join(text(o, f'o{k}') for k, o in enumerate(carry_out))}")
+    lines.append(f"    return ({''.join(f'v{s}, ' for s in carry_in)})")
+    return "\n".join(lines), names

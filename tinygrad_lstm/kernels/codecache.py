@@ -1,0 +1,221 @@
+"""Functions generated as source text, compiled by Numba, and kept on disk by content.
+
+Each source becomes one module file ``<stem>_<hash>.py`` in the cache directory; Numba's own cache puts the
+machine code next to it.  The hash covers the source, the sources of this package's generators, and the
+versions of Numba, NumPy and Python with the target CPU and its features, so a stale file cannot be found.
+A checksum file guards the machine code, which Numba itself would load unseen.
+
+The directory is ``$TINYGRAD_LSTM_CACHE_DIR``, else ``$XDG_CACHE_HOME/tinygrad_lstm``, else
+``~/.cache/tinygrad_lstm``; it is made with mode 0700.  One that is not ours, not writable, or writable by
+others would let somebody else's code in: then everything is compiled in memory, after one RuntimeWarning.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.machinery
+import linecache
+import os
+import sys
+import tempfile
+import threading
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_directory", "load"]
+
+_PREFIX = "_tinygrad_lstm_cache"
+_PACKAGE = Path(__file__).resolve().parent.parent
+# Every directory whose code decides what is generated.
+_GENERATORS = ("kernels", "compiler")
+_MTIME = 1_000_000_000  # Numba's index trusts size and mtime: the same for the same content, whoever wrote it
+
+_lock = threading.RLock()
+_loaded: dict[tuple[str, str], Any] = {}
+_warned = False
+
+
+class _Finder:
+    """Finds cached modules by name, so that pickled references into them resolve in a later process."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if not name.startswith(_PREFIX + "_"):
+            return None
+        directory = cache_directory()
+        file = None if directory is None else directory / f"{name[len(_PREFIX) + 1 :]}.py"
+        if file is None or not file.exists():
+            return None
+        loader = importlib.machinery.SourceFileLoader(name, str(file))
+        return importlib.machinery.ModuleSpec(name, loader, origin=str(file))
+
+
+def _wanted_directory() -> Path:
+    explicit = os.environ.get("TINYGRAD_LSTM_CACHE_DIR")
+    if explicit:
+        return Path(explicit).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "tinygrad_lstm"
+
+
+def cache_directory() -> Path | None:
+    """The directory in use, created where needed; None (and one warning) when it cannot be trusted."""
+    path = _wanted_directory()
+    return path if _usable(path, os.getpid()) else None
+
+
+@functools.lru_cache(maxsize=16)
+def _usable(path: Path, pid: int) -> bool:
+    """Whether ``path`` exists (or could be made), is ours alone, and takes a file.  Asked once a process."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+        if hasattr(os, "geteuid"):
+            if status.st_uid != os.geteuid():
+                raise PermissionError(f"{path} belongs to another user")
+            if status.st_mode & 0o022:
+                raise PermissionError(f"{path} is writable by other users")
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        _warn(
+            f"the cache of compiled code is off: {error}; code is compiled again in every process. "
+            "Set TINYGRAD_LSTM_CACHE_DIR to a directory of your own."
+        )
+        return False
+    return True
+
+
+def _warn(message: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> str:
+    """What besides the source decides the machine code."""
+    import numba
+    import numpy
+    from numba.core.registry import cpu_target
+
+    digest = hashlib.sha256()
+    for folder in _GENERATORS:
+        for file in sorted((_PACKAGE / folder).glob("*.py")):
+            digest.update(f"{folder}/{file.name}\0".encode() + file.read_bytes() + b"\0")
+    machine = cpu_target.target_context.codegen().magic_tuple()
+    return f"{digest.hexdigest()} {numba.__version__} {numpy.__version__} {sys.version} {machine}"
+
+
+def load(source: str, function_name: str, *, stem: str) -> Callable[..., Any]:
+    """The function ``function_name`` of the module text ``source``; the same object for the same source.
+
+    ``source`` is a whole module that imports what it needs and decorates with
+    ``numba.njit(..., cache=True)``; give signatures explicitly, so that compiling happens here, where a
+    damaged cache is recovered from.  ``stem`` starts the file's name (letters, digits, underscore).
+    """
+    key = (source, stem)
+    with _lock:
+        module = _loaded.get(key)
+        if module is None:
+            module = _loaded[key] = _module(source, stem)
+    function: Callable[..., Any] = getattr(module, function_name)
+    return function
+
+
+def _module(source: str, stem: str) -> types.ModuleType:
+    digest = hashlib.sha256(f"{_environment()}\0{source}".encode()).hexdigest()[:32]
+    base = f"{stem}_{digest}"
+    directory = cache_directory()
+    if directory is None:
+        return _in_memory(source, base)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+    try:
+        file = directory / f"{base}.py"
+        if not _holds(file, source.encode()):
+            _write(file, source.encode())
+        if not _checksums_hold(directory, base):
+            _discard(directory, base)
+        try:
+            module = _execute(source, base, str(file))
+        except Exception:
+            # Whatever Numba found in a damaged index: once more from nothing, then errors are real.
+            _discard(directory, base)
+            module = _execute(source, base, str(file))
+        _write_checksums(directory, base)
+        return module
+    except OSError as error:  # the disk is full, or the directory went away meanwhile
+        _warn(f"the cache of compiled code is off: {error}")
+        return _in_memory(source, base)
+
+
+def _execute(source: str, base: str, filename: str) -> types.ModuleType:
+    name = f"{_PREFIX}_{base}"
+    module = types.ModuleType(name)
+    module.__file__ = filename
+    # Before it runs: Numba pickles references to the module by name.
+    sys.modules[name] = module
+    try:
+        exec(compile(source, filename, "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _in_memory(source: str, base: str) -> types.ModuleType:
+    filename = f"<tinygrad_lstm {base}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    return _execute(source.replace("cache=True", "cache=False"), base, filename)
+
+
+def _machine_code(directory: Path, base: str) -> list[Path]:
+    """Numba's files for one module: ``<base>.<function>-<line>.py311.nbi`` and ``...1.nbc``."""
+    found = [p for p in (directory / "__pycache__").glob(f"{base}.*") if p.suffix in {".nbi", ".nbc"}]
+    return sorted(found)
+
+
+def _checksums(directory: Path, base: str) -> bytes:
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()} {p.name}\n" for p in _machine_code(directory, base)]
+    return "".join(lines).encode()
+
+
+def _checksums_hold(directory: Path, base: str) -> bool:
+    return _holds(directory / f"{base}.sum", _checksums(directory, base))
+
+
+def _write_checksums(directory: Path, base: str) -> None:
+    content = _checksums(directory, base)
+    if not _holds(directory / f"{base}.sum", content):
+        _write(directory / f"{base}.sum", content)
+
+
+def _discard(directory: Path, base: str) -> None:
+    for path in _machine_code(directory, base):
+        path.unlink(missing_ok=True)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        os.utime(temporary, (_MTIME, _MTIME))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,277 @@
+"""scan: a loop over the leading axis whose body is recorded once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
+from tinygrad_lstm.ops.elementwise import where
+from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
+from tinygrad_lstm.primitive import Aval, zeros
+from tinygrad_lstm.tape import recording, state
+from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tree import TreeDef, describe, flatten, leaf_paths, unflatten
+
+__all__ = ["scan", "stop_gradient"]
+
+Body = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def scan(
+    body: Body,
+    init: Any,
+    xs: Any,
+    *,
+    length: int | None = None,
+    lengths: Any = None,
+    reverse: bool = False,
+    memory: Any = None,
+) -> tuple[Any, Any]:
+    """Loop over time: ``carry, y = body(carry, x)`` for every step; returns ``(carry, ys)``.
+
+    The body is recorded once, on tensors without data, and replayed; its gradient is the tape of all steps
+    replayed in reverse.  Tensors that it closes over get gradients.  A body that needs values (``if`` on a
+    tensor, ``item``) is called at every step instead: right, and slower.
+
+    Parameters
+    ----------
+    body : callable
+        ``(carry, x) -> (carry, y)`` on trees of tensors; carry keeps its structure, shapes and dtypes.
+    init : tree
+        The first carry.
+    xs : tree or None
+        Time is axis 0 of every leaf.  None needs ``length``.
+    length : int, optional
+        Number of steps T; must agree with xs.
+    lengths : ints (B,), optional
+        Steps per row, 0..T.  Batch is then axis 0 of every carry leaf and axis 1 of every leaf of xs and ys.
+        For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at.
+    reverse : bool
+        Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
+    memory : None
+        Reserved for a budget of what is kept for the backward pass.
+
+    Returns
+    -------
+    (carry, ys) : trees
+        Leaves of ys have time as axis 0.
+
+    Raises
+    ------
+    ShapeError
+        Leaves of different length, or a carry that changes its structure, shape or dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import ops
+    >>> total, partial = ops.scan(lambda c, x: (c + x, c + x), 0.0, np.arange(4.0, dtype=np.float32))
+    >>> total.item(), partial.tolist()
+    (6.0, [0.0, 1.0, 3.0, 6.0])
+    """
+    if memory is not None:
+        raise ArgumentError("scan: memory= is not supported yet; leave it out (None keeps all residuals)")
+    carry_leaves, carry_tree = _leaves(init, "init")
+    x_leaves, x_tree = _leaves(xs, "xs")
+    steps = _steps(x_leaves, leaf_paths(xs), length)
+    full_body = body
+    if lengths is not None:
+        valid = _valid_steps(lengths, steps, carry_leaves, x_leaves)
+        full_body = _masked(body)
+        x_leaves = [*x_leaves, Tensor(valid)]
+        x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
+    if not state().eager:
+        try:
+            return _recorded(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
+        except TraceError:
+            if state().trace is not None:
+                raise  # the enclosing recording needs the value as well
+    return _stepwise(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
+
+
+def _leaves(tree: Any, what: str) -> tuple[list[Tensor], TreeDef]:
+    leaves, treedef = flatten(tree)
+    return [leaf if isinstance(leaf, Tensor) else asarray(leaf) for leaf in leaves], treedef
+
+
+def _steps(leaves: list[Tensor], paths: list[str], length: int | None) -> int:
+    if length is not None:
+        length = operator.index(length)
+        if length < 0:
+            raise ArgumentError(f"scan: length is not negative, found {length}")
+    for leaf, path in zip(leaves, paths, strict=True):
+        if not leaf.ndim:
+            raise ShapeError(f"scan: xs{path} is 0-d; time is axis 0 of every leaf")
+        if length is None:
+            length = leaf.shape[0]
+        elif leaf.shape[0] != length:
+            raise ShapeError(f"scan: xs{path} has {leaf.shape[0]} steps, expected {length}")
+    if length is None:
+        raise ArgumentError("scan: xs=None needs length=")
+    return length
+
+
+# ---------------------------------------------------------------------------- lengths
+
+
+def check_lengths(lengths: Any, steps: int, batch: int, who: str = "scan") -> np.ndarray:
+    """``lengths`` as an int64 array (B,), every one in 0..T."""
+    array = np.asarray(lengths._data if isinstance(lengths, Tensor) else lengths)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise DTypeError(f"{who}: lengths are integers, found {array.dtype}; round and convert them first")
+    if array.shape != (batch,):
+        raise ShapeError(f"{who}: lengths of shape {array.shape}, expected ({batch},): one per row of the batch")
+    if array.size and (array.min() < 0 or array.max() > steps):
+        bad = array[(array < 0) | (array > steps)][0]
+        raise OutOfRangeError(f"{who}: length {bad} is outside of 0..{steps}")
+    return array.astype(np.int64)
+
+
+def _valid_steps(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> np.ndarray:
+    sizes = [leaf.shape[0] for leaf in carry if leaf.ndim] + [leaf.shape[1] for leaf in xs if leaf.ndim > 1]
+    if len(sizes) != len(carry) + len(xs):
+        raise ShapeError("scan: with lengths, batch is axis 0 of every carry leaf and axis 1 of every leaf of xs")
+    if len(set(sizes)) > 1:
+        raise ShapeError(f"scan: with lengths, all leaves have one batch size, found {sorted(set(sizes))}")
+    array = check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths))
+    return np.arange(steps)[:, None] < array
+
+
+def _rows(valid: Tensor, like: Tensor) -> Tensor:
+    return reshape(valid, (valid.shape[0], *(1,) * (like.ndim - 1)))
+
+
+def _masked(body: Body) -> Body:
+    """The body with padded rows selected away: their x is zero on entry, so that NaN in the padding meets nothing."""
+
+    def masked(carry: Any, x_and_valid: Any) -> tuple[Any, Any]:
+        x, valid = x_and_valid
+        x_leaves, x_tree = flatten(x)
+        clean = [where(_rows(valid, leaf), leaf, np.zeros((), leaf.dtype)) for leaf in x_leaves]
+        new_carry, y = body(carry, unflatten(x_tree, clean))
+        old, _ = flatten(carry)
+        new, carry_tree = flatten(new_carry)
+        kept = [where(_rows(valid, n), n, o) for n, o in zip(map(asarray, new), old, strict=True)]
+        y_leaves, y_tree = flatten(y)
+        shown = []
+        for leaf in map(asarray, y_leaves):
+            if not leaf.ndim or leaf.shape[0] != valid.shape[0]:
+                raise ShapeError(f"scan: with lengths, y has the batch ({valid.shape[0]}) as axis 0, found {leaf.shape}")
+            shown.append(where(_rows(valid, leaf), leaf, np.zeros((), leaf.dtype)))
+        return unflatten(carry_tree, kept), unflatten(y_tree, shown)
+
+    return masked
+
+
+# ---------------------------------------------------------------------------- recorded once
+
+
+def _check_carry(new: list[Any], new_tree: TreeDef, old: list[Any], old_tree: TreeDef) -> None:
+    if new_tree != old_tree:
+        raise ShapeError(f"scan: the body returned a carry {describe(new_tree)}, expected {describe(old_tree)} as in init")
+    for k, (n, o) in enumerate(zip(new, old, strict=True)):
+        if tuple(n.shape) != tuple(o.shape) or n.dtype != o.dtype:
+            raise ShapeError(
+                f"scan: carry leaf {k} went in as {o.dtype}{list(o.shape)} and came back as {n.dtype}{list(n.shape)}; "
+                "give init the shape and dtype that the body returns"
+            )
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise GraphError(f"scan: the body returns a pair (carry, y), found {type(result).__name__}")
+    return result
+
+
+class Recorded:
+    """A recorded scan body: everything about it that does not depend on values or on the number of steps."""
+
+    def __init__(self, program: Any, captures: list[Tensor], n_carry: int, y_tree: TreeDef) -> None:
+        self.program = program
+        self.captures = captures
+        self.n_carry = n_carry
+        self.y_tree = y_tree
+
+    def run(self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool) -> list[Any]:
+        """The leaves of (carry, ys)."""
+        from tinygrad_lstm.ops.loop import bind_scan
+
+        if not self.program.outputs:
+            return []
+        n_ys = len(self.program.outputs) - self.n_carry
+        return list(bind_scan(self.program, [*carry, *xs, *captures], self.n_carry, n_ys, steps, reverse))
+
+
+def record_body(
+    body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef
+) -> Recorded:
+    """Record a body on data-free tensors of the given shapes (the time axis of xs removed)."""
+    from tinygrad_lstm.ops.loop import canonical
+    from tinygrad_lstm.trace import trace
+
+    trees: list[Any] = [None]
+
+    def flat(*leaves: Tensor) -> list[Any]:
+        c = unflatten(carry_tree, leaves[: len(carry)])
+        x = unflatten(x_tree, leaves[len(carry) :])
+        new_carry, y = _pair(body(c, x))
+        new, new_tree = flatten(new_carry)
+        new = [asarray(n) for n in new]
+        _check_carry(new, new_tree, carry, carry_tree)
+        ys, trees[0] = flatten(y)
+        return [*new, *(asarray(leaf) for leaf in ys)]
+
+    avals = [Aval(t.shape, t.dtype) for t in carry] + [Aval(t.shape[1:], t.dtype) for t in xs]
+    traced = trace(flat, avals, flat=True)
+    return Recorded(canonical(traced.program), traced.captures, len(carry), trees[0])
+
+
+def _recorded(
+    body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef, steps: int, reverse: bool
+) -> tuple[Any, Any]:
+    recorded = record_body(body, carry, carry_tree, xs, x_tree)
+    outs = recorded.run(carry, xs, recorded.captures, steps, reverse)
+    return unflatten(carry_tree, outs[: len(carry)]), unflatten(recorded.y_tree, outs[len(carry) :])
+
+
+# ---------------------------------------------------------------------------- step by step
+
+
+def _stepwise(
+    body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef, steps: int, reverse: bool
+) -> tuple[Any, Any]:
+    """The body called at every step, every op on the tape."""
+    if steps == 0:
+        return _no_steps(body, carry, carry_tree, xs, x_tree)
+    current = unflatten(carry_tree, carry)
+    rows: list[list[Tensor]] = []
+    y_tree: Any = None
+    for t in range(steps - 1, -1, -1) if reverse else range(steps):
+        with recording(step=t):
+            new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))  # type: ignore[index]
+        new, new_tree = flatten(new_carry)
+        new = [asarray(n) for n in new]
+        _check_carry(new, new_tree, carry, carry_tree)
+        current = unflatten(carry_tree, new)
+        leaves, y_tree = flatten(y)
+        rows.append([asarray(leaf) for leaf in leaves])
+    if reverse:
+        rows.reverse()
+    return current, unflatten(y_tree, [stack(column) for column in zip(*rows, strict=True)])
+
+
+def _no_steps(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> tuple[Any, Any]:
+    """No step ran: only the structure of y is needed, from a step on zeros that nobody sees."""
+    with recording(enabled=False, tapes=(), names=None):
+        zero_carry = unflatten(carry_tree, [zeros(Aval(c.shape, c.dtype)) for c in carry])
+        zero_x = unflatten(x_tree, [zeros(Aval(x.shape[1:], x.dtype)) for x in xs])
+        _, y = _pair(body(zero_carry, zero_x))
+    leaves, y_tree = flatten(y)
+    empty = [broadcast_to(zeros(Aval((), asarray(leaf).dtype)), (0, *asarray(leaf).shape)) for leaf in leaves]
+    return unflatten(carry_tree, carry), unflatten(y_tree, empty)

@@ -1,0 +1,246 @@
+"""The primitive behind ``scan``: its parameter is a Program, its VJP a reverse scan over the adjoint body."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.primitive import Aval, Primitive, zeros
+from tinygrad_lstm.program import Program
+from tinygrad_lstm.tape import state
+from tinygrad_lstm.tensor import Tensor
+
+__all__ = ["bind_scan", "canonical", "scan_primitive"]
+
+# Programs by content, so that what was derived from one (adjoint, plan, native code) is found again when the
+# same body is recorded anew.
+_known: OrderedDict[str, Program] = OrderedDict()
+_MOST_PROGRAMS = 256
+_MOST_DERIVED = 64
+
+
+def canonical(program: Program) -> Program:
+    """The first program that was seen with this content."""
+    known = _known.setdefault(program.key, program)
+    _known.move_to_end(program.key)
+    if len(_known) > _MOST_PROGRAMS:
+        _known.popitem(last=False)
+    return known
+
+
+def _derived(program: Program, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """A thing derived from a program, made once (until some rule is declared anew)."""
+    key = (*key, Primitive.generation)
+    found = program.derived.get(key)
+    if found is None:
+        if len(program.derived) >= _MOST_DERIVED:
+            program.derived.pop(next(iter(program.derived)))
+        found = program.derived[key] = make()
+    return found
+
+
+def _plan(body: Program, n_carry: int, n_ys: int, steps: int) -> Any:
+    from tinygrad_lstm.compiler.loop import plan_loop
+
+    return _derived(body, ("plan", n_carry, n_ys, steps), lambda: plan_loop(body, n_carry, n_ys, steps))
+
+
+def _adjoint(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> Any:
+    from tinygrad_lstm.compiler.adjoint import adjoint
+
+    return _derived(
+        body, ("adjoint", n_carry, n_ys, present, wanted), lambda: adjoint(body, n_carry, n_ys, present, wanted)
+    )
+
+
+class Residuals:
+    """What a forward scan keeps for its backward: arrays in a layout that nobody else sees."""
+
+    def __init__(self, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> None:
+        self.present = present
+        self.wanted = wanted
+        self.arrays: dict[int, np.ndarray] = {}  # by slot of the body
+
+
+def _forward(
+    *operands: np.ndarray, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, keep: Residuals | None = None
+) -> tuple[np.ndarray, ...]:
+    from tinygrad_lstm.compiler.runner import run_loop
+
+    n_inputs = len(body.inputs)
+    carry, xs, captures = operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:]
+    if keep is None:
+        final, outs = run_loop(_plan(body, n_carry, n_ys, length), carry, xs, captures, length, reverse)
+        return (*final, *outs)
+    pair = _adjoint(body, n_carry, n_ys, keep.present, keep.wanted)
+    more = len(pair.residuals)
+    plan = _plan(pair.forward, n_carry, n_ys + more, length)
+    final, outs = run_loop(plan, carry, xs, captures, length, reverse)
+    keep.arrays = dict(zip(pair.residuals, outs[n_ys : n_ys + more], strict=True))
+    return (*final, *outs[:n_ys], *outs[n_ys + more :])
+
+
+def _aval(
+    *operands: Aval, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool
+) -> tuple[Aval, ...]:
+    avals = body.output_avals()
+    ys = [Aval((length, *a.shape), a.dtype) for a in avals[n_carry : n_carry + n_ys]]
+    return (*(Aval(a.shape, a.dtype) for a in avals[:n_carry]), *ys, *avals[n_carry + n_ys :])
+
+
+def _vjp(
+    g: Sequence[Any], inputs: Sequence[Tensor], body: Program, n_carry: int, n_ys: int, length: int, reverse: bool,
+    record: Any, wanted: Sequence[bool],
+) -> list[Any]:  # fmt: skip
+    """Scan the adjoint body in the other direction."""
+    present = tuple(cotangent is not None for cotangent in g[n_carry:])
+    asked = tuple(wanted[n_carry:])
+    pair = _adjoint(body, n_carry, n_ys, present, asked)
+    residuals = _residuals(pair, inputs, body, n_carry, n_ys, length, reverse, record)
+    n_inputs = len(body.inputs)
+    floats = [k for k in range(n_carry) if np.dtype(body.avals[body.inputs[k]].dtype).kind == "f"]
+    seeds = [zeros(body.avals[body.inputs[k]]) if g[k] is None else g[k] for k in floats]
+    xs = inputs[n_carry:n_inputs]
+    y_seeds = [c for c in g[n_carry : n_carry + n_ys] if c is not None]
+    s_seeds = [c for c in g[n_carry + n_ys :] if c is not None]
+    backward = pair.backward
+    results = scan_primitive.bind(
+        (*seeds, *residuals, *(xs[k] for k in pair.reads), *y_seeds, *inputs[n_inputs:], *s_seeds),
+        {
+            "body": backward,
+            "n_carry": len(seeds),
+            "n_ys": sum(asked[: len(xs)]),
+            "length": length,
+            "reverse": not reverse,
+        },
+    )
+    shares: list[Any] = [None] * len(inputs)
+    for k, share in zip(floats, results, strict=False):
+        shares[k] = share
+    positions = [n_carry + k for k, yes in enumerate(asked) if yes]
+    for position, share in zip(positions, results[len(floats) :], strict=True):
+        shares[position] = share
+    return shares
+
+
+def _residuals(
+    pair: Any, inputs: Sequence[Tensor], body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, record: Any
+) -> list[Tensor]:
+    """The residuals that the forward kept, or, where they must be differentiable themselves, of a second run."""
+    kept = record.saved[-1]
+    if isinstance(kept, Residuals) and not state().enabled and all(slot in kept.arrays for slot in pair.residuals):
+        return [Tensor(kept.arrays[slot]) for slot in pair.residuals]
+    more = len(pair.residuals)
+    outs = scan_primitive.bind(
+        tuple(inputs),
+        {"body": pair.forward, "n_carry": n_carry, "n_ys": n_ys + more, "length": length, "reverse": reverse},
+    )
+    return list(outs[n_carry + n_ys : n_carry + n_ys + more])
+
+
+def _jvp(
+    tangents: Sequence[Any], *values: Any, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool
+) -> list[Any]:
+    """A scan over (carry, tangent)."""
+    inputs = values[:-1]
+    n_inputs = len(body.inputs)
+    floats = [k for k in range(n_carry) if np.dtype(body.avals[body.inputs[k]].dtype).kind == "f"]
+    moving = [k for k in range(n_carry, len(inputs)) if tangents[k] is not None]
+    program, n_moving = _derived(
+        body, ("tangent", n_carry, n_ys, tuple(moving)), lambda: _tangent_body(body, n_carry, n_ys, floats, moving)
+    )
+    starts = [zeros(body.avals[body.inputs[k]]) if tangents[k] is None else tangents[k] for k in floats]
+    moving_xs = [tangents[k] for k in moving if k < n_inputs]
+    moving_captures = [tangents[k] for k in moving if k >= n_inputs]
+    outs = scan_primitive.bind(
+        (*inputs[:n_carry], *starts, *inputs[n_carry:n_inputs], *moving_xs, *inputs[n_inputs:], *moving_captures),
+        {"body": program, "n_carry": n_carry + len(floats), "n_ys": n_ys + n_moving[0], "length": length, "reverse": reverse},
+    )
+    result: list[Any] = [None] * (len(body.outputs))
+    for k, t in zip(floats, outs[n_carry : n_carry + len(floats)], strict=True):
+        result[k] = t
+    start = n_carry + len(floats) + n_ys
+    float_ys = [k for k in range(n_carry, n_carry + n_ys) if np.dtype(body.aval(body.outputs[k]).dtype).kind == "f"]
+    for k, t in zip(float_ys, outs[start : start + len(float_ys)], strict=True):
+        result[k] = t
+    n_sums = len(body.outputs) - n_carry - n_ys
+    for k, t in zip(range(n_carry + n_ys, len(body.outputs)), outs[len(outs) - n_sums :], strict=True):
+        result[k] = t
+    return result
+
+
+def _tangent_body(
+    body: Program, n_carry: int, n_ys: int, floats: Sequence[int], moving: Sequence[int]
+) -> tuple[Program, tuple[int, int]]:
+    from tinygrad_lstm.autodiff.forward import push_entries, tangent_of
+    from tinygrad_lstm.compiler.constants import fill
+    from tinygrad_lstm.compiler.simplify import simplify
+    from tinygrad_lstm.program import lower
+    from tinygrad_lstm.tape import recording
+    from tinygrad_lstm.trace import Trace
+
+    n_inputs = len(body.inputs)
+    recorder = Trace()
+    with recording(enabled=True, tapes=(), names=None, trace=recorder):
+        sources = [recorder.new(body.avals[slot]) for slot in (*body.inputs, *body.captures)]
+        outs = body.apply(sources[:n_inputs], sources[n_inputs:])
+        fresh = {k: recorder.new(Aval(sources[k].shape, sources[k].dtype)) for k in (*floats, *moving)}
+        tangents: dict[Any, Tensor] = {sources[k]: t for k, t in fresh.items()}
+        push_entries(list(recorder.entries), tangents)
+
+        def moved(out: Tensor) -> Tensor:
+            found = tangent_of(out, tangents)
+            return zeros(Aval(out.shape, out.dtype)) if found is None else found
+
+        carry_tangents = [moved(outs[k]) for k in floats]
+        y_tangents = [moved(o) for o in outs[n_carry : n_carry + n_ys] if np.dtype(o.dtype).kind == "f"]
+        sums = outs[n_carry + n_ys :]
+        results = [*outs[:n_carry], *carry_tangents, *outs[n_carry : n_carry + n_ys], *y_tangents]
+        results += [*sums, *(moved(o) for o in sums)]
+    order = [
+        *sources[:n_carry], *(fresh[k] for k in floats), *sources[n_carry:n_inputs],
+        *(fresh[k] for k in moving if k < n_inputs),
+    ]  # fmt: skip
+    captures = [*sources[n_inputs:], *(fresh[k] for k in moving if k >= n_inputs)]
+    program, constants = lower(recorder.entries, [*order, *captures], results)
+    recorder.closed = True
+    program = program.replaced(
+        inputs=program.inputs[: len(order)], captures=(*program.inputs[len(order) :], *program.captures)
+    )
+    return simplify(fill(program, constants)), (len(y_tangents), len(sums))
+
+
+scan_primitive = Primitive(
+    "scan", _forward, (_vjp,), joint=True, jvp=_jvp, shape=_aval, always_tuple=True,
+    doc="A loop over axis 0: operands (carry..., xs..., captures...), results (carry..., ys..., sums...).",
+)  # fmt: skip
+
+
+def bind_scan(
+    body: Program, operands: Sequence[Tensor], n_carry: int, n_ys: int, length: int, reverse: bool
+) -> tuple[Tensor, ...]:
+    """Run a scan, keeping residuals where somebody may ask for gradients."""
+    params: dict[str, Any] = {"body": body, "n_carry": n_carry, "n_ys": n_ys, "length": length, "reverse": reverse}
+    current = state()
+    needs = current.enabled and current.trace is None and (current.tapes or any(t.requires_grad for t in operands))
+    if not needs:
+        return scan_primitive.bind(tuple(operands), params)
+    linked = tuple(
+        t.dtype.kind == "f" and (t.requires_grad or bool(current.tapes)) for t in operands[n_carry:]
+    )
+    kept = Residuals(_float_outputs(body, n_carry), linked)
+    outs = scan_primitive.bind(tuple(operands), {**params, "keep": kept})
+    node: Any = outs[0]._node
+    if node is not None:
+        # The residuals are the record's own: released with it, and no parameter of the program.
+        record = node.record
+        record.params = params
+        record.saved = (*record.saved[:-1], kept)
+    return outs
+
+
+def _float_outputs(body: Program, n_carry: int) -> tuple[bool, ...]:
+    return tuple(np.dtype(body.aval(o).dtype).kind == "f" for o in body.outputs[n_carry:])
