@@ -43,6 +43,6 @@ from tinygrad_lstm.tensor import Tensor, asarray, tensor
 __all__ = [
     "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "Error", "FileError", "Generator", "GradcheckError",
     "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape", "Tensor", "TraceError",
-    "__version__", "asarray", "checkpoint", "eager", "grad", "gradcheck", "hessian", "hvp", "jacobian", "jvp", "name", "no_grad",
-    "ops", "primitive", "scope", "seed", "tensor", "value_and_grad", "vjp",
+    "__version__", "asarray", "checkpoint", "eager", "grad", "gradcheck", "hessian", "hvp", "jacobian", "jvp", "name",
+    "no_grad", "ops", "primitive", "scope", "seed", "tensor", "value_and_grad", "vjp",
 ]  # fmt: skip

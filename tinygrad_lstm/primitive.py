@@ -185,7 +185,7 @@ class Primitive:
                     raise ArgumentError(f"{self.name}: saves names {saved!r}, expected {self.argument_names} or 'out'")
             else:
                 raise ArgumentError(
-                    f"{self.name}: a VJP rule asks for {asked!r}; it may name the arguments {self.argument_names}, 'out', "
+                    f"{self.name}: a VJP rule asks for {asked!r}; it may name {self.argument_names}, 'out', "
                     f"the parameters {self.parameter_names}, 'shapes', 'dtypes' or 'position'"
                 )
         source = f"lambda v, position, g: rule({', '.join(['g', *fetch])})"
@@ -204,7 +204,7 @@ class Primitive:
         current = _STATE.get()
         if current.trace is not None:
             return current.trace.bind(self, args, params)
-        values = []
+        values: list[Any] = []
         needs = found = False
         for arg in args:
             if isinstance(arg, Tensor):
@@ -216,9 +216,8 @@ class Primitive:
                 values.append(arg)
             else:
                 return self.bind(tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args), params)
-        if not found:
-            if args or self.argument_names:
-                return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
+        if not found and (args or self.argument_names):
+            return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
         try:
             out = self.forward(*values, **params)
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
@@ -312,7 +311,7 @@ class Primitive:
             if share.shape != parent.shape:
                 shares[i] = share = sum_to(share, parent.shape)
             if share.dtype != parent.dtype:
-                shares[i] = share.astype(parent.dtype)  # type: ignore[attr-defined]
+                shares[i] = share.astype(parent.dtype)
         return shares
 
     def _complete(self, record: Any, cotangents: list[Any]) -> list[Any]:
@@ -322,9 +321,14 @@ class Primitive:
             for cotangent, aval in zip(cotangents, record.output_avals, strict=True)
         ]
 
-    def push(self, inputs: Sequence[Any], outputs: Sequence[Tensor], params: Mapping[str, Any], tangents: Sequence[Any]) -> Any:
+    def push(
+        self, inputs: Sequence[Any], outputs: Sequence[Tensor], params: Mapping[str, Any], tangents: Sequence[Any]
+    ) -> Any:
         """The tangents of the outputs (a list, None for zero), given those of the inputs (None for zero)."""
-        shapes = tuple((np.shape(a), getattr(a, "dtype", None)) if not isinstance(a, Tensor) else (a.shape, a.dtype) for a in inputs)
+        shapes = tuple(
+            (np.shape(a), getattr(a, "dtype", None)) if not isinstance(a, Tensor) else (a.shape, a.dtype)
+            for a in inputs
+        )
         if not self.differentiable or all(t is None for t in tangents):
             return [None] * len(outputs)
         if self._jvp is not None:
@@ -344,7 +348,9 @@ class Primitive:
             return list(result) if isinstance(result, tuple) else [result]
         if self.linear == "each":
             terms = [
-                self.bind((*inputs[:i], t, *inputs[i + 1 :]), dict(params)) for i, t in enumerate(tangents) if t is not None
+                self.bind((*inputs[:i], t, *inputs[i + 1 :]), dict(params))
+                for i, t in enumerate(tangents)
+                if t is not None
             ]
             if len(outputs) == 1:
                 return [_total(terms)]
@@ -363,7 +369,9 @@ class Primitive:
             values = _Application((*saved, out), params, shapes, self, parents, avals)
             wanted = [t is not None for t in tangents]
             shares = self.pull(values, dummies[0] if single else list(dummies), wanted)
-        pairs = [(s, t) for s, t in zip(shares, tangents, strict=True) if s is not None and t is not None and s.requires_grad]
+        pairs = [
+            (s, t) for s, t in zip(shares, tangents, strict=True) if s is not None and t is not None and s.requires_grad
+        ]
         if not pairs:
             return [None] * len(outputs)
         return differentiate([s for s, _ in pairs], [t for _, t in pairs], dummies)
@@ -639,4 +647,3 @@ def _single(rule: Rule) -> Rule:
 
     unwrapped.__signature__ = inspect.signature(rule)  # type: ignore[attr-defined]
     return unwrapped
-

@@ -215,7 +215,9 @@ class Program:
         def declared(slots: Iterable[int]) -> str:
             return ", ".join(f"{self._show(slot)} {self.avals[slot]}" for slot in slots)
 
-        lines = [f"program({declared(self.inputs)})" + (f" captures({declared(self.captures)})" if self.captures else "")]
+        lines = [
+            f"program({declared(self.inputs)})" + (f" captures({declared(self.captures)})" if self.captures else "")
+        ]
         for equation in self.equations:
             params = "".join(f", {key}={_brief(value)}" for key, value in equation.params.items())
             operands = ", ".join(self._show(operand) for operand in equation.operands)
@@ -244,9 +246,9 @@ def _identity(t: Tensor) -> Any:
     """What makes two tensors the same value: the record and output that made them, else the object."""
     node = t._node
     if node.__class__ is Output:
-        return (node.record.serial, node.index)  # type: ignore[union-attr]
+        return (node.record.serial, node.index)
     if node.__class__ is Record:
-        return (node.serial, 0)  # type: ignore[union-attr]
+        return (node.serial, 0)
     return id(t)
 
 

@@ -99,9 +99,7 @@ class Generator:
                 "uinteger": int(state["uinteger"]),
             }
         except (KeyError, TypeError, ValueError) as error:
-            raise ArgumentError(
-                f"this is no state of a Generator: {error!r}; pass what get_state() returned"
-            ) from None
+            raise ArgumentError(f"this is no state of a Generator: {error!r}; pass what get_state() returned") from None
 
 
 _default = Generator()

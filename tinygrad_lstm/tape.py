@@ -28,7 +28,20 @@ if TYPE_CHECKING:
     from tinygrad_lstm.program import Program
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Output", "Record", "State", "Tape", "differentiate", "eager", "name", "observed", "no_grad", "replay", "scope", "state"]
+__all__ = [
+    "Output",
+    "Record",
+    "State",
+    "Tape",
+    "differentiate",
+    "eager",
+    "name",
+    "no_grad",
+    "observed",
+    "replay",
+    "scope",
+    "state",
+]
 
 
 class State:
@@ -59,7 +72,7 @@ class State:
         return State(**{**{field: getattr(self, field) for field in State.__slots__}, **changes})
 
 
-_STATE: ContextVar[State] = ContextVar("tinygrad_lstm_recording", default=State())
+_STATE: ContextVar[State] = ContextVar("tinygrad_lstm_recording", default=State())  # noqa: B039 - a State is never changed
 _serials = itertools.count(1)
 
 
@@ -101,8 +114,20 @@ class Record:
     """
 
     __slots__ = (
-        "code", "dtype", "extra", "lasti", "output_avals", "params", "parents", "primitive", "saved",
-        "serial", "shape", "shapes", "state", "__weakref__",
+        "__weakref__",
+        "code",
+        "dtype",
+        "extra",
+        "lasti",
+        "output_avals",
+        "params",
+        "parents",
+        "primitive",
+        "saved",
+        "serial",
+        "shape",
+        "shapes",
+        "state",
     )  # fmt: skip
 
     def __init__(
@@ -153,7 +178,8 @@ class Record:
     def describe(self) -> str:
         """For messages: ``'tanh' (encoder.l0, t=3, model.py:12)``."""
         label = f" {self.label!r}" if self.label else ""
-        place = [part for part in (self.state.where, None if self.state.step is None else f"t={self.state.step}") if part]
+        step = "" if self.state.step is None else f"t={self.state.step}"
+        place = [part for part in (self.state.where, step) if part]
         return f"'{self.primitive.name}'{label} ({', '.join([*place, self.source_line()])})"
 
     def release(self) -> None:
@@ -289,8 +315,8 @@ def _collect(record: Record, cotangent: Any, sources: set[Node], found: dict[Nod
             found[record] = cotangent
         return
     for node in sources:
-        if node.__class__ is Output and node.record is record and cotangent[node.index] is not None:  # type: ignore
-            found[node] = cotangent[node.index]  # type: ignore[union-attr]
+        if node.__class__ is Output and node.record is record and cotangent[node.index] is not None:
+            found[node] = cotangent[node.index]
 
 
 def _owned_copy(node: Any, present: Tensor | None) -> Tensor:
@@ -418,7 +444,7 @@ def name(t: Tensor, label: str) -> Tensor:
     if node is None:
         t._more().label = label
     else:
-        record, index = (node.record, node.index) if node.__class__ is Output else (node, 0)
+        record, index = (node.record, node.index) if isinstance(node, Output) else (node, 0)
         extra = record.more()
         extra.label = {**(extra.label or {}), index: label}
     return t
@@ -548,7 +574,7 @@ def differentiate(
 
 
 def observed(sources: Iterable[Tensor]) -> bool:
-    """Whether somebody may differentiate again: an active tape or trace, or a source with a past that needs a gradient."""
+    """Whether somebody may differentiate again: an active tape or trace, or a source with a differentiable past."""
     current = _STATE.get()
     return bool(current.tapes) or current.trace is not None or any(s._rg and _has_past(s._node) for s in sources)
 

@@ -5,7 +5,8 @@ Operators and methods are installed by :mod:`tinygrad_lstm.ops`, which stands ab
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,6 +46,24 @@ class Tensor:
     _rg: bool
     _used: bool
 
+    if TYPE_CHECKING:
+        # Operators and methods are installed by ops.methods; the type checker sees them here.
+        def _binary(self, other: Any) -> Tensor: ...
+
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _binary
+        __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __and__ = __or__ = _binary
+        __lt__ = __le__ = __gt__ = __ge__ = _binary
+
+        def __eq__(self, other: Any) -> Tensor: ...  # type: ignore[override]
+        def __ne__(self, other: Any) -> Tensor: ...  # type: ignore[override]
+        def __neg__(self) -> Tensor: ...
+        def __pos__(self) -> Tensor: ...
+        def __abs__(self) -> Tensor: ...
+        def __invert__(self) -> Tensor: ...
+        def __getitem__(self, index: Any) -> Tensor: ...
+        def __iter__(self) -> Iterator[Tensor]: ...
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(self, data: np.ndarray, requires_grad: bool = False) -> None:
         self._data = data
         self._node = None
@@ -67,7 +86,7 @@ class Tensor:
             raise ShapeError(f"data of shape {array.shape} for a tensor of shape {self._data.shape}; make a new tensor")
         if array.dtype != self._data.dtype:
             if not np.can_cast(array.dtype, self._data.dtype, "same_kind"):
-                raise DTypeError(f"data of dtype {array.dtype} for a tensor of dtype {self._data.dtype}; convert it first")
+                raise DTypeError(f"data of dtype {array.dtype} for a tensor of dtype {self._data.dtype}; convert first")
             array = array.astype(self._data.dtype)
         self._data = array
         self._more().exposed = True  # the caller may hold the array
@@ -148,7 +167,7 @@ class Tensor:
 
     def __bool__(self) -> bool:
         if self._data.size != 1:
-            raise ShapeError(f"the truth value of a tensor of shape {self.shape} is ambiguous; reduce it to one element")
+            raise ShapeError(f"the truth value of a tensor of shape {self.shape} is ambiguous; reduce it first")
         return bool(self._data.item())
 
     def __float__(self) -> float:
@@ -317,13 +336,13 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
     if cotangent is None:
         if target.size != 1:
             raise ShapeError(
-                f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it (sum, mean) or pass one"
+                f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it or pass one"
             )
         return Tensor(np.ones(target.shape, target.dtype))
     given = cotangent if isinstance(cotangent, Tensor) else asarray(cotangent)
     if given.shape != target.shape:
         raise ShapeError(f"{who}: cotangent of shape {given.shape} for an output of shape {target.shape}")
-    return given if given.dtype == target.dtype else given.astype(target.dtype)  # type: ignore[attr-defined]
+    return given if given.dtype == target.dtype else given.astype(target.dtype)
 
 
 def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:

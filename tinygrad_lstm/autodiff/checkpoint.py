@@ -15,6 +15,8 @@ from tinygrad_lstm.tree import flatten, unflatten
 
 __all__ = ["checkpoint"]
 
+ARRAY = object()
+
 
 def _forward(*arrays: Any, run: Any) -> Any:
     return tuple(run.results)
@@ -34,7 +36,7 @@ def _vjp(cotangents: Any, inputs: Any, run: Any, wanted: Sequence[bool]) -> list
     return [next(found) if w else None for w in wanted]
 
 
-_checkpoint = Primitive("checkpoint", _forward, (_vjp,), joint=True, always_tuple=True)
+_checkpoint: Primitive = Primitive("checkpoint", _forward, (_vjp,), joint=True, always_tuple=True)
 
 
 class _generator_at:
@@ -52,18 +54,20 @@ class _generator_at:
 
 
 class _Run:
-    """A call that can be repeated."""
+    """A call that can be repeated.  ``leaves`` are those of its arguments, ARRAY in place of each array."""
 
-    def __init__(self, f: Callable[..., Any], treedef: Any, n_arguments: int) -> None:
+    def __init__(self, f: Callable[..., Any], treedef: Any, leaves: list[Any]) -> None:
         self.f = f
         self.treedef = treedef
-        self.n_arguments = n_arguments
+        self.leaves = leaves
+        self.n_arguments = sum(leaf is ARRAY for leaf in leaves)
         self.generator_state = default_generator().get_state()
         self.results: list[Any] = []
         self.out_tree: Any = None
 
-    def call(self, leaves: Sequence[Any]) -> list[Any]:
-        args, kwargs = unflatten(self.treedef, leaves)
+    def call(self, tensors: Sequence[Any]) -> list[Any]:
+        rest = iter(tensors)
+        args, kwargs = unflatten(self.treedef, [next(rest) if leaf is ARRAY else leaf for leaf in self.leaves])
         outs, self.out_tree = flatten(self.f(*args, **kwargs))
         for out in outs:
             if not isinstance(out, Tensor):
@@ -91,21 +95,16 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = flatten((args, kwargs))
-        current = state()
-        if not current.enabled or current.trace is not None:
-            return f(*args, **kwargs)
         is_array = [isinstance(leaf, Tensor) or hasattr(leaf, "__array__") for leaf in leaves]
         tensors = [asarray(leaf) for leaf, yes in zip(leaves, is_array, strict=True) if yes]
-        run = _Run(f, treedef, len(tensors))
-
-        def call(given: Sequence[Any]) -> list[Any]:
-            rest = iter(given)
-            return _Run.call(run, [next(rest) if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)])
-
-        run.call = call  # type: ignore[method-assign]
+        run = _Run(f, treedef, [ARRAY if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)])
+        current = state()
+        if not current.enabled or current.trace is not None:
+            outs = run.call(tensors)
+            return unflatten(run.out_tree, outs)
         # A tape of its own finds what f closes over; it dies here, and the values with it.
         with recording(enabled=True, tapes=()), Tape() as finder:
-            outs = call(tensors)
+            outs = run.call(tensors)
             made = {id(t) for _, _, made_here in finder.entries for t in made_here}
             known = {id(t) for t in tensors} | made
             closed: dict[int, Tensor] = {}

@@ -65,7 +65,7 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                 t = asarray(t)
                 if t.shape != v.shape:
                     raise ShapeError(f"jvp: tangent of shape {t.shape} for a primal of shape {v.shape}")
-                seeds[v._node or v] = t if t.dtype == v.dtype else t.astype(v.dtype)  # type: ignore[attr-defined]
+                seeds[v._node or v] = t if t.dtype == v.dtype else t.astype(v.dtype)
             arguments.append(rebuilt)
         recorder = Tape()
         with recorder:

@@ -60,7 +60,7 @@ def gradcheck(
     def call(*floats: Any) -> list[Tensor]:
         filled = list(arrays)
         for k, value in zip(chosen, floats, strict=True):
-            filled[k] = value
+            filled[k] = asarray(value)
         outs, _ = flatten(f(*unflatten(treedef, filled)))
         return [o for o in outs if isinstance(o, Tensor) and o.dtype.kind == "f"]
 
@@ -111,7 +111,13 @@ def _to_float64(leaf: Any) -> Any:
 
 
 def _compare(
-    f: Callable[..., Tensor], points: list[np.ndarray], labels: list[str], rtol: float, atol: float, step: float, what: str
+    f: Callable[..., Tensor],
+    points: list[np.ndarray],
+    labels: list[str],
+    rtol: float,
+    atol: float,
+    step: float,
+    what: str,
 ) -> None:
     out, pullback = vjp(f, *points)
     analytic = [g._data for g in pullback(np.ones(out.shape))]
@@ -129,9 +135,10 @@ def _compare(
             numeric = (values[0] - values[1]) / (2 * h)
             found = float(analytic[k][index])
             if not abs(found - numeric) <= atol + rtol * max(abs(found), abs(numeric)):
+                allowed = atol + rtol * max(abs(found), abs(numeric))
                 raise GradcheckError(
                     f"{label}, index {index}: analytic {what} {found:.10g}, numeric {numeric:.10g} "
-                    f"(difference {abs(found - numeric):.3g}, allowed {atol + rtol * max(abs(found), abs(numeric)):.3g})"
+                    f"(difference {abs(found - numeric):.3g}, allowed {allowed:.3g})"
                 )
 
 

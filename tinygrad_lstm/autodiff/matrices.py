@@ -90,5 +90,3 @@ def hessian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     [[6.0, 0.0], [0.0, 12.0]]
     """
     return jacobian(grad(f, argnums), argnums)
-
-

@@ -68,7 +68,9 @@ def _check_scalar(out: Any, who: str) -> Tensor:
     return out
 
 
-def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
+def value_and_grad(
+    f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
     """A function that returns ``(f(...), gradient)``.
 
     Parameters
@@ -115,7 +117,7 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_
                         swap = _Swapped(args[number])
                         fresh = swap.__enter__()
                         swaps.append(swap)
-                        spans.append((flatten({name: 0 for name in swap.fresh})[1], len(fresh)))
+                        spans.append((flatten(dict.fromkeys(swap.fresh, 0))[1], len(fresh)))
                     else:
                         fresh, treedef, replaced[number] = variables(args[number], "grad")
                         spans.append((treedef, len(fresh)))
@@ -215,4 +217,3 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tupl
     if not (enabled and (observed(sources) or foreign(outs, sources))):
         result = unlinked(result)
     return result, pullback
-

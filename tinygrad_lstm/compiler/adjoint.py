@@ -42,9 +42,7 @@ class Adjoint(NamedTuple):
     reads: tuple[int, ...]  # which of the body's xs (counted behind the carry) the backward program reads
 
 
-def adjoint(
-    body: Program, n_carry: int, n_ys: int, present: Sequence[bool], wanted: Sequence[bool]
-) -> Adjoint:
+def adjoint(body: Program, n_carry: int, n_ys: int, present: Sequence[bool], wanted: Sequence[bool]) -> Adjoint:
     """Differentiate a loop body (carry..., x...; captures...) -> (carry..., y..., s...).
 
     Parameters
@@ -69,7 +67,9 @@ def adjoint(
         for out, given in zip(outs, present, strict=True):
             if not given:
                 continue
-            seed = recorder.new(Aval(tuple(np.shape(out)) if not isinstance(out, Tensor) else out.shape, np.dtype(out.dtype)))
+            seed = recorder.new(
+                Aval(tuple(np.shape(out)) if not isinstance(out, Tensor) else out.shape, np.dtype(out.dtype))
+            )
             cotangents.append(seed)
             if isinstance(out, Tensor):
                 targets.append((out._node or out, seed))

@@ -16,7 +16,7 @@ from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.program import Equation, Program
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["can_batch", "run_batched", "sum_over_time"]
+__all__ = ["TimeSum", "can_batch", "run_batched"]
 
 # An operand: (tensor or Python number, whether it has the time axis).
 Value = tuple[Any, bool]
@@ -162,7 +162,10 @@ class TimeSum:
         return None
 
     def _same_shape(self, equation: Equation, operand: Any) -> bool:
-        return operand.__class__ is int and self.program.avals[operand].shape == self.program.avals[equation.outputs[0]].shape
+        return (
+            operand.__class__ is int
+            and self.program.avals[operand].shape == self.program.avals[equation.outputs[0]].shape
+        )
 
     def _contracted(self, equation: Equation) -> Tensor | None:
         left, right = equation.operands

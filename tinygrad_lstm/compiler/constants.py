@@ -14,6 +14,7 @@ from tinygrad_lstm.tensor import Tensor
 
 __all__ = ["fill"]
 
+
 def fill(program: Program, constants: Sequence[Tensor]) -> Program:
     """Replace the last captures, whose values are given, by equations that make them (one value each)."""
     made, slots = [], program.captures[len(program.captures) - len(constants) :]
@@ -23,4 +24,6 @@ def fill(program: Program, constants: Sequence[Tensor]) -> Program:
             raise GraphError(f"a pass met a constant array of shape {t.shape}; such arrays are captures, not constants")
         params: dict[str, Any] = {"shape": t.shape, "dtype": t.dtype, "value": values[0].item()}
         made.append(Equation(REGISTRY["full"], (), params, (slot,)))
-    return program.replaced(captures=program.captures[: len(program.captures) - len(constants)], equations=(*made, *program.equations))
+    return program.replaced(
+        captures=program.captures[: len(program.captures) - len(constants)], equations=(*made, *program.equations)
+    )

@@ -52,7 +52,7 @@ def _no_rule(*args: Any) -> Any:
     raise GraphError("fused equations are made after differentiation")
 
 
-FUSED = Primitive(
+FUSED: Primitive = Primitive(
     "fused",
     lambda *arrays, kernel: kernel.on_numpy(*arrays),
     (lambda g, position: _no_rule(g, position),),
@@ -80,7 +80,7 @@ def fuse(program: Program, at_least: int = 2) -> Program:
                 continue
             source = made[slot]
             together = fusible(source) and fusible(equation) and program.avals[slot].shape == shape
-            step = 0 if together or not fusible(equation) and not fusible(source) else 1
+            step = 0 if together or (not fusible(equation) and not fusible(source)) else 1
             # A plain equation runs behind the groups of its level, so it may read them at the same level.
             if not fusible(equation):
                 step = 0

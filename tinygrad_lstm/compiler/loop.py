@@ -173,7 +173,9 @@ class _Planner:
                     out = equation.primitive.bind(operands, dict(equation.params))
                     out = out if isinstance(out, tuple) else (out,)
                 elif place == SEQUENCE:
-                    out = run_batched(body, equation, [self._value(o, environment) for o in equation.operands], self.steps)
+                    out = run_batched(
+                        body, equation, [self._value(o, environment) for o in equation.operands], self.steps
+                    )
                 else:
                     continue
                 environment.update(zip(equation.outputs, out, strict=True))
@@ -231,7 +233,9 @@ class _Planner:
             adder.definitions = made
             for operand in sums:
                 outputs.append(totals[operand] if operand in totals else adder.of(operand))
-            program, extra = lower(recorder.entries, inputs, [o if isinstance(o, Tensor) else Tensor(np.asarray(o)) for o in outputs])
+            program, extra = lower(
+                recorder.entries, inputs, [o if isinstance(o, Tensor) else Tensor(np.asarray(o)) for o in outputs]
+            )
         recorder.closed = True
         return simplify(fill(program, extra))
 
@@ -243,5 +247,3 @@ def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int) -> LoopPlan:
     steps is wanted.
     """
     return _Planner(body, n_carry, n_ys, steps).plan()
-
-

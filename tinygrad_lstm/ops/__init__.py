@@ -1,12 +1,12 @@
 """Every primitive of the package, and the functions made of them.  NumPy's names, arguments and defaults."""
 
-from tinygrad_lstm.ops import elementwise, indexing, linalg, random, reduction, control, shape
+from tinygrad_lstm.ops import control, elementwise, indexing, linalg, random, reduction, shape
+from tinygrad_lstm.ops.control import *  # noqa: F403
 from tinygrad_lstm.ops.elementwise import *  # noqa: F403
 from tinygrad_lstm.ops.indexing import *  # noqa: F403
 from tinygrad_lstm.ops.linalg import *  # noqa: F403
 from tinygrad_lstm.ops.random import *  # noqa: F403
 from tinygrad_lstm.ops.reduction import *  # noqa: F403
-from tinygrad_lstm.ops.control import *  # noqa: F403
 from tinygrad_lstm.ops.shape import *  # noqa: F403
 
 __all__ = [

@@ -162,7 +162,9 @@ def _masked(body: Body) -> Body:
         shown = []
         for leaf in map(asarray, y_leaves):
             if not leaf.ndim or leaf.shape[0] != valid.shape[0]:
-                raise ShapeError(f"scan: with lengths, y has the batch ({valid.shape[0]}) as axis 0, found {leaf.shape}")
+                raise ShapeError(
+                    f"scan: with lengths, y has the batch ({valid.shape[0]}) as axis 0, found {leaf.shape}"
+                )
             shown.append(where(_rows(valid, leaf), leaf, np.zeros((), leaf.dtype)))
         return unflatten(carry_tree, kept), unflatten(y_tree, shown)
 
@@ -174,7 +176,9 @@ def _masked(body: Body) -> Body:
 
 def _check_carry(new: list[Any], new_tree: TreeDef, old: list[Any], old_tree: TreeDef) -> None:
     if new_tree != old_tree:
-        raise ShapeError(f"scan: the body returned a carry {describe(new_tree)}, expected {describe(old_tree)} as in init")
+        raise ShapeError(
+            f"scan: the body returned a carry {describe(new_tree)}, expected {describe(old_tree)} as in init"
+        )
     for k, (n, o) in enumerate(zip(new, old, strict=True)):
         if tuple(n.shape) != tuple(o.shape) or n.dtype != o.dtype:
             raise ShapeError(
@@ -198,7 +202,9 @@ class Recorded:
         self.n_carry = n_carry
         self.y_tree = y_tree
 
-    def run(self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool) -> list[Any]:
+    def run(
+        self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool
+    ) -> list[Any]:
         """The leaves of (carry, ys)."""
         from tinygrad_lstm.ops.loop import bind_scan
 
@@ -208,9 +214,7 @@ class Recorded:
         return list(bind_scan(self.program, [*carry, *xs, *captures], self.n_carry, n_ys, steps, reverse))
 
 
-def record_body(
-    body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef
-) -> Recorded:
+def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> Recorded:
     """Record a body on data-free tensors of the given shapes (the time axis of xs removed)."""
     from tinygrad_lstm.ops.loop import canonical
     from tinygrad_lstm.trace import trace
@@ -254,7 +258,7 @@ def _stepwise(
     y_tree: Any = None
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         with recording(step=t):
-            new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))  # type: ignore[index]
+            new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))
         new, new_tree = flatten(new_carry)
         new = [asarray(n) for n in new]
         _check_carry(new, new_tree, carry, carry_tree)
@@ -266,7 +270,9 @@ def _stepwise(
     return current, unflatten(y_tree, [stack(column) for column in zip(*rows, strict=True)])
 
 
-def _no_steps(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> tuple[Any, Any]:
+def _no_steps(
+    body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef
+) -> tuple[Any, Any]:
     """No step ran: only the structure of y is needed, from a step on zeros that nobody sees."""
     with recording(enabled=False, tapes=(), names=None):
         zero_carry = unflatten(carry_tree, [zeros(Aval(c.shape, c.dtype)) for c in carry])

@@ -13,28 +13,30 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.kernels import expression as e
-from tinygrad_lstm.primitive import Aval, elementwise, zeros
+from tinygrad_lstm.primitive import Aval, Primitive, elementwise, zeros
 from tinygrad_lstm.tensor import Tensor
 
 # ---------------------------------------------------------------------------- arithmetic
 
-add = elementwise("add", lambda x, y: x + y, (lambda g: g, lambda g: g), doc="x + y, elementwise with broadcasting.")
-subtract = elementwise(
+add: Primitive = elementwise(
+    "add", lambda x, y: x + y, (lambda g: g, lambda g: g), doc="x + y, elementwise with broadcasting."
+)
+subtract: Primitive = elementwise(
     "subtract", lambda x, y: x - y, (lambda g: g, lambda g: -g), doc="x - y, elementwise with broadcasting."
 )
-multiply = elementwise(
+multiply: Primitive = elementwise(
     "multiply",
     lambda x, y: x * y,
     (lambda g, y: g * y, lambda g, x: g * x),
     doc="x * y, elementwise with broadcasting.",
 )
-divide = elementwise(
+divide: Primitive = elementwise(
     "divide",
     lambda x, y: x / y,
     (lambda g, y: g / y, lambda g, y, out: -(g * out / y)),
     doc="x / y (true division), elementwise with broadcasting.",
 )
-negative = elementwise("negative", e.negative, (lambda g: -g,), doc="-x, elementwise.")
+negative: Primitive = elementwise("negative", e.negative, (lambda g: -g,), doc="-x, elementwise.")
 
 
 def _power_base(g: Any, x: Any, y: Any) -> Any:
@@ -43,16 +45,20 @@ def _power_base(g: Any, x: Any, y: Any) -> Any:
     return g * where(equal(y, 0), 0.0, y * x ** where(equal(y, 0), 1.0, y - 1))
 
 
-power = elementwise(
+power: Primitive = elementwise(
     "power",
     e.power,
     (_power_base, lambda g, x, out: g * where(equal(x, 0), 0.0, out * log(where(equal(x, 0), 1.0, x)))),
     doc="x ** y, elementwise with broadcasting.",
 )
-square = elementwise("square", e.square, (lambda g, x: g * (2 * x),), doc="x * x, elementwise.")
-sqrt = elementwise("sqrt", e.sqrt, (lambda g, out: g * 0.5 / out,), doc="Square root; its derivative at 0 is inf.")
-abs = elementwise("abs", e.absolute, (lambda g, x: g * sign(x),), doc="|x|, elementwise; the derivative at 0 is 0.")
-sign = elementwise(
+square: Primitive = elementwise("square", e.square, (lambda g, x: g * (2 * x),), doc="x * x, elementwise.")
+sqrt: Primitive = elementwise(
+    "sqrt", e.sqrt, (lambda g, out: g * 0.5 / out,), doc="Square root; its derivative at 0 is inf."
+)
+abs: Primitive = elementwise(
+    "abs", e.absolute, (lambda g, x: g * sign(x),), doc="|x|, elementwise; the derivative at 0 is 0."
+)
+sign: Primitive = elementwise(
     "sign", e.sign, (lambda g: zeros(Aval(g.shape, g.dtype)),), doc="-1, 0 or 1; the derivative is 0 everywhere."
 )
 
@@ -61,13 +67,13 @@ def _share(g: Any, mine: Any, other: Any, wins: Any) -> Any:
     return where(wins(mine, other), g, where(equal(mine, other), 0.5 * g, 0.0))
 
 
-maximum = elementwise(
+maximum: Primitive = elementwise(
     "maximum",
     e.maximum,
     (lambda g, x, y: _share(g, x, y, greater), lambda g, x, y: _share(g, y, x, greater)),
     doc="The larger of x and y (NaN wins); ties share the gradient equally.",
 )
-minimum = elementwise(
+minimum: Primitive = elementwise(
     "minimum",
     e.minimum,
     (lambda g, x, y: _share(g, x, y, less), lambda g, x, y: _share(g, y, x, less)),
@@ -76,71 +82,81 @@ minimum = elementwise(
 
 # ---------------------------------------------------------------------------- exponentials, trigonometry
 
-exp = elementwise("exp", e.exp, (lambda g, out: g * out,), doc="e ** x, elementwise.")
-expm1 = elementwise("expm1", e.expm1, (lambda g, out: g * (out + 1.0),), doc="e ** x - 1, exact near 0.")
-exp2 = elementwise("exp2", e.exp2, (lambda g, out: g * (out * math.log(2.0)),), doc="2 ** x, elementwise.")
-log = elementwise("log", e.log, (lambda g, x: g / x,), doc="Natural logarithm.")
-log1p = elementwise("log1p", e.log1p, (lambda g, x: g / (x + 1.0),), doc="log(1 + x), exact near 0.")
-log2 = elementwise("log2", e.log2, (lambda g, x: g / (x * math.log(2.0)),), doc="Logarithm to base 2.")
-sin = elementwise("sin", e.sin, (lambda g, x: g * cos(x),), doc="Sine of x in radians.")
-cos = elementwise("cos", e.cos, (lambda g, x: -(g * sin(x)),), doc="Cosine of x in radians.")
-tan = elementwise("tan", e.tan, (lambda g, out: g * (1.0 + out * out),), doc="Tangent of x in radians.")
-arcsin = elementwise("arcsin", e.arcsin, (lambda g, x: g / sqrt(1.0 - x * x),), doc="Inverse sine, in radians.")
-arccos = elementwise("arccos", e.arccos, (lambda g, x: -(g / sqrt(1.0 - x * x)),), doc="Inverse cosine, in radians.")
-arctan = elementwise("arctan", e.arctan, (lambda g, x: g / (1.0 + x * x),), doc="Inverse tangent, in radians.")
-arctan2 = elementwise(
+exp: Primitive = elementwise("exp", e.exp, (lambda g, out: g * out,), doc="e ** x, elementwise.")
+expm1: Primitive = elementwise("expm1", e.expm1, (lambda g, out: g * (out + 1.0),), doc="e ** x - 1, exact near 0.")
+exp2: Primitive = elementwise("exp2", e.exp2, (lambda g, out: g * (out * math.log(2.0)),), doc="2 ** x, elementwise.")
+log: Primitive = elementwise("log", e.log, (lambda g, x: g / x,), doc="Natural logarithm.")
+log1p: Primitive = elementwise("log1p", e.log1p, (lambda g, x: g / (x + 1.0),), doc="log(1 + x), exact near 0.")
+log2: Primitive = elementwise("log2", e.log2, (lambda g, x: g / (x * math.log(2.0)),), doc="Logarithm to base 2.")
+sin: Primitive = elementwise("sin", e.sin, (lambda g, x: g * cos(x),), doc="Sine of x in radians.")
+cos: Primitive = elementwise("cos", e.cos, (lambda g, x: -(g * sin(x)),), doc="Cosine of x in radians.")
+tan: Primitive = elementwise("tan", e.tan, (lambda g, out: g * (1.0 + out * out),), doc="Tangent of x in radians.")
+arcsin: Primitive = elementwise(
+    "arcsin", e.arcsin, (lambda g, x: g / sqrt(1.0 - x * x),), doc="Inverse sine, in radians."
+)
+arccos: Primitive = elementwise(
+    "arccos", e.arccos, (lambda g, x: -(g / sqrt(1.0 - x * x)),), doc="Inverse cosine, in radians."
+)
+arctan: Primitive = elementwise(
+    "arctan", e.arctan, (lambda g, x: g / (1.0 + x * x),), doc="Inverse tangent, in radians."
+)
+arctan2: Primitive = elementwise(
     "arctan2",
     e.arctan2,
     (lambda g, x, y: g * y / (x * x + y * y), lambda g, x, y: -(g * x / (x * x + y * y))),
     doc="Angle of the point (second argument, first argument), in radians, as numpy.arctan2.",
 )
-sinh = elementwise("sinh", e.sinh, (lambda g, x: g * cosh(x),), doc="Hyperbolic sine.")
-cosh = elementwise("cosh", e.cosh, (lambda g, x: g * sinh(x),), doc="Hyperbolic cosine.")
-tanh = elementwise("tanh", e.tanh, (lambda g, out: g * (1.0 - out * out),), doc="Hyperbolic tangent.")
-arcsinh = elementwise(
+sinh: Primitive = elementwise("sinh", e.sinh, (lambda g, x: g * cosh(x),), doc="Hyperbolic sine.")
+cosh: Primitive = elementwise("cosh", e.cosh, (lambda g, x: g * sinh(x),), doc="Hyperbolic cosine.")
+tanh: Primitive = elementwise("tanh", e.tanh, (lambda g, out: g * (1.0 - out * out),), doc="Hyperbolic tangent.")
+arcsinh: Primitive = elementwise(
     "arcsinh", e.arcsinh, (lambda g, x: g / sqrt(x * x + 1.0),), doc="Inverse hyperbolic sine."
 )
-arccosh = elementwise(
+arccosh: Primitive = elementwise(
     "arccosh", e.arccosh, (lambda g, x: g / sqrt(x * x - 1.0),), doc="Inverse hyperbolic cosine."
 )
-arctanh = elementwise("arctanh", e.arctanh, (lambda g, x: g / (1.0 - x * x),), doc="Inverse hyperbolic tangent.")
-erf = elementwise(
+arctanh: Primitive = elementwise(
+    "arctanh", e.arctanh, (lambda g, x: g / (1.0 - x * x),), doc="Inverse hyperbolic tangent."
+)
+erf: Primitive = elementwise(
     "erf", e.erf, (lambda g, x: g * (2.0 / math.sqrt(math.pi) * exp(-(x * x))),), doc="The error function."
 )
 
 # ---------------------------------------------------------------------------- activations
 
-sigmoid = elementwise(
+sigmoid: Primitive = elementwise(
     "sigmoid", e.sigmoid, (lambda g, out: g * (out * (1.0 - out)),), doc="1 / (1 + exp(-x)), exact for every x."
 )
-softplus = elementwise("softplus", e.softplus, (lambda g, x: g * sigmoid(x),), doc="log(1 + exp(x)), without overflow.")
-relu = elementwise(
+softplus: Primitive = elementwise(
+    "softplus", e.softplus, (lambda g, x: g * sigmoid(x),), doc="log(1 + exp(x)), without overflow."
+)
+relu: Primitive = elementwise(
     "relu", lambda x: e.maximum(x, 0), (lambda g, out: where(greater(out, 0), g, 0.0),),
     doc="max(x, 0); the derivative at 0 is 0.",
 )  # fmt: skip
-silu = elementwise(
+silu: Primitive = elementwise(
     "silu",
     lambda x: x * e.sigmoid(x),
     (lambda g, x: g * (sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))),),
     doc="x * sigmoid(x) (Elfwing, Uchibe & Doya 2018; also called swish).",
 )
-gelu = elementwise(
+gelu: Primitive = elementwise(
     "gelu",
     lambda x: 0.5 * x * (1.0 + e.erf(x * math.sqrt(0.5))),
     (lambda g, x: g * (0.5 * (1.0 + erf(x * math.sqrt(0.5))) + x * exp(-0.5 * (x * x)) / math.sqrt(2 * math.pi)),),
     doc="x * Phi(x) with the exact normal distribution function (Hendrycks & Gimpel 2016).",
 )
-_leaky_relu = elementwise(
+_leaky_relu: Primitive = elementwise(
     "leaky_relu",
     lambda x, *, negative_slope: e.where(x > 0, x, negative_slope * x),
     (lambda g, x, negative_slope: where(greater(x, 0), g, negative_slope * g),),
 )
-_elu = elementwise(
+_elu: Primitive = elementwise(
     "elu",
     lambda x, *, alpha: e.where(x > 0, x, alpha * e.expm1(e.minimum(x, 0))),
     (lambda g, x, alpha: where(greater(x, 0), g, g * (alpha * exp(minimum(x, 0.0)))),),
 )
-_clip = elementwise(
+_clip: Primitive = elementwise(
     "clip",
     lambda x, *, a_min, a_max: _clip_expression(x, a_min, a_max),
     (lambda g, x, a_min, a_max: where(logical_and(greater_equal(x, a_min), less_equal(x, a_max)), g, 0.0),),
@@ -197,22 +213,26 @@ def hard_tanh(x: Any) -> Any:
 
 # ---------------------------------------------------------------------------- selection and comparison
 
-where = elementwise(
+where: Primitive = elementwise(
     "where",
     lambda condition, x, y: e.where(condition, x, y),
     (None, lambda g, condition: where(condition, g, 0.0), lambda g, condition: where(condition, 0.0, g)),
     doc="x where the condition holds, else y.  The gradient is selected, not multiplied: NaN does not leak.",
 )
-equal = elementwise("equal", e.equal, None, doc="x == y, elementwise; boolean, no gradient.")
-not_equal = elementwise("not_equal", e.not_equal, None, doc="x != y, elementwise; boolean, no gradient.")
-less = elementwise("less", e.less, None, doc="x < y, elementwise; boolean, no gradient.")
-less_equal = elementwise("less_equal", e.less_equal, None, doc="x <= y, elementwise; boolean, no gradient.")
-greater = elementwise("greater", e.greater, None, doc="x > y, elementwise; boolean, no gradient.")
-greater_equal = elementwise("greater_equal", e.greater_equal, None, doc="x >= y, elementwise; boolean, no gradient.")
-isfinite = elementwise("isfinite", e.isfinite, None, doc="True where x is neither infinite nor NaN; no gradient.")
-logical_and = elementwise("logical_and", e.logical_and, None, doc="Both nonzero; boolean, no gradient.")
-logical_or = elementwise("logical_or", e.logical_or, None, doc="Either nonzero; boolean, no gradient.")
-logical_not = elementwise("logical_not", e.logical_not, None, doc="Zero; boolean, no gradient.")
+equal: Primitive = elementwise("equal", e.equal, None, doc="x == y, elementwise; boolean, no gradient.")
+not_equal: Primitive = elementwise("not_equal", e.not_equal, None, doc="x != y, elementwise; boolean, no gradient.")
+less: Primitive = elementwise("less", e.less, None, doc="x < y, elementwise; boolean, no gradient.")
+less_equal: Primitive = elementwise("less_equal", e.less_equal, None, doc="x <= y, elementwise; boolean, no gradient.")
+greater: Primitive = elementwise("greater", e.greater, None, doc="x > y, elementwise; boolean, no gradient.")
+greater_equal: Primitive = elementwise(
+    "greater_equal", e.greater_equal, None, doc="x >= y, elementwise; boolean, no gradient."
+)
+isfinite: Primitive = elementwise(
+    "isfinite", e.isfinite, None, doc="True where x is neither infinite nor NaN; no gradient."
+)
+logical_and: Primitive = elementwise("logical_and", e.logical_and, None, doc="Both nonzero; boolean, no gradient.")
+logical_or: Primitive = elementwise("logical_or", e.logical_or, None, doc="Either nonzero; boolean, no gradient.")
+logical_not: Primitive = elementwise("logical_not", e.logical_not, None, doc="Zero; boolean, no gradient.")
 
 __all__ = [
     "abs", "add", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "clip", "cos", "cosh",

@@ -35,7 +35,9 @@ def _template(index: Any) -> tuple[Template, list[Tensor]]:
         else:
             array = asarray(np.asarray(item, dtype=np.intp) if isinstance(item, list) and not item else item)
             if array.dtype.kind not in "iub":
-                raise DTypeError(f"an index is an integer, slice, None, ... or an array of integers or booleans, found {item!r:.60}")
+                raise DTypeError(
+                    f"an index is an integer, slice, None, ... or an array of integers or booleans, found {item!r:.60}"
+                )
             template.append(("array",))
             arrays.append(array)
     return tuple(template), arrays
@@ -59,7 +61,9 @@ def _getitem_forward(x: np.ndarray, *arrays: np.ndarray, template: Template) -> 
         raise _index_error(x.shape, template, arrays, error) from None
 
 
-def _index_error(shape: tuple[int, ...], template: Template, arrays: tuple[np.ndarray, ...], error: Exception) -> Exception:
+def _index_error(
+    shape: tuple[int, ...], template: Template, arrays: tuple[np.ndarray, ...], error: Exception
+) -> Exception:
     shown = tuple(a.tolist() if a.size < 8 else f"array {a.shape}" for a in arrays)
     if "too many indices" in str(error):
         return OutOfRangeError(f"index with {len(template)} parts for an array of shape {shape}")
@@ -69,7 +73,9 @@ def _index_error(shape: tuple[int, ...], template: Template, arrays: tuple[np.nd
 
 def _getitem_aval(x: Aval, *arrays: Aval, template: Template) -> Aval:
     if any(np.dtype(a.dtype).kind == "b" for a in arrays):
-        raise TraceError("indexing with a boolean mask gives a shape that depends on values; use where in a recorded body")
+        raise TraceError(
+            "indexing with a boolean mask gives a shape that depends on values; use where in a recorded body"
+        )
     # Zero strides: no memory for x, and indices of 0 are inside unless the axis is empty.
     stand_in = np.broadcast_to(np.zeros((), x.dtype), x.shape)
     zeros = tuple(np.broadcast_to(np.zeros((), np.intp), a.shape) for a in arrays)
@@ -93,7 +99,7 @@ def _accumulate_getitem(buffer: np.ndarray, g: np.ndarray, record: Any) -> None:
     _add_at(buffer, g, _index(template, arrays), _is_basic(template, arrays))
 
 
-getitem_primitive = Primitive(
+getitem_primitive: Primitive = Primitive(
     "getitem",
     _getitem_forward,
     (lambda g, arrays, shapes, template: put(g, *arrays, template=template, shape=tuple(shapes[0])),),
@@ -109,7 +115,7 @@ def _put_forward(g: np.ndarray, *arrays: np.ndarray, template: Template, shape: 
     return out
 
 
-put = Primitive(
+put: Primitive = Primitive(
     "put",
     _put_forward,
     (lambda g, arrays, template: getitem_primitive(g, *arrays, template=template),),
@@ -131,7 +137,9 @@ def getitem(x: Any, index: Any) -> Any:
 def _check_range(indices: np.ndarray, length: int, who: str) -> None:
     if indices.size and (indices.min() < -length or indices.max() >= length):
         bad = indices[(indices < -length) | (indices >= length)].reshape(-1)[0]
-        raise OutOfRangeError(f"{who}: index {bad} is outside of an axis of length {length} (expected {-length}..{length - 1})")
+        raise OutOfRangeError(
+            f"{who}: index {bad} is outside of an axis of length {length} (expected {-length}..{length - 1})"
+        )
 
 
 def _take_forward(x: np.ndarray, indices: np.ndarray, *, axis: int) -> np.ndarray:
@@ -175,7 +183,7 @@ def _accumulate_take_arrays(buffer: np.ndarray, g: np.ndarray, indices: np.ndarr
     add_rows(buffer, indices, g)
 
 
-_untake = Primitive(
+_untake: Primitive = Primitive(
     "untake",
     _untake_forward,
     (lambda g, indices, axis: _take(g, indices, axis=axis), None),
@@ -183,7 +191,7 @@ _untake = Primitive(
     shape=lambda g, indices, *, shape, axis: Aval(shape, g.dtype),
 )
 
-_take = Primitive(
+_take: Primitive = Primitive(
     "take",
     _take_forward,
     (lambda g, indices, shapes, axis: _untake(g, indices, shape=tuple(shapes[0]), axis=axis), None),
@@ -196,7 +204,9 @@ _take = Primitive(
 
 
 def _integers(indices: Any, who: str) -> Tensor:
-    found = asarray(np.asarray(indices, np.intp) if isinstance(indices, (list, tuple)) and not len(indices) else indices)
+    found = asarray(
+        np.asarray(indices, np.intp) if isinstance(indices, (list, tuple)) and not len(indices) else indices
+    )
     if found.dtype.kind not in "iu":
         raise DTypeError(f"{who}: indices are integers, found dtype {found.dtype}; convert with astype(np.int64)")
     return found
@@ -230,7 +240,7 @@ def _unalong_forward(g: np.ndarray, indices: np.ndarray, *, shape: tuple[int, ..
     return out
 
 
-_unalong = Primitive(
+_unalong: Primitive = Primitive(
     "untake_along_axis",
     _unalong_forward,
     (lambda g, indices, axis: _along(g, indices, axis=axis), None),
@@ -238,7 +248,7 @@ _unalong = Primitive(
     shape=lambda g, indices, *, shape, axis: Aval(shape, g.dtype),
 )
 
-_along = Primitive(
+_along: Primitive = Primitive(
     "take_along_axis",
     _along_forward,
     (lambda g, indices, shapes, axis: _unalong(g, indices, shape=tuple(shapes[0]), axis=axis), None),
@@ -263,7 +273,7 @@ def _scatter_add_forward(a: np.ndarray, idx: np.ndarray, v: np.ndarray) -> np.nd
     return out
 
 
-_scatter_add = Primitive(
+_scatter_add: Primitive = Primitive(
     "scatter_add",
     _scatter_add_forward,
     (lambda g: g, None, lambda g, idx: _take(g, idx, axis=-g.ndim)),
@@ -295,8 +305,12 @@ def _one_hot_forward(idx: np.ndarray, *, n: int, dtype: Any) -> np.ndarray:
     return out.reshape(*idx.shape, n)
 
 
-_one_hot = Primitive(
-    "one_hot", _one_hot_forward, None, shape=lambda idx, *, n, dtype: Aval((*idx.shape, n), np.dtype(dtype)), batch="same"
+_one_hot: Primitive = Primitive(
+    "one_hot",
+    _one_hot_forward,
+    None,
+    shape=lambda idx, *, n, dtype: Aval((*idx.shape, n), np.dtype(dtype)),
+    batch="same",
 )
 
 
@@ -342,4 +356,3 @@ def diag(x: Any, k: int = 0) -> Any:
 __all__ = [
     "diag", "getitem", "one_hot", "scatter_add", "take", "take_along_axis", "tril", "triu",
 ]  # fmt: skip
-

@@ -31,7 +31,7 @@ def _right_rule(g: Any, a: Any, shapes: Sequence[Any]) -> Any:
     return _matmul(swapaxes(a, -1, -2), g)
 
 
-_matmul = Primitive(
+_matmul: Primitive = Primitive(
     "matmul",
     lambda a, b: kernel(a, b),
     (lambda g, b: _matmul(g, swapaxes(b, -1, -2)), _right_rule),
@@ -69,7 +69,7 @@ def dot(a: Any, b: Any) -> Any:
     """Dot product as numpy.dot: the last axis of a with the second-to-last of b."""
     a, b = asarray(a), asarray(b)
     if not a.ndim or not b.ndim:
-        return a * b  # type: ignore[operator]
+        return a * b
     if a.ndim <= 2 and b.ndim <= 2:
         return matmul(a, b)
     return tensordot(a, b, ([-1], [-1 if b.ndim == 1 else -2]))
@@ -79,7 +79,7 @@ def inner(a: Any, b: Any) -> Any:
     """Product over the last axes of both, as numpy.inner."""
     a, b = asarray(a), asarray(b)
     if not a.ndim or not b.ndim:
-        return a * b  # type: ignore[operator]
+        return a * b
     return tensordot(a, b, ([-1], [-1]))
 
 
@@ -133,7 +133,7 @@ def _terms(subscripts: str) -> tuple[list[str], str]:
     return left.split(","), out
 
 
-_einsum = Primitive(
+_einsum: Primitive = Primitive(
     "einsum",
     lambda *xs, subscripts: np.einsum(subscripts, *xs, optimize=len(xs) > 1),
     (_einsum_rule,),
@@ -186,7 +186,7 @@ def einsum(subscripts: str, *operands: Any) -> Any:
             raise ArgumentError(f"einsum {subscripts!r}: output subscript {c!r} is in no operand")
     if dots:
         # Broadcasting between ellipses is made explicit, so that the rule sees one length per subscript.
-        full = np.broadcast_shapes(*[t.shape[: need] for t, need in _leading(terms, tensors, dots)])
+        full = np.broadcast_shapes(*[t.shape[:need] for t, need in _leading(terms, tensors, dots)])
         for k, (t, need) in enumerate(_leading(terms, tensors, dots)):
             if need and terms[k].startswith(dots[width - need :]) and t.shape[:need] != full[len(full) - need :]:
                 tensors[k] = broadcast_to(t, (*full[len(full) - need :], *t.shape[need:]))

@@ -66,7 +66,13 @@ class Residuals:
 
 
 def _forward(
-    *operands: np.ndarray, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, keep: Residuals | None = None
+    *operands: np.ndarray,
+    body: Program,
+    n_carry: int,
+    n_ys: int,
+    length: int,
+    reverse: bool,
+    keep: Residuals | None = None,
 ) -> tuple[np.ndarray, ...]:
     from tinygrad_lstm.compiler.runner import run_loop
 
@@ -83,9 +89,7 @@ def _forward(
     return (*final, *outs[:n_ys], *outs[n_ys + more :])
 
 
-def _aval(
-    *operands: Aval, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool
-) -> tuple[Aval, ...]:
+def _aval(*operands: Aval, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool) -> tuple[Aval, ...]:
     avals = body.output_avals()
     ys = [Aval((length, *a.shape), a.dtype) for a in avals[n_carry : n_carry + n_ys]]
     return (*(Aval(a.shape, a.dtype) for a in avals[:n_carry]), *ys, *avals[n_carry + n_ys :])
@@ -157,7 +161,13 @@ def _jvp(
     moving_captures = [tangents[k] for k in moving if k >= n_inputs]
     outs = scan_primitive.bind(
         (*inputs[:n_carry], *starts, *inputs[n_carry:n_inputs], *moving_xs, *inputs[n_inputs:], *moving_captures),
-        {"body": program, "n_carry": n_carry + len(floats), "n_ys": n_ys + n_moving[0], "length": length, "reverse": reverse},
+        {
+            "body": program,
+            "n_carry": n_carry + len(floats),
+            "n_ys": n_ys + n_moving[0],
+            "length": length,
+            "reverse": reverse,
+        },
     )
     result: list[Any] = [None] * (len(body.outputs))
     for k, t in zip(floats, outs[n_carry : n_carry + len(floats)], strict=True):
@@ -213,7 +223,7 @@ def _tangent_body(
     return simplify(fill(program, constants)), (len(y_tangents), len(sums))
 
 
-scan_primitive = Primitive(
+scan_primitive: Primitive = Primitive(
     "scan", _forward, (_vjp,), joint=True, jvp=_jvp, shape=_aval, always_tuple=True,
     doc="A loop over axis 0: operands (carry..., xs..., captures...), results (carry..., ys..., sums...).",
 )  # fmt: skip
@@ -228,9 +238,7 @@ def bind_scan(
     needs = current.enabled and current.trace is None and (current.tapes or any(t.requires_grad for t in operands))
     if not needs:
         return scan_primitive.bind(tuple(operands), params)
-    linked = tuple(
-        t.dtype.kind == "f" and (t.requires_grad or bool(current.tapes)) for t in operands[n_carry:]
-    )
+    linked = tuple(t.dtype.kind == "f" and (t.requires_grad or bool(current.tapes)) for t in operands[n_carry:])
     kept = Residuals(_float_outputs(body, n_carry), linked)
     outs = scan_primitive.bind(tuple(operands), {**params, "keep": kept})
     node: Any = outs[0]._node

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from tinygrad_lstm import ops
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.tensor import Tensor
@@ -54,7 +52,9 @@ def _array_ufunc(self: Tensor, ufunc: Any, method: str, *inputs: Any, **kwargs: 
     name = _UFUNC_NAMES.get(ufunc.__name__, ufunc.__name__)
     function = getattr(ops, name, None)
     if method != "__call__" or function is None or name not in ops.__all__:
-        raise ArgumentError(f"numpy.{ufunc.__name__} ({method}) has no differentiable counterpart in ops; use t.numpy()")
+        raise ArgumentError(
+            f"numpy.{ufunc.__name__} ({method}) has no differentiable counterpart in ops; use t.numpy()"
+        )
     if kwargs:
         raise ArgumentError(f"numpy.{ufunc.__name__} on a Tensor takes no keyword arguments, found {sorted(kwargs)}")
     return function(*inputs)
@@ -79,22 +79,26 @@ def install() -> None:
     comparisons = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
     for name, short in zip(comparisons, ("eq", "ne", "lt", "le", "gt", "ge"), strict=True):
         setattr(Tensor, f"__{short}__", _binary(getattr(ops, name)))
-    Tensor.__neg__ = _unary(ops.negative)  # type: ignore[attr-defined]
-    Tensor.__pos__ = lambda self: self  # type: ignore[attr-defined]
-    Tensor.__abs__ = _unary(ops.abs)  # type: ignore[attr-defined]
-    Tensor.__and__ = _binary(ops.logical_and)  # type: ignore[attr-defined]
-    Tensor.__or__ = _binary(ops.logical_or)  # type: ignore[attr-defined]
-    Tensor.__invert__ = _unary(ops.logical_not)  # type: ignore[attr-defined]
-    Tensor.__matmul__ = lambda self, other: ops.matmul(self, other)  # type: ignore[attr-defined]
-    Tensor.__rmatmul__ = lambda self, other: ops.matmul(other, self)  # type: ignore[attr-defined]
-    Tensor.__getitem__ = lambda self, index: ops.getitem(self, index)  # type: ignore[attr-defined]
-    Tensor.__iter__ = lambda self: (self[k] for k in range(len(self)))  # type: ignore[attr-defined]
-    Tensor.__array_ufunc__ = _array_ufunc  # type: ignore[attr-defined]
-    Tensor.__array_function__ = _array_function  # type: ignore[attr-defined]
-    Tensor.reshape = _shape_argument(ops.reshape)  # type: ignore[attr-defined]
-    Tensor.transpose = _shape_argument(ops.transpose)  # type: ignore[attr-defined]
-    Tensor.T = property(lambda self: ops.transpose(self))  # type: ignore[attr-defined]
-    Tensor.flatten = _method(ops.ravel)  # type: ignore[attr-defined]
+    others: dict[str, Any] = {
+        "__neg__": _unary(ops.negative),
+        "__pos__": lambda self: self,
+        "__abs__": _unary(ops.abs),
+        "__and__": _binary(ops.logical_and),
+        "__or__": _binary(ops.logical_or),
+        "__invert__": _unary(ops.logical_not),
+        "__matmul__": lambda self, other: ops.matmul(self, other),
+        "__rmatmul__": lambda self, other: ops.matmul(other, self),
+        "__getitem__": lambda self, index: ops.getitem(self, index),
+        "__iter__": lambda self: (self[k] for k in range(len(self))),
+        "__array_ufunc__": _array_ufunc,
+        "__array_function__": _array_function,
+        "reshape": _shape_argument(ops.reshape),
+        "transpose": _shape_argument(ops.transpose),
+        "T": property(lambda self: ops.transpose(self)),
+        "flatten": _method(ops.ravel),
+    }
+    for name, value in others.items():
+        setattr(Tensor, name, value)
     for name in _METHODS:
         setattr(Tensor, name, _method(getattr(ops, name)))
 
@@ -104,4 +108,3 @@ _METHODS = [
     "log_softmax", "swapaxes", "moveaxis", "expand_dims", "squeeze", "ravel", "broadcast_to", "repeat", "take", "clip",
     "dot", "astype", "exp", "log", "sqrt", "square", "abs", "tanh", "sigmoid", "relu", "split", "chunk", "flip",
 ]  # fmt: skip
-

@@ -36,7 +36,9 @@ def dropout(x: Any, p: float, generator: Generator | None = None, training: bool
     if not training or p == 0.0:
         return x
     if state().trace is not None:
-        raise TraceError("dropout draws numbers, which a recorded body would draw only once; draw the masks before the loop")
+        raise TraceError(
+            "dropout draws numbers, which a recorded body would draw only once; draw the masks before the loop"
+        )
     return multiply(x, dropout_mask(x.shape, p, x.dtype, generator))
 
 

@@ -27,7 +27,7 @@ def _weighted(t: Any, weights: Any, axis: tuple[int, ...], keepdims: bool) -> An
 
 # ---------------------------------------------------------------------------- sums
 
-_sum = Primitive(
+_sum: Primitive = Primitive(
     "sum",
     lambda x, *, axis, keepdims: np.add.reduce(x, axis=axis, keepdims=keepdims),
     (lambda g, shapes, axis, keepdims: broadcast_to(_open(g, axis, keepdims), shapes[0]),),
@@ -77,7 +77,7 @@ def std(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any
     return sqrt(var(x, axis, keepdims, ddof))
 
 
-_norm = Primitive(
+_norm: Primitive = Primitive(
     "norm",
     lambda x, *, axis, keepdims: np.sqrt(np.add.reduce(x * x, axis=axis, keepdims=keepdims)),
     (lambda g, x, out, axis, keepdims: _open(g, axis, keepdims) * _direction(x, _open(out, axis, keepdims)),),
@@ -100,7 +100,7 @@ def _cumsum_forward(x: np.ndarray, *, axis: int) -> np.ndarray:
     return np.cumsum(x, axis=axis)
 
 
-_cumsum = Primitive(
+_cumsum: Primitive = Primitive(
     "cumsum",
     _cumsum_forward,
     (lambda g, axis: flip(_cumsum(flip(g, axis), axis=axis), axis),),
@@ -113,7 +113,7 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
     """Cumulative sum along an axis; over the flattened array without one, as numpy.cumsum."""
     x = asarray(x)
     if axis is None:
-        x, axis = x.reshape(-1), -1  # type: ignore[attr-defined]
+        x, axis = x.reshape(-1), -1
     return _cumsum(x, axis=normal_axis(axis, x.ndim, "cumsum"))
 
 
@@ -159,8 +159,8 @@ def _flat_or_axis(function: Any) -> Any:
     return forward
 
 
-_argmax = Primitive("argmax", _flat_or_axis(np.argmax), None, batch="same")
-_argmin = Primitive("argmin", _flat_or_axis(np.argmin), None, batch="same")
+_argmax: Primitive = Primitive("argmax", _flat_or_axis(np.argmax), None, batch="same")
+_argmin: Primitive = Primitive("argmin", _flat_or_axis(np.argmin), None, batch="same")
 
 
 def argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
@@ -189,7 +189,7 @@ def _others(x: Any, axis: int) -> Any:
     return concatenate(before, -1) * concatenate(after[::-1], -1)
 
 
-_prod = Primitive(
+_prod: Primitive = Primitive(
     "prod",
     lambda x: np.multiply.reduce(x, axis=-1),
     (lambda g, x: expand_dims(g, -1) * _others(x, -1),),
@@ -209,7 +209,7 @@ def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     if count == 0:
         out = broadcast_to(asarray(np.ones((), x.dtype)), tuple(lengths))
     else:
-        moved = x.transpose([a + x.ndim for a in (*kept, *axes)])  # type: ignore[attr-defined]
+        moved = x.transpose([a + x.ndim for a in (*kept, *axes)])
         out = _prod(moved.reshape((*lengths, count)))
     return expand_dims(out, axes) if keepdims else out
 
@@ -232,7 +232,7 @@ def _probabilities(x: Any, out: Any, axis: tuple[int, ...], keepdims: bool) -> A
     return exp(x - where(isfinite(total), total, 0.0))
 
 
-_logsumexp = Primitive(
+_logsumexp: Primitive = Primitive(
     "logsumexp",
     _logsumexp_forward,
     (lambda g, x, out, axis, keepdims: _open(g, axis, keepdims) * _probabilities(x, out, axis, keepdims),),
@@ -254,7 +254,7 @@ def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
 
 def _floating(x: Any) -> Tensor:
     x = asarray(x)
-    return x if x.dtype.kind == "f" else x.astype(np.float64)  # type: ignore[attr-defined]
+    return x if x.dtype.kind == "f" else x.astype(np.float64)
 
 
 def _softmax_forward(x: np.ndarray, *, axis: int) -> np.ndarray:
@@ -269,7 +269,7 @@ def _softmax_rule(g: Any, out: Any, axis: int) -> Any:
     return out * (g - _sum(g * out, axis=(axis,), keepdims=True))
 
 
-_softmax = Primitive(
+_softmax: Primitive = Primitive(
     "softmax",
     _softmax_forward,
     (_softmax_rule,),
@@ -292,7 +292,7 @@ def _log_softmax_forward(x: np.ndarray, *, axis: int) -> np.ndarray:
     return shifted
 
 
-_log_softmax = Primitive(
+_log_softmax: Primitive = Primitive(
     "log_softmax",
     _log_softmax_forward,
     (lambda g, out, axis: g - exp(out) * _sum(g, axis=(axis,), keepdims=True),),

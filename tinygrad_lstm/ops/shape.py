@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ def _lengths(shape: Any, who: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------- reshape, broadcast, their transposes
 
 
-_reshape = Primitive(
+_reshape: Primitive = Primitive(
     "reshape",
     lambda x, *, shape: x.reshape(shape),
     (lambda g, shapes: _reshape(g, shape=tuple(shapes[0])),),
@@ -63,7 +64,7 @@ def _sum_to_forward(x: np.ndarray, *, shape: tuple[int, ...]) -> np.ndarray:
     return np.add.reduce(x, axis=axes).reshape(shape)
 
 
-sum_to_primitive = Primitive(
+sum_to_primitive: Primitive = Primitive(
     "sum_to",
     _sum_to_forward,
     (lambda g, shapes: broadcast_to(g, shapes[0]),),
@@ -83,7 +84,7 @@ def _broadcast_aval(x: Aval, *, shape: tuple[int, ...]) -> Aval:
     return Aval(shape, x.dtype)
 
 
-_broadcast_to = Primitive(
+_broadcast_to: Primitive = Primitive(
     "broadcast_to",
     lambda x, *, shape: np.broadcast_to(x, shape),
     (lambda g, shapes: sum_to(g, shapes[0]),),
@@ -113,7 +114,7 @@ def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(inverse)
 
 
-_transpose = Primitive(
+_transpose: Primitive = Primitive(
     "transpose",
     _transpose_forward,
     (lambda g, axes: _transpose(g, axes=_inverse(axes)),),
@@ -206,7 +207,7 @@ def _concatenate_aval(*xs: Aval, axis: int) -> Aval:
     return Aval(tuple(shape), np.result_type(*[x.dtype for x in xs]))
 
 
-_concatenate = Primitive(
+_concatenate: Primitive = Primitive(
     "concatenate",
     lambda *xs, axis: np.concatenate(xs, axis),
     (lambda g, shapes, position, axis: _part(g, shapes, position, axis),),
@@ -260,7 +261,7 @@ def _split_forward(x: np.ndarray, *, sizes: tuple[int, ...], axis: int) -> tuple
     return tuple(parts)
 
 
-_split = Primitive(
+_split: Primitive = Primitive(
     "split",
     _split_forward,
     (lambda g, axis: concatenate(g, axis),),
@@ -278,7 +279,7 @@ def split(x: Any, indices_or_sections: Any, axis: int = 0) -> list[Any]:
     if isinstance(indices_or_sections, (list, tuple, np.ndarray)):
         cuts = [0, *(int(i) for i in indices_or_sections), length]
         cuts = [min(max(c + length if c < 0 else c, 0), length) for c in cuts[:-1]] + [length]
-        sizes = tuple(max(b - a, 0) for a, b in zip(cuts, cuts[1:], strict=False))
+        sizes = tuple(max(b - a, 0) for a, b in itertools.pairwise(cuts))
         if sum(sizes) != length:
             raise ShapeError(f"split: indices {indices_or_sections} are not ascending")
     else:
@@ -304,7 +305,7 @@ def chunk(x: Any, n: int, axis: int = -1) -> list[Any]:
 # ---------------------------------------------------------------------------- repeating and moving elements
 
 
-_flip = Primitive(
+_flip: Primitive = Primitive(
     "flip",
     lambda x, *, axis: np.flip(x, axis),
     (lambda g, axis: _flip(g, axis=axis),),
@@ -320,7 +321,7 @@ def flip(x: Any, axis: Any = None) -> Any:
     return _flip(x, axis=normal_axes(axis, x.ndim, "flip"))
 
 
-_roll = Primitive(
+_roll: Primitive = Primitive(
     "roll",
     lambda x, *, shift, axis: np.roll(x, shift, axis),
     (lambda g, shift, axis: _roll(g, shift=tuple(-s for s in shift), axis=axis),),
@@ -393,7 +394,7 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", constant_values: float =
 # ---------------------------------------------------------------------------- dtype, identity, constants
 
 
-_astype = Primitive(
+_astype: Primitive = Primitive(
     "astype",
     lambda x, *, dtype: x.astype(dtype),
     (lambda g, dtypes: _astype(g, dtype=dtypes[0]),),
@@ -412,18 +413,18 @@ def astype(x: Any, dtype: Any) -> Any:
     return x if x.dtype == wanted else _astype(x, dtype=wanted)
 
 
-alias = Primitive(
+alias: Primitive = Primitive(
     "alias", lambda x: x, (lambda g: g,), linear="each", shape=lambda x: x, batch="same",
     doc="The same values as a new node of the graph.",
 )  # fmt: skip
 
-stop_gradient = Primitive(
+stop_gradient: Primitive = Primitive(
     "stop_gradient", lambda x: x, None, shape=lambda x: x, batch="same",
     doc="The same values; no gradient flows through (forward and reverse mode alike).",
 )  # fmt: skip
 
 
-full = Primitive(
+full: Primitive = Primitive(
     "full",
     lambda *, shape, dtype, value: np.full(shape, value, dtype),
     None,
