@@ -22,6 +22,7 @@ from tinygrad_lstm.autodiff import (
     value_and_grad,
     vjp,
 )
+from tinygrad_lstm.declare import primitive
 from tinygrad_lstm.errors import (
     ArgumentError,
     CheckpointError,
@@ -34,7 +35,7 @@ from tinygrad_lstm.errors import (
     ShapeError,
     TraceError,
 )
-from tinygrad_lstm.primitive import REGISTRY, Primitive, primitive
+from tinygrad_lstm.primitive import REGISTRY, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.random import Generator, seed
 from tinygrad_lstm.tape import Record, Tape, eager, name, no_grad, scope

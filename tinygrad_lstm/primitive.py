@@ -22,28 +22,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
-from tinygrad_lstm.kernels import build, evaluate
 from tinygrad_lstm.kernels import expression as _expressions
 from tinygrad_lstm.kernels.table import LEAVES
-from tinygrad_lstm.tape import _STATE, Output, Record, State, differentiate, recording
+from tinygrad_lstm.record import _STATE, Aval, Record, recording
+from tinygrad_lstm.tape import differentiate
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray, fingerprint
 
-__all__ = ["REGISTRY", "Aval", "Primitive", "elementwise", "primitive"]
+__all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 
 REGISTRY: dict[str, Primitive] = {}
 
 Rule = Callable[..., Any]
-
-
-class Aval(NamedTuple):
-    """What is known of a value without its data."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __str__(self) -> str:
-        return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
 
 
 class Values(NamedTuple):
@@ -109,7 +100,7 @@ class Primitive:
         self.joint = joint
         self.__doc__ = doc
         self.__name__ = name
-        self.argument_names, self.variadic, self.parameter_names = _signature(expression or forward)
+        self.argument_names, self.variadic, self.parameter_names = signature_of(expression or forward)
         self._needs_shapes = False
         self._saved_inputs: set[int] = set()
         self.saves_out = False
@@ -420,7 +411,7 @@ def _changed(what: str, record: Record) -> GraphError:
     )
 
 
-def _signature(function: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:
+def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:
     """(names of the array arguments, any number of them?, names of the keyword-only parameters)."""
     leaf = LEAVES.get(getattr(function, "__name__", ""))
     if leaf is not None and getattr(_expressions, leaf.name) is function:
@@ -478,172 +469,3 @@ def zeros(aval: Any) -> Any:
     if _STATE.get().trace is not None:
         return REGISTRY["full"].bind((), {"shape": tuple(aval.shape), "dtype": np.dtype(aval.dtype), "value": 0})
     return Tensor(np.zeros(aval.shape, aval.dtype))
-
-
-# The modules whose frames are not the user's: provenance looks past them.
-_INTERNAL = ("tinygrad_lstm.ops", "tinygrad_lstm.primitive", "tinygrad_lstm.tensor", "tinygrad_lstm.tape",
-             "tinygrad_lstm.trace", "tinygrad_lstm.autodiff")  # fmt: skip
-
-
-def record_application(
-    prim: Primitive, args: tuple[Any, ...], params: dict[str, Any], outputs: tuple[Tensor, ...],
-    needs: bool, current: State, several: bool,
-) -> Record:  # fmt: skip
-    """Make the Record of an application and link its outputs to it."""
-    keep, keep_from = prim._saved_inputs, prim._saved_from
-    every = bool(current.tapes) or current.trace is not None
-    guards = None
-    parents: list[Any] = []
-    saved: list[Any] = []
-    for index, arg in enumerate(args):
-        if isinstance(arg, Tensor):
-            linked = arg._rg or (every and arg.dtype.kind == "f")
-            parents.append((arg._node or arg) if linked and prim.differentiable else None)
-            if index in keep or index >= keep_from:
-                saved.append(arg)
-                arg._used = True
-                meta = arg._meta
-                if meta is not None and (meta.exposed or meta.version):
-                    guards = guards or {}
-                    guards[index] = (meta.version, fingerprint(arg._data) if meta.exposed else None)
-            else:
-                saved.append(None)
-        else:
-            parents.append(None)
-            saved.append(arg if index in keep or index >= keep_from else None)
-    if prim.saves_out:
-        traced = current.trace is not None
-        saved.append(outputs[0] if traced else outputs[0]._data)
-        outputs[0]._used = True
-    else:
-        saved.append(None)
-    shapes = None
-    if prim._needs_shapes:
-        shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
-    first = outputs[0]
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_INTERNAL):
-        frame = frame.f_back
-    record = Record(
-        prim, params, tuple(parents), tuple(saved), first.shape, first.dtype, shapes,
-        tuple([Aval(o.shape, o.dtype) for o in outputs]) if several else None, current,
-        None if frame is None else frame.f_code, -1 if frame is None else frame.f_lasti,
-    )  # fmt: skip
-    if guards is not None:
-        record.more().guards = guards
-    if several:
-        for index, output in enumerate(outputs):
-            output._node = Output(record, index, output.shape, output.dtype)
-            output._rg = needs and prim.differentiable and output.dtype.kind == "f"
-    else:
-        first._node = record
-        first._rg = needs and prim.differentiable and first.dtype.kind == "f"
-    if current.tapes:
-        if not needs:
-            record.more().tape_only = True
-        for tape in current.tapes:
-            tape.add(record, args, outputs)
-    return record
-
-
-# ---------------------------------------------------------------------------- declarations
-
-
-def elementwise(
-    name: str,
-    expression: Callable[..., Any],
-    rules: Sequence[Rule | None] | Rule | None,
-    *,
-    forward: Callable[..., Any] | None = None,
-    doc: str | None = None,
-) -> Primitive:
-    """Declare an elementwise primitive from its scalar expression and its partial derivatives.
-
-    ``expression`` works on symbolic scalars; the NumPy function, the single-op kernel and the fused code
-    all come from it.  Each rule multiplies its first argument by the partial derivative: applied to a
-    cotangent it is the VJP, applied to a tangent the JVP.
-    """
-    return Primitive(
-        name, forward or forward_of(expression), rules, expression=expression, is_elementwise=True, doc=doc
-    )  # fmt: skip
-
-
-def forward_of(expression: Callable[..., Any]) -> Callable[..., Any]:
-    """The array function of a scalar expression: the bare ufunc where it is one, else NumPy or a kernel by size."""
-    arguments, _, parameters = _signature(expression)
-    count = len(arguments)
-    if not parameters:
-        built = build(expression, count)
-        if isinstance(built.numpy, np.ufunc):
-            return built.numpy
-        return lambda *arrays: evaluate(built, arrays)
-    cache: dict[Any, Any] = {}
-
-    def forward(*arrays: Any, **params: Any) -> Any:
-        key = tuple(params.items())
-        if key not in cache:
-            cache[key] = build(lambda *scalars: expression(*scalars, **params), count)
-        return evaluate(cache[key], arrays)
-
-    return forward
-
-
-def primitive(
-    name: str,
-    forward: Callable[..., Any],
-    vjp: Any,
-    jvp: Rule | None = None,
-    expression: Callable[..., Any] | None = None,
-    saves: Sequence[str] | None = None,
-) -> Primitive:
-    """Declare an op of one's own; the result is a function on tensors.
-
-    Parameters
-    ----------
-    name : str
-        Unique among all primitives.
-    forward : callable
-        Arrays (and Python numbers) in, an array or a tuple of arrays out.  Keyword-only arguments are
-        parameters that are not differentiated.
-    vjp : callable, or one callable (or None) per argument
-        Each rule takes the cotangent ``g`` first and names what it needs: arguments of ``forward``, ``out``,
-        parameters.  It is written in ops, so that it can be differentiated again.  One callable for
-        several arguments returns a tuple, one cotangent per argument.
-    jvp : callable, optional
-        ``jvp(tangents, *inputs, out, **params)``; tangents may be None.  Without it the VJP is transposed.
-    expression : callable, optional
-        For an elementwise op: the same function on symbolic scalars, which lets it be fused.
-    saves : names, optional
-        What is kept for the backward pass; by default what the rules name.  Rules whose argument names are
-        not recognised get the saved values in this order.
-
-    Examples
-    --------
-    >>> import numpy as np, tinygrad_lstm as tg
-    >>> cube = tg.primitive("doc_cube", forward=lambda x: x**3, vjp=lambda g, x: g * 3.0 * x * x)
-    >>> x = tg.tensor([2.0], requires_grad=True)
-    >>> cube(x).sum().backward()
-    >>> x.grad.tolist()
-    [12.0]
-    """
-    arguments, variadic, _ = _signature(forward)
-    joint = callable(vjp) and (len(arguments) > 1 or variadic)
-    rule = vjp
-    if callable(vjp) and not joint:
-        rule = (_single(vjp),)
-    prim = Primitive(
-        name, forward, rule, jvp=jvp, joint=joint, expression=expression, saves=saves,
-        is_elementwise=expression is not None, doc=getattr(forward, "__doc__", None),
-    )  # fmt: skip
-    return prim
-
-
-def _single(rule: Rule) -> Rule:
-    """A rule for one argument that may return its cotangent in a tuple."""
-
-    def unwrapped(*args: Any) -> Any:
-        result = rule(*args)
-        return result[0] if isinstance(result, (tuple, list)) else result
-
-    unwrapped.__signature__ = inspect.signature(rule)  # type: ignore[attr-defined]
-    return unwrapped

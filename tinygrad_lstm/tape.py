@@ -1,214 +1,28 @@
-"""The tape: what is recorded, and the one reverse replay.
+"""The tape: the reverse replay, and the Tape that keeps everything.
 
-Running a primitive on tensors makes a :class:`Record`.  A tensor strongly refers to the record that made
-it, a record to the nodes that its inputs came from; so the tape of an output is whatever can be reached
-from it, and reference counting frees it.  ``with Tape()`` keeps the list as well.
-
-A *node* is where a value came from, and the key under which its cotangent is accumulated: the
-:class:`Record` itself for a primitive with one output, an :class:`Output` for one of several, the tensor
-for a leaf.
+The implicit tape of an output is what can be reached from it through :mod:`tinygrad_lstm.record`;
+``with Tape()`` keeps the list as well.  Both are replayed by the one function :func:`replay`.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ContextDecorator, contextmanager
-from contextvars import ContextVar
-from types import CodeType
-from typing import TYPE_CHECKING, Any, Union
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import GraphError, ShapeError
+from tinygrad_lstm.record import _STATE, Node, Output, Record, eager, name, no_grad, recording, scope, state
 
 if TYPE_CHECKING:
-    from tinygrad_lstm.primitive import Primitive
     from tinygrad_lstm.program import Program
     from tinygrad_lstm.tensor import Tensor
 
 __all__ = [
-    "Output",
-    "Record",
-    "State",
-    "Tape",
-    "differentiate",
-    "eager",
-    "name",
-    "no_grad",
-    "observed",
-    "replay",
-    "scope",
-    "state",
-]
-
-
-class State:
-    """The recording state: immutable, replaced as a whole, one per thread and async task (a context variable)."""
-
-    __slots__ = ("eager", "enabled", "names", "step", "tapes", "trace", "where")
-
-    def __init__(
-        self,
-        enabled: bool = True,
-        tapes: tuple[Tape, ...] = (),
-        trace: Any = None,
-        where: str = "",
-        step: int | None = None,
-        names: dict[str, Any] | None = None,
-        eager: bool = False,
-    ) -> None:
-        self.enabled = enabled  # False under no_grad: nothing is recorded
-        self.tapes = tapes  # every active Tape, outermost first
-        self.trace = trace  # the Trace that is recording data-free tensors, or None
-        self.where = where  # module path, from scope()
-        self.step = step  # time step of an eager loop, or None
-        self.names = names  # collects the values named with tg.name, or None
-        self.eager = eager  # True under tg.eager(): scan runs its body step by step, op by op
-
-    def replaced(self, **changes: Any) -> State:
-        """This state with some fields changed."""
-        return State(**{**{field: getattr(self, field) for field in State.__slots__}, **changes})
-
-
-_STATE: ContextVar[State] = ContextVar("tinygrad_lstm_recording", default=State())  # noqa: B039 - a State is never changed
-_serials = itertools.count(1)
-
-
-def state() -> State:
-    """The recording state in force here."""
-    return _STATE.get()
-
-
-@contextmanager
-def recording(**changes: Any) -> Iterator[None]:
-    """Change fields of the recording state for a block; restored also when the block raises."""
-    token = _STATE.set(_STATE.get().replaced(**changes))
-    try:
-        yield
-    finally:
-        _STATE.reset(token)
-
-
-class Extra:
-    """What few records have; made on demand so that the common record stays small."""
-
-    __slots__ = ("guards", "hooks", "inputs", "label", "tape_only", "tapes")
-
-    def __init__(self) -> None:
-        self.guards: dict[int, Any] | None = None  # fingerprints of saved values that others could write to
-        self.hooks: dict[int, list[Callable[..., Any]]] | None = None  # by output index
-        self.inputs: tuple[Any, ...] | None = None  # while a Tape keeps the values
-        self.label: dict[int, str] | None = None  # names given with tg.name, by output index
-        self.tape_only = False  # recorded only because a Tape was active
-        self.tapes = 0  # how many Tapes own this record
-
-
-class Record:
-    """One line of the tape: which primitive ran, on what, with which parameters, and what it keeps.
-
-    ``parents`` are the nodes of the inputs (None where no gradient flows; the whole is None once freed).
-    ``saved`` is what the VJP rules name: input tensors in their positions, then the output.
-    ``state`` says where and when (module path, time step), ``code`` and ``lasti`` from which source line.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "code",
-        "dtype",
-        "extra",
-        "lasti",
-        "output_avals",
-        "params",
-        "parents",
-        "primitive",
-        "saved",
-        "serial",
-        "shape",
-        "shapes",
-        "state",
-    )  # fmt: skip
-
-    def __init__(
-        self, primitive: Primitive, params: dict[str, Any], parents: tuple[Any, ...], saved: tuple[Any, ...],
-        shape: Any, dtype: Any, shapes: Any, output_avals: Any, state: State, code: Any, lasti: int,
-    ) -> None:  # fmt: skip
-        self.primitive = primitive
-        self.params = params
-        self.parents: tuple[Any, ...] | None = parents
-        self.saved: tuple[Any, ...] | None = saved
-        self.shape = shape  # of the one output; a record of several has them in output_avals
-        self.dtype = dtype
-        self.shapes = shapes  # of all inputs, where a rule asks for them
-        self.output_avals = output_avals
-        self.state = state
-        self.code: CodeType | None = code
-        self.lasti = lasti
-        self.serial = next(_serials)
-        self.extra: Extra | None = None
-
-    def more(self) -> Extra:
-        """The rare fields, made on demand."""
-        if self.extra is None:
-            self.extra = Extra()
-        return self.extra
-
-    @property
-    def inputs(self) -> tuple[Any, ...] | None:
-        """The operands (tensors and Python numbers), while a Tape keeps them."""
-        return None if self.extra is None else self.extra.inputs
-
-    @property
-    def label(self) -> str | None:
-        """The name given to the (first) output with ``tg.name``."""
-        return None if self.extra is None or self.extra.label is None else self.extra.label.get(0)
-
-    def source_line(self) -> str:
-        """``file:line`` of the user's code that ran the primitive; formatted only when somebody looks."""
-        if self.code is None:
-            return "<unknown>"
-        line = self.code.co_firstlineno
-        for start, end, at in self.code.co_lines():
-            if start <= self.lasti < end and at is not None:
-                line = at
-                break
-        return f"{self.code.co_filename}:{line}"
-
-    def describe(self) -> str:
-        """For messages: ``'tanh' (encoder.l0, t=3, model.py:12)``."""
-        label = f" {self.label!r}" if self.label else ""
-        step = "" if self.state.step is None else f"t={self.state.step}"
-        place = [part for part in (self.state.where, step) if part]
-        return f"'{self.primitive.name}'{label} ({', '.join([*place, self.source_line()])})"
-
-    def release(self) -> None:
-        """Forget inputs and saved values: the chain behind this record can be freed."""
-        self.parents = None
-        self.saved = None
-        if self.extra is not None:
-            self.extra.inputs = self.extra.guards = None
-
-    def __repr__(self) -> str:
-        return f"<Record {self.serial} {self.describe()}>"
-
-
-class Output:
-    """One output of a record that has several."""
-
-    __slots__ = ("dtype", "index", "record", "shape")
-
-    def __init__(self, record: Record, index: int, shape: Any, dtype: Any) -> None:
-        self.record = record
-        self.index = index
-        self.shape = shape
-        self.dtype = dtype
-
-
-Node = Union["Record", "Output", "Tensor"]
-
-
-# ---------------------------------------------------------------------------- the reverse replay
+    "Node", "Output", "Record", "Tape", "differentiate", "eager", "name", "no_grad", "observed", "paths", "recording",
+    "replay", "run_hooks", "scope", "state",
+]  # fmt: skip
 
 
 def replay(
@@ -393,68 +207,39 @@ def _serial(node: Any) -> int:
     return node.record.serial if node.__class__ is Output else 0
 
 
-# ---------------------------------------------------------------------------- what the user opens and closes
+def differentiate(
+    targets: Sequence[Tensor], cotangents: Sequence[Tensor], sources: Sequence[Tensor], *, free: bool = False
+) -> list[Tensor | None]:
+    """Cotangents of ``sources``, given those of ``targets``: the replay that grad, vjp and Tape.gradient share.
 
-
-class no_grad(ContextDecorator):
-    """Record nothing inside: a context manager and a decorator.  It wins over everything.
-
-    >>> import tinygrad_lstm as tg
-    >>> x = tg.tensor([1.0], requires_grad=True)
-    >>> with tg.no_grad():
-    ...     y = x * 2
-    >>> y.requires_grad
-    False
+    It is recorded (for a derivative of the next order) only where the result can depend on something that
+    is itself being differentiated, see :func:`observed`.
     """
-
-    def __enter__(self) -> no_grad:
-        self._tokens = [*getattr(self, "_tokens", ()), _STATE.set(_STATE.get().replaced(enabled=False))]
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _STATE.reset(self._tokens.pop())
-
-    def _recreate_cm(self) -> no_grad:
-        return no_grad()  # a decorated function may recurse or run in several threads
+    nodes = [source._node or source for source in sources]
+    starts = [target._node or target for target in targets]
+    through, foreign = paths(starts, set(nodes))
+    current = _STATE.get()
+    again = current.enabled and (foreign or observed(sources) or any(c._rg for c in cotangents))
+    with recording(enabled=again), np.errstate(divide="ignore", invalid="ignore"):
+        found = replay(zip(starts, cotangents, strict=True), free=free, sources=set(nodes), through=through)
+    return [found.get(node) for node in nodes]
 
 
-@contextmanager
-def scope(path: str) -> Iterator[None]:
-    """Open a path for provenance: records made inside carry ``outer.path``.
-
-    Parameters
-    ----------
-    path : str
-        One or more components, such as ``"encoder"``; nested scopes are joined with dots.
-    """
-    where = _STATE.get().where
-    with recording(where=f"{where}.{path}" if where else path):
-        yield
+def observed(sources: Iterable[Tensor]) -> bool:
+    """Whether somebody may differentiate again: an active tape or trace, or a source with a differentiable past."""
+    current = _STATE.get()
+    return bool(current.tapes) or current.trace is not None or any(s._rg and _has_past(s._node) for s in sources)
 
 
-def name(t: Tensor, label: str) -> Tensor:
-    """Give a value a name for provenance (``i`` for an input gate) and return the same tensor.
-
-    Selections by gate, printed programs and error messages use it.  Free when nothing is recorded.
-    """
-    names = _STATE.get().names
-    if names is not None:
-        names[label] = t
-    node = t._node
-    if node is None:
-        t._more().label = label
-    else:
-        record, index = (node.record, node.index) if isinstance(node, Output) else (node, 0)
-        extra = record.more()
-        extra.label = {**(extra.label or {}), index: label}
-    return t
+def _has_past(node: Any) -> bool:
+    if node.__class__ is Output:
+        node = node.record
+    if node.__class__ is not Record:
+        return False
+    return node.parents is not None and any(parent is not None for parent in node.parents)
 
 
-@contextmanager
-def eager() -> Iterator[None]:
-    """Run scans and recurrent layers op by op: the readable path, every step and gate on the tape."""
-    with recording(eager=True):
-        yield
+# ---------------------------------------------------------------------------- the explicit tape
 
 
 class Tape:
@@ -553,35 +338,3 @@ class Tape:
         leaves, treedef = flatten(sources)
         seed = seed_cotangent(target, cotangent, "Tape.gradient")
         return unflatten(treedef, differentiate([target], [seed], leaves))
-
-
-def differentiate(
-    targets: Sequence[Tensor], cotangents: Sequence[Tensor], sources: Sequence[Tensor], *, free: bool = False
-) -> list[Tensor | None]:
-    """Cotangents of ``sources``, given those of ``targets``: the replay that grad, vjp and Tape.gradient share.
-
-    It is recorded (for a derivative of the next order) only where the result can depend on something that
-    is itself being differentiated, see :func:`observed`.
-    """
-    nodes = [source._node or source for source in sources]
-    starts = [target._node or target for target in targets]
-    through, foreign = paths(starts, set(nodes))
-    current = _STATE.get()
-    again = current.enabled and (foreign or observed(sources) or any(c._rg for c in cotangents))
-    with recording(enabled=again), np.errstate(divide="ignore", invalid="ignore"):
-        found = replay(zip(starts, cotangents, strict=True), free=free, sources=set(nodes), through=through)
-    return [found.get(node) for node in nodes]
-
-
-def observed(sources: Iterable[Tensor]) -> bool:
-    """Whether somebody may differentiate again: an active tape or trace, or a source with a differentiable past."""
-    current = _STATE.get()
-    return bool(current.tapes) or current.trace is not None or any(s._rg and _has_past(s._node) for s in sources)
-
-
-def _has_past(node: Any) -> bool:
-    if node.__class__ is Output:
-        node = node.record
-    if node.__class__ is not Record:
-        return False
-    return node.parents is not None and any(parent is not None for parent in node.parents)

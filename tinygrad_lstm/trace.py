@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import GraphError, TraceError
-from tinygrad_lstm.primitive import Aval, Primitive, record_application
+from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.program import Program, lower
-from tinygrad_lstm.tape import _STATE, Record, recording
+from tinygrad_lstm.record import _STATE, Record, recording
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray
 from tinygrad_lstm.tree import TreeDef, flatten, unflatten
 
