@@ -1,0 +1,53 @@
+# Two commands do everything: `make train` runs the main job, `make test` passes the tests.
+# Both make their own virtual environment in .venv first; they need make, git and Python 3.10+ with venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: train test test-slow conformance lint doctest examples bench-smoke ci clean
+
+$(BIN)/.train: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[plots]"
+	touch $@
+
+$(BIN)/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[plots,examples,test,dev]"
+	touch $@
+
+$(BIN)/.conformance: $(BIN)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[conformance,benchmarks]"
+	touch $@
+
+train: $(BIN)/.train  ## a character language model by BPTT on real text, about three minutes
+	$(BIN)/python -m tinygrad_lstm train $(ARGS)
+
+test: $(BIN)/.test  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not conformance" -n auto --dist loadfile $(ARGS)
+
+test-slow: $(BIN)/.conformance
+	$(BIN)/python -m pytest -m "slow and not conformance" -n auto --dist loadfile $(ARGS)
+
+conformance: $(BIN)/.conformance  ## comparisons with torch, jax and autograd; a skip is a failure
+	TINYGRAD_LSTM_REQUIRE_REFERENCES=1 $(BIN)/python -m pytest -m conformance -n auto --dist loadfile $(ARGS)
+
+lint: $(BIN)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+doctest: $(BIN)/.test
+	$(BIN)/python -m pytest --doctest-modules tinygrad_lstm -p no:cacheprovider
+
+examples: $(BIN)/.test
+	for f in examples/*.py; do echo "== $$f --quick"; $(BIN)/python -W error $$f --quick || exit 1; done
+
+bench-smoke: $(BIN)/.conformance
+	for f in benchmarks/*.py; do echo "== $$f --smoke"; $(BIN)/python $$f --smoke || exit 1; done
+
+ci: test lint doctest examples test-slow conformance bench-smoke
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
