@@ -1,13 +1,19 @@
 """Recurrent models on the CPU, with the autodiff in plain sight.
 
 >>> import tinygrad_lstm as tg
->>> from tinygrad_lstm import ops
+>>> import importlib
+from typing import Any
+
+from tinygrad_lstm import ops
 >>> x = tg.tensor([0.5, -1.0], requires_grad=True)
 >>> y = ops.tanh(x).sum()
 >>> y.backward()
 >>> x.grad.round(4).tolist()
 [0.7864, 0.4200]
 """
+
+import importlib
+from typing import Any
 
 from tinygrad_lstm import ops
 from tinygrad_lstm._version import __version__
@@ -38,12 +44,23 @@ from tinygrad_lstm.errors import (
 from tinygrad_lstm.primitive import REGISTRY, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.random import Generator, seed
+from tinygrad_lstm.serialization import load, save
 from tinygrad_lstm.tape import Record, Tape, eager, name, no_grad, scope
 from tinygrad_lstm.tensor import Tensor, asarray, tensor
 
 __all__ = [
     "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "Error", "FileError", "Generator", "GradcheckError",
     "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape", "Tensor", "TraceError",
-    "__version__", "asarray", "checkpoint", "eager", "grad", "gradcheck", "hessian", "hvp", "jacobian", "jvp", "name",
-    "no_grad", "ops", "primitive", "scope", "seed", "tensor", "value_and_grad", "vjp",
+    "__version__", "asarray", "checkpoint", "data", "eager", "grad", "gradcheck", "hessian", "hvp", "jacobian", "jvp",
+    "load", "name", "nn", "no_grad", "ops", "optim", "primitive", "save", "scope", "seed", "tensor", "training",
+    "value_and_grad", "vjp",
 ]  # fmt: skip
+
+_SUBPACKAGES = frozenset({"data", "nn", "optim", "training"})
+
+
+def __getattr__(name: str) -> Any:
+    # ``tg.nn`` without an import of its own; importing the engine alone stays quick.
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
