@@ -2,7 +2,7 @@
 
     >>> from tinygrad_lstm.kernels import expression as e
     >>> gelu = e.build(lambda x: 0.5 * x * (1 + e.erf(x * 0.7071067811865476)), 1)
-    >>> print(gelu.source)
+    >>> print(gelu.source.rstrip())
     def expression(x0):
         t0 = multiply(0.5, x0)
         t1 = multiply(x0, 0.7071067811865476)
