@@ -7,7 +7,8 @@ each other through anything outside, and become one ``fused`` equation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,24 @@ from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.program import Equation, Program
 
-__all__ = ["FUSED", "FusedKernel", "fuse"]
+__all__ = ["FUSED", "FusedKernel", "fuse", "worth_compiling"]
+
+
+# A chain is compiled when the whole loop does at least this many elementwise operations: below, the first call
+# would wait longer for the compiler than NumPy needs for thousands of calls.
+COMPILE_FROM = 2_000_000
+
+
+def worth_compiling(program: Program, equations: Iterable[Equation], steps: int) -> bool:
+    """Whether the elementwise part of a loop is large enough for native code."""
+    total = 0
+    for equation in equations:
+        size = math.prod(program.avals[equation.outputs[0]].shape)
+        if equation.primitive is FUSED:
+            total += size * len(equation.params["kernel"].expression.nodes)
+        elif equation.primitive.is_elementwise:
+            total += size
+    return steps * total >= COMPILE_FROM
 
 
 class FusedKernel:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinygrad_lstm.compiler.batching import TimeSum, can_batch, run_batched
 from tinygrad_lstm.compiler.constants import fill
-from tinygrad_lstm.compiler.fuse import fuse
+from tinygrad_lstm.compiler.fuse import fuse, worth_compiling
 from tinygrad_lstm.compiler.simplify import dead_code, simplify
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Equation, Program, lower
@@ -52,6 +52,34 @@ class LoopPlan:
     def __str__(self) -> str:
         parts = (("before the loop", self.before), ("in the loop", self.body), ("behind the loop", self.behind))
         return "\n".join(f"-- {title}\n{program}" for title, program in parts)
+
+
+# Elementwise operations of about one instruction an element.
+_CHEAP = frozenset(
+    {
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "negative",
+        "square",
+        "abs",
+        "sign",
+        "maximum",
+        "minimum",
+        "relu",
+        "where",
+        "equal",
+        "not_equal",
+        "less",
+        "less_equal",
+        "greater",
+        "greater_equal",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+    }
+)
 
 
 class _Planner:
@@ -94,6 +122,19 @@ class _Planner:
                 place = LOOP
             for slot in equation.outputs:
                 self.kind[slot] = place
+        if worth_compiling(body, (e for e in body.equations if self.kind[e.outputs[0]] == LOOP), self.steps):
+            self._keep_cheap_ones()
+
+    def _keep_cheap_ones(self) -> None:
+        """Leave cheap elementwise operations in the loop: fused there they are free, in front a pass over memory."""
+        users: dict[int, set[str]] = {o: {"output"} for o in self.body.outputs if o.__class__ is int}
+        for equation in reversed(self.body.equations):
+            kinds = set().union(*(users.get(slot, set()) for slot in equation.outputs))
+            if self.kind[equation.outputs[0]] == SEQUENCE and equation.primitive.name in _CHEAP and kinds == {LOOP}:
+                self.kind[equation.outputs[0]] = LOOP
+            here = LOOP if self.kind[equation.outputs[0]] == LOOP and equation.primitive.is_elementwise else "other"
+            for slot in equation.reads():
+                users.setdefault(slot, set()).add(here)
 
     def _pull_into_loop(self, equation: Equation) -> None:
         """Something behind the loop is needed in it after all."""

@@ -7,15 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.fuse import FUSED
+from tinygrad_lstm.compiler.fuse import FUSED, worth_compiling
 from tinygrad_lstm.compiler.loop import LoopPlan
-from tinygrad_lstm.program import Program
 
 __all__ = ["run_loop"]
-
-# A chain is compiled when the whole loop does at least this many scalar operations in it: below, the first
-# call would wait longer for the compiler than NumPy needs for thousands of calls.
-COMPILE_FROM = 2_000_000
 
 
 def run_loop(
@@ -29,7 +24,7 @@ def run_loop(
     sequence, invariant = values[: plan.n_sequence], values[plan.n_sequence :]
     stacks = [np.empty((steps, *aval.shape), aval.dtype) for aval in plan.stacked]
     sums = [np.zeros(aval.shape, aval.dtype) for aval in plan.sums]
-    native = steps * _work(plan.body) >= COMPILE_FROM
+    native = worth_compiling(plan.body, plan.body.equations, steps)
     loop = _runner(plan, native)
     final = loop(
         range(steps - 1, -1, -1) if reverse else range(steps),
@@ -48,16 +43,6 @@ def run_loop(
 def _empty(plan: LoopPlan) -> list[np.ndarray]:
     """Outputs of a loop of no steps."""
     return [np.zeros(aval.shape, aval.dtype) for aval in plan.behind.output_avals()]
-
-
-def _work(body: Program) -> int:
-    """Scalar operations of the fused chains of one step."""
-    total = 0
-    for equation in body.equations:
-        if equation.primitive is FUSED:
-            kernel = equation.params["kernel"]
-            total += len(kernel.expression.nodes) * int(np.prod(kernel.avals[0].shape, dtype=int))
-    return total
 
 
 def _runner(plan: LoopPlan, native: bool) -> Callable[..., Any]:
