@@ -59,7 +59,7 @@ def record_application(
         frame = frame.f_back
     record = Record(
         prim, params, tuple(parents), tuple(saved), first.shape, first.dtype, shapes,
-        tuple([Aval(o.shape, o.dtype) for o in outputs]) if several else None, current,
+        tuple([Aval(o.shape, o.dtype) for o in outputs]) if several else None, current.place,
         None if frame is None else frame.f_code, -1 if frame is None else frame.f_lasti,
     )  # fmt: skip
     if guards is not None:

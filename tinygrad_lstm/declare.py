@@ -100,6 +100,7 @@ def primitive(
         name, forward, rule, jvp=jvp, joint=joint, expression=expression, saves=saves,
         is_elementwise=expression is not None, doc=getattr(forward, "__doc__", None),
     )  # fmt: skip
+    prim.explains = False
     return prim
 
 

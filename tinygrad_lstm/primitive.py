@@ -95,6 +95,7 @@ class Primitive:
         self.shape_rule = shape
         self.accumulate = accumulate
         self.batch = batch  # "same": right with the same parameters when operands have one more leading axis
+        self.explains = True  # say errors of the forward in terms of the operands; not those of a user's own function
         self.always_tuple = always_tuple  # the forward returns a tuple even for one output
         self._jvp = jvp
         self.joint = joint
@@ -232,7 +233,7 @@ class Primitive:
 
     def _explained(self, error: Exception, args: Sequence[Any], params: Mapping[str, Any]) -> Exception:
         """The error of the forward function, said in terms of the operands."""
-        if isinstance(error, Error):
+        if isinstance(error, Error) or not self.explains:
             return error
         found = ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
         given = "".join(f", {key}={value!r}" for key, value in params.items())
@@ -276,6 +277,8 @@ class Primitive:
         """Cotangents of the wanted inputs: each rule's result, un-broadcast and in the input's dtype."""
         parents = record.parents
         if self.joint:
+            if cotangent.__class__ is list and not self.always_tuple:  # scan and checkpoint look at what is absent
+                cotangent = self._complete(record, cotangent)
             shares = list(self._fetch[0](record, wanted, cotangent))  # type: ignore[misc]
             if len(shares) != len(parents):
                 raise GraphError(f"the VJP of {self.name} returned {len(shares)} cotangents for {len(parents)} inputs")
@@ -298,12 +301,22 @@ class Primitive:
                 continue
             parent = parents[i]
             if share.__class__ is not Tensor and not isinstance(share, Tensor):
-                share = shares[i] = asarray(share)
+                share = shares[i] = self._from_array(share, record, cotangent)
             if share.shape != parent.shape:
                 shares[i] = share = sum_to(share, parent.shape)
             if share.dtype != parent.dtype:
                 shares[i] = share.astype(parent.dtype)
         return shares
+
+    def _from_array(self, share: Any, record: Any, cotangent: Any) -> Tensor:
+        """What a rule that left the tape returned: a value whose own derivative is unknown, not zero."""
+        value = asarray(share)
+        if not isinstance(share, np.ndarray) or not _STATE.get().enabled:
+            return value
+        candidates = [*(cotangent if cotangent.__class__ is list else [cotangent]), *record.saved[:-1]]
+        candidates += [_saved_output(record)] if self.saves_out else []
+        origins = [t for t in candidates if isinstance(t, Tensor) and t.dtype.kind == "f"]
+        return opaque.bind((value, *origins), {"who": self.name})
 
     def _complete(self, record: Any, cotangents: list[Any]) -> list[Any]:
         """Zeros in place of the absent cotangents of a record with several outputs."""
@@ -469,3 +482,20 @@ def zeros(aval: Any) -> Any:
     if _STATE.get().trace is not None:
         return REGISTRY["full"].bind((), {"shape": tuple(aval.shape), "dtype": np.dtype(aval.dtype), "value": 0})
     return Tensor(np.zeros(aval.shape, aval.dtype))
+
+
+def _unknown(*_: Any, who: str = "", **params: Any) -> Any:
+    raise GraphError(
+        f"the VJP of {who!r} returned a NumPy array, so it cannot be differentiated itself (second derivatives, jvp); "
+        "write the rule in ops"
+    )
+
+
+opaque = Primitive(
+    "opaque",
+    lambda value, *origins, who: value,
+    (lambda g, who: _unknown(who=who),),
+    jvp=_unknown,
+    shape=lambda value, *origins, who: value,
+    doc="A value computed outside of the tape from `origins`: differentiating it is an error.",
+)

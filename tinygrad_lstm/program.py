@@ -294,7 +294,7 @@ def lower(
         operands = tuple(operand(arg) for arg in args)
         given = record.extra.label if record.extra is not None and record.extra.label else {}
         targets = tuple(new(out, given.get(k)) for k, out in enumerate(outs))
-        source = Source(record.state.where, record.state.step, record.code, record.lasti)
+        source = Source(record.place.where, record.place.step, record.code, record.lasti)
         equations.append(Equation(record.primitive, operands, record.params, targets, source))
     if outputs is None:
         used = {slot for equation in equations for slot in equation.reads()}

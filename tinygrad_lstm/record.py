@@ -38,10 +38,17 @@ class Aval(NamedTuple):
         return f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}]"
 
 
+class Place(NamedTuple):
+    """What a record keeps of the recording state (keeping all of it would tie every record to its tapes)."""
+
+    where: str
+    step: int | None
+
+
 class State:
     """The recording state: immutable, replaced as a whole, one per thread and async task (a context variable)."""
 
-    __slots__ = ("eager", "enabled", "names", "step", "tapes", "trace", "where")
+    __slots__ = ("eager", "enabled", "names", "place", "step", "tapes", "trace", "where")
 
     def __init__(
         self,
@@ -60,12 +67,14 @@ class State:
         self.step = step  # time step of an eager loop, or None
         self.names = names  # collects the values named with tg.name, or None
         self.eager = eager  # True under tg.eager(): scan runs its body step by step, op by op
+        self.place = Place(where, step)
 
     def replaced(self, **changes: Any) -> State:
         """This state with some fields changed."""
-        return State(**{**{field: getattr(self, field) for field in State.__slots__}, **changes})
+        return State(**{**{field: getattr(self, field) for field in _FIELDS}, **changes})
 
 
+_FIELDS = tuple(field for field in State.__slots__ if field != "place")
 _STATE: ContextVar[State] = ContextVar("tinygrad_lstm_recording", default=State())  # noqa: B039 - a State is never changed
 _serials = itertools.count(1)
 
@@ -88,13 +97,14 @@ def recording(**changes: Any) -> Iterator[None]:
 class Extra:
     """What few records have; made on demand so that the common record stays small."""
 
-    __slots__ = ("guards", "hooks", "inputs", "label", "tape_only", "tapes")
+    __slots__ = ("guards", "hooks", "inputs", "label", "retained", "tape_only", "tapes")
 
     def __init__(self) -> None:
         self.guards: dict[int, Any] | None = None  # fingerprints of saved values that others could write to
         self.hooks: dict[int, list[Callable[..., Any]]] | None = None  # by output index
         self.inputs: tuple[Any, ...] | None = None  # while a Tape keeps the values
         self.label: dict[int, str] | None = None  # names given with tg.name, by output index
+        self.retained: dict[int, Any] | None = None  # weak references to outputs whose gradient is kept, by index
         self.tape_only = False  # recorded only because a Tape was active
         self.tapes = 0  # how many Tapes own this record
 
@@ -104,7 +114,7 @@ class Record:
 
     ``parents`` are the nodes of the inputs (None where no gradient flows; the whole is None once freed).
     ``saved`` is what the VJP rules name: input tensors in their positions, then the output.
-    ``state`` says where and when (module path, time step), ``code`` and ``lasti`` from which source line.
+    ``place`` says where and when (module path, time step), ``code`` and ``lasti`` from which source line.
     """
 
     __slots__ = (
@@ -116,17 +126,17 @@ class Record:
         "output_avals",
         "params",
         "parents",
+        "place",
         "primitive",
         "saved",
         "serial",
         "shape",
         "shapes",
-        "state",
     )  # fmt: skip
 
     def __init__(
         self, primitive: Primitive, params: dict[str, Any], parents: tuple[Any, ...], saved: tuple[Any, ...],
-        shape: Any, dtype: Any, shapes: Any, output_avals: Any, state: State, code: Any, lasti: int,
+        shape: Any, dtype: Any, shapes: Any, output_avals: Any, place: Place, code: Any, lasti: int,
     ) -> None:  # fmt: skip
         self.primitive = primitive
         self.params = params
@@ -136,7 +146,7 @@ class Record:
         self.dtype = dtype
         self.shapes = shapes  # of all inputs, where a rule asks for them
         self.output_avals = output_avals
-        self.state = state
+        self.place = place
         self.code: CodeType | None = code
         self.lasti = lasti
         self.serial = next(_serials)
@@ -172,8 +182,8 @@ class Record:
     def describe(self) -> str:
         """For messages: ``'tanh' (encoder.l0, t=3, model.py:12)``."""
         label = f" {self.label!r}" if self.label else ""
-        step = "" if self.state.step is None else f"t={self.state.step}"
-        place = [part for part in (self.state.where, step) if part]
+        step = "" if self.place.step is None else f"t={self.place.step}"
+        place = [part for part in (self.place.where, step) if part]
         return f"'{self.primitive.name}'{label} ({', '.join([*place, self.source_line()])})"
 
     def release(self) -> None:

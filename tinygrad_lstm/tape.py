@@ -31,12 +31,14 @@ def replay(
     free: bool,
     sources: set[Node] | None = None,
     through: set[int] | None = None,
+    retained: list[tuple[Any, Tensor]] | None = None,
 ) -> dict[Node, Tensor]:
     """Replay the tape behind ``targets`` in descending serial order; return the cotangents of the leaves.
 
     ``targets`` are (node, cotangent) pairs.  With ``sources`` the cotangents of those nodes are returned
     instead, and only records whose serial is in ``through`` are replayed (see :func:`paths`).  ``free``
-    releases every record as soon as its rules have run.
+    releases every record as soon as its rules have run.  ``retained`` is filled with (weak reference, gradient)
+    pairs of the values that retain_grad was called on.
 
     Serials grow along every edge, so a heap of pending records meets each of them after all its consumers:
     no recursion, no sort of the graph.  Nothing outside of the graph is written, so a rule or a hook that
@@ -78,6 +80,11 @@ def replay(
         owned.discard(record)
         if record.extra is not None and record.extra.hooks is not None:
             cotangent = _run_hooks(record, cotangent)
+        if retained is not None and record.extra is not None and record.extra.retained is not None:
+            for index, kept in record.extra.retained.items():
+                value = cotangent if record.output_avals is None else cotangent[index]
+                if value is not None:
+                    retained.append((kept, value))
         if sources is not None:
             _collect(record, cotangent, sources, found)
             if record.serial not in through:  # type: ignore[operator]
@@ -93,6 +100,8 @@ def replay(
             wanted = [parent is not None for parent in record.parents]
         else:
             wanted = [parent is not None and _leads(parent, sources, through) for parent in record.parents]
+        if not any(wanted):  # a constant that a Tape recorded
+            continue
         if in_place and primitive.accumulate is not None and wanted[0] and record.parents[0].__class__ is not Output:
             # A slice's cotangent goes straight into the buffer of the whole: T slices cost T, not T * T.
             parent, wanted[0] = record.parents[0], False
@@ -106,7 +115,7 @@ def replay(
         for parent, share in zip(record.parents, primitive.pull(record, cotangent, wanted), strict=True):
             if share is not None:
                 add(parent, share)
-        if free:
+        if free and not (record.extra is not None and record.extra.tapes):  # a living Tape keeps what it recorded
             record.release()
     if sources is None:
         return pending  # only leaves are left
@@ -279,8 +288,9 @@ class Tape:
             extra.tapes -= 1
             if extra.tapes == 0:
                 extra.inputs = None
-                if extra.tape_only:  # nobody else can ask for its gradient: cut the chain behind it
+                if extra.tape_only:  # nobody else can ask for its gradient: its value is a constant from now on
                     record.release()
+                    record.parents = ()
 
     def add(self, record: Record, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         """Called by the mechanism for every record that is made while the tape is active."""

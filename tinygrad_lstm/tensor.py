@@ -5,6 +5,7 @@ Operators and methods are installed by :mod:`tinygrad_lstm.ops`, which stands ab
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -253,16 +254,10 @@ class Tensor:
             raise GraphError("retain_grad() on a tensor that does not require a gradient")
         if self._node is None:
             return
-        import weakref
-
-        me = weakref.ref(self)  # the record must not keep its own output alive
-
-        def keep(cotangent: Tensor) -> None:
-            alive = me()
-            if alive is not None:
-                accumulate_grad(alive, cotangent)
-
-        self.register_hook(keep)
+        # Weak: the record must not keep its own output alive.
+        record, index = (self._node.record, self._node.index) if isinstance(self._node, Output) else (self._node, 0)
+        extra = record.more()
+        extra.retained = {**(extra.retained or {}), index: weakref.ref(self)}
 
     def register_hook(self, hook: Any) -> Any:
         """Call ``hook(gradient)`` when the gradient of this value is complete; a returned value replaces it.
@@ -318,12 +313,17 @@ class Tensor:
         seed = seed_cotangent(self, grad, "backward")
         # The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
         with recording(enabled=False, tapes=(), trace=None), np.errstate(divide="ignore", invalid="ignore"):
-            found: dict[Any, Tensor] = replay([(self._node or self, seed)], free=not retain_graph)
+            retained: list[tuple[Any, Tensor]] = []
+            found: dict[Any, Tensor] = replay([(self._node or self, seed)], free=not retain_graph, retained=retained)
             del seed
             for leaf in found:
                 hooks = leaf._meta.hooks if leaf._meta is not None else None
                 if hooks:
                     found[leaf] = run_hooks(hooks, found[leaf], "a leaf")
+            for reference, cotangent in retained:
+                if (computed := reference()) is not None:
+                    accumulate_grad(computed, cotangent)
+            del retained
             while found:
                 leaf, cotangent = found.popitem()
                 accumulate_grad(leaf, cotangent)

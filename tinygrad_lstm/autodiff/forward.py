@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from tinygrad_lstm.autodiff.reverse import unlinked, variables
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tape import Output, Tape, recording, state
 from tinygrad_lstm.tensor import Tensor, asarray
-from tinygrad_lstm.tree import flatten, unflatten
+from tinygrad_lstm.tree import flatten, leaf_paths, unflatten
 
 __all__ = ["jvp", "push_entries"]
 
@@ -23,7 +25,7 @@ def push_entries(entries: Sequence[Any], tangents: dict[Any, Tensor]) -> None:
             continue
         pushed = record.primitive.push(inputs, outputs, record.params, moving)
         for index, tangent in enumerate(pushed):
-            if tangent is not None:
+            if tangent is not None and outputs[index].dtype.kind == "f":  # an integer does not move
                 tangents[record if record.output_avals is None else (record, index)] = tangent
 
 
@@ -59,8 +61,12 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         for primal, tangent in zip(primals, tangents, strict=True):
             fresh, treedef, rebuilt = variables(primal, "jvp", requires_grad=False)
             given, given_tree = flatten(tangent)
-            if given_tree != treedef and len(given) != len(fresh):
-                raise ShapeError("jvp: a tangent has another structure than its primal")
+            if given_tree != treedef:  # lists for tuples, or another order of the keys
+                by_path = dict(zip(leaf_paths(tangent), given, strict=True))
+                wanted = leaf_paths(primal)
+                if by_path.keys() != set(wanted):
+                    raise ShapeError("jvp: a tangent has another structure than its primal")
+                given = [by_path[path] for path in wanted]
             for v, t in zip(fresh, given, strict=True):
                 t = asarray(t)
                 if t.shape != v.shape:
@@ -70,7 +76,8 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         recorder = Tape()
         with recorder:
             result = f(*arguments)
-        push_entries(recorder.entries, seeds)
+        with np.errstate(divide="ignore", invalid="ignore"):  # as in the reverse replay
+            push_entries(recorder.entries, seeds)
         outs, out_tree = flatten(result)
         moved = []
         for out in outs:

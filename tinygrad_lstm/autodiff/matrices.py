@@ -29,15 +29,13 @@ def hvp(f: Callable[..., Any], primals: Sequence[Any], vectors: Sequence[Any]) -
     """
     arguments = tuple(asarray(p) if isinstance(p, list) and _is_numbers(p) else p for p in primals)
     directions = tuple(asarray(v) if isinstance(v, list) and _is_numbers(v) else v for v in vectors)
-    values: list[Any] = []
 
     def gradient(*xs: Any) -> Any:
         value, grads = value_and_grad(f, tuple(range(len(xs))))(*xs)
-        values.append(value)
-        return grads
+        return value, grads
 
-    _, product = jvp(gradient, arguments, directions)
-    return values[0].detach(), product
+    (value, _), (_, product) = jvp(gradient, arguments, directions)
+    return value, product
 
 
 def _is_numbers(value: Any) -> bool:

@@ -75,6 +75,14 @@ def scan(
     """
     if memory is not None:
         raise ArgumentError("scan: memory= is not supported yet; leave it out (None keeps all residuals)")
+    return scan_with(record_body, body, init, xs, length=length, lengths=lengths, reverse=reverse)
+
+
+def scan_with(
+    record: Callable[..., Recorded], body: Body, init: Any, xs: Any, *, length: Any = None, lengths: Any = None,
+    reverse: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
+    """:func:`scan` with a way to record the body that may know it already."""
     carry_leaves, carry_tree = _leaves(init, "init")
     x_leaves, x_tree = _leaves(xs, "xs")
     steps = _steps(x_leaves, leaf_paths(xs), length)
@@ -86,7 +94,7 @@ def scan(
         x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
     if not state().eager:
         try:
-            return _recorded(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
+            return _recorded(record, full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
         except TraceError:
             if state().trace is not None:
                 raise  # the enclosing recording needs the value as well
@@ -237,9 +245,10 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
 
 
 def _recorded(
+    record: Callable[..., Recorded],
     body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef, steps: int, reverse: bool
 ) -> tuple[Any, Any]:
-    recorded = record_body(body, carry, carry_tree, xs, x_tree)
+    recorded = record(body, carry, carry_tree, xs, x_tree)
     outs = recorded.run(carry, xs, recorded.captures, steps, reverse)
     return unflatten(carry_tree, outs[: len(carry)]), unflatten(recorded.y_tree, outs[len(carry) :])
 
