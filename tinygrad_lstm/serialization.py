@@ -1,19 +1,10 @@
 """Checkpoints: a tree of arrays and plain values in one safetensors file.
 
 The file is an ordinary `safetensors <https://github.com/huggingface/safetensors>`_ file, so any
-reader of that format sees the arrays under readable names (``model/lstm.weight_ih_l0``)::
-
-    8 bytes    length n of the header, little endian
-    n bytes    JSON: {"__metadata__": {"tinygrad_lstm": RECORD, "crc32": ...}, name: {dtype, shape, data_offsets}, ...}
-    the rest   the arrays, little endian, without gaps
-
-RECORD is JSON again (the format only allows strings there): the tree with every array replaced by
-its name, the user's metadata, and a checksum of the data.  In the tree JSON's own types stand for
-themselves; everything else is an object with one key that starts with ``$`` (see :func:`_encode`).
-
-The format is eight bytes, one JSON object and raw data, so it is written and read here, without
-the ``safetensors`` package: that gives clear errors, a checksum and writable arrays.  Nothing is
-ever unpickled or executed.
+reader of that format sees the arrays under readable names (``model/lstm.weight_ih_l0``).  Its
+metadata hold one JSON text: the tree with every array replaced by its name, the user's metadata, and a
+checksum of the data.  In the tree JSON's own types stand for themselves; everything else is an object
+with one key that starts with ``$`` (see :func:`_encode`).  Nothing is ever unpickled or executed.
 """
 
 from __future__ import annotations
@@ -38,10 +29,10 @@ __all__ = ["load", "read_metadata", "save"]
 _VERSION = 1
 _KEY = "tinygrad_lstm"
 _MAX_HEADER = 100_000_000  # the limit of the format's reference implementation
-_CODES = "BOOL I8 I16 I32 I64 U8 U16 U32 U64 F16 F32 F64"
-_NAMES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
-_CODE_OF = {np.dtype(name): code for name, code in zip(_NAMES.split(), _CODES.split(), strict=True)}
-_DTYPE_OF = {code: dtype for dtype, code in _CODE_OF.items()}
+_DTYPES = frozenset(
+    np.dtype(name)
+    for name in "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()  # noqa: SIM905
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -90,21 +81,22 @@ def save(path: PathLike, tree: Any, metadata: dict[str, Any] | None = None) -> N
     try:
         tree_json = _encode(tree, (), arrays, set())
         metadata_json = _encode(metadata or {}, ("metadata",), None, set())
-        # Large items first keeps every array aligned to its item size within the data.
-        ordered = sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize)
-        header = _header(ordered, tree_json, metadata_json)
+        record = json.dumps(
+            {"version": _VERSION, "tree": tree_json, "metadata": metadata_json, "data_crc32": _data_checksum(arrays)},
+            separators=(",", ":"),
+        )
     except RecursionError:
         raise ArgumentError("the tree is nested too deeply to be saved") from None
-    if len(header) > _MAX_HEADER:
+    if len(record) > _MAX_HEADER:
         raise ArgumentError(
-            f"the tree's plain values take {len(header)} bytes of JSON, at most {_MAX_HEADER} are possible; "
+            f"the tree's plain values take {len(record)} bytes of JSON, at most {_MAX_HEADER} are possible; "
             "turn long lists of numbers into arrays"
         )
+    from safetensors.numpy import save as serialised
+
+    note = {_KEY: record, "crc32": f"{_header_checksum(arrays, record):08x}"}
     with replacing(path) as file:
-        file.write(len(header).to_bytes(8, "little"))
-        file.write(header)
-        for _, array in ordered:
-            file.write(_bytes_of(array))
+        file.write(serialised(arrays, note))
 
 
 def load(path: PathLike) -> Any:
@@ -120,16 +112,13 @@ def load(path: PathLike) -> Any:
     CheckpointError
         The file is damaged or was not written by :func:`save`.
     """
-    with _open_checkpoint(path) as (file, size):
-        header, record, start = _read_header(file, size, path)
-        arrays = _read_arrays(file, header, size - start, record, path)
+    arrays, record = _read(path, with_arrays=True)
     return _decoded(record, "tree", arrays, path)
 
 
 def read_metadata(path: PathLike) -> dict[str, Any]:
     """The ``metadata`` given to :func:`save`; reads the header only.  Errors as for :func:`load`."""
-    with _open_checkpoint(path) as (file, size):
-        _, record, _ = _read_header(file, size, path)
+    _, record = _read(path, with_arrays=False)
     metadata = _decoded(record, "metadata", {}, path)
     if not isinstance(metadata, dict):
         raise _damaged(path, "its metadata are no dict")
@@ -188,7 +177,7 @@ def _enrol(value: Any, place: tuple[Any, ...], arrays: dict[str, np.ndarray] | N
     if isinstance(value, np.ma.MaskedArray):
         raise DTypeError(f"{_where(place)} is a masked array, which a checkpoint cannot hold; save data and mask")
     dtype = array.dtype.newbyteorder("=")
-    if dtype not in _CODE_OF:
+    if dtype not in _DTYPES:
         raise DTypeError(
             f"{_where(place)} has dtype {array.dtype}, which a checkpoint cannot hold; "
             "bool, (u)int8 .. 64 and float16 .. 64 are possible"
@@ -239,100 +228,59 @@ def _where(place: tuple[Any, ...]) -> str:
 # -- the file ------------------------------------------------------------------------------------
 
 
-def _bytes_of(array: np.ndarray) -> memoryview:
-    """The array's bytes, little endian, without a copy on little-endian machines."""
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return little.reshape(-1).view(np.uint8).data
+def _data_checksum(arrays: dict[str, np.ndarray]) -> int:
+    checksum = 0
+    for name in sorted(arrays):
+        little = arrays[name].astype(arrays[name].dtype.newbyteorder("<"), copy=False)
+        checksum = zlib.crc32(np.ascontiguousarray(little).reshape(-1).view(np.uint8).data, checksum)
+    return checksum
 
 
-def _header(ordered: list[tuple[str, np.ndarray]], tree: Any, metadata: Any) -> bytes:
-    entries: dict[str, Any] = {}
-    position = checksum = 0
-    for name, array in ordered:
-        code, end = _CODE_OF[array.dtype], position + array.nbytes
-        entries[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [position, end]}
-        position, checksum = end, zlib.crc32(_bytes_of(array), checksum)
-    record = json.dumps(
-        {"version": _VERSION, "tree": tree, "metadata": metadata, "data_crc32": checksum}, separators=(",", ":")
-    )
-    note = {_KEY: record, "crc32": f"{_header_checksum(entries, record):08x}"}
-    header = json.dumps({"__metadata__": note, **entries}, separators=(",", ":")).encode("ascii")
-    return header + b" " * (-len(header) % 8)  # the data start aligned
+def _header_checksum(arrays: dict[str, np.ndarray], record: str) -> int:
+    entries = [[name, arrays[name].dtype.name, list(arrays[name].shape)] for name in sorted(arrays)]
+    return zlib.crc32(json.dumps([entries, record]).encode("ascii"))
 
 
-def _header_checksum(entries: dict[str, Any], record: str) -> int:
-    return zlib.crc32(json.dumps([entries, record], sort_keys=True).encode("ascii"))
+def _read(path: PathLike, with_arrays: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays by name, and our record."""
+    import safetensors
 
-
-@contextmanager
-def _open_checkpoint(path: PathLike) -> Iterator[tuple[BinaryIO, int]]:
     target = _fspath(path)
     if os.path.exists(target) and not os.path.isfile(target):
         # Opening a pipe would wait for ever.
         kind = "a folder" if os.path.isdir(target) else "no regular file"
         raise CheckpointError(f"{target} is {kind}, no checkpoint")
-    with open(target, "rb") as file:
-        yield file, os.fstat(file.fileno()).st_size
-
-
-def _read_header(file: BinaryIO, size: int, path: PathLike) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """The arrays' entries, our record, and where the data start."""
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > size - 8 or length > _MAX_HEADER:
-        what = "is empty" if not prefix else "is cut off or no checkpoint"
-        raise CheckpointError(f"{_fspath(path)} {what}: no safetensors header that fits into its {size} bytes")
+    with open(target, "rb") as file:  # the system's own errors, a missing file above all
+        size = os.fstat(file.fileno()).st_size
+    arrays: dict[str, np.ndarray] = {}
     try:
-        header = json.loads(file.read(length).decode("utf-8"))
-        note = header.pop("__metadata__", {})
-        raw = note.get(_KEY)
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{_fspath(path)} is no checkpoint: it has no safetensors header") from None
-    if raw is None:
+        with safetensors.safe_open(target, framework="numpy") as reader:
+            note = reader.metadata() or {}
+            if _KEY in note and with_arrays:
+                # A copy of its own: what comes from the reader may be read-only.
+                arrays = {name: np.array(reader.get_tensor(name)) for name in reader.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, OverflowError, MemoryError):
+        what = "is empty" if size == 0 else "is cut off, damaged or no checkpoint"
+        raise CheckpointError(f"{target} {what}: its {size} bytes are no whole safetensors file") from None
+    if _KEY not in note:
         raise CheckpointError(
-            f"{_fspath(path)} is a safetensors file, but not one that tg.save wrote; "
-            "tg.interop.load_safetensors reads such files"
+            f"{target} is a safetensors file, but not one that tg.save wrote; read it with the safetensors package"
         )
     try:
-        if int(note["crc32"], 16) != _header_checksum(header, raw):
-            raise ValueError("checksum")
-        record = json.loads(raw)
+        record = json.loads(note[_KEY])
         version = int(record["version"])
+        whole = not with_arrays or int(note["crc32"], 16) == _header_checksum(arrays, note[_KEY])
     except (KeyError, ValueError, TypeError, RecursionError):
         raise _damaged(path, "its header was changed") from None
     if version > _VERSION:
         raise CheckpointError(
-            f"{_fspath(path)} has format version {version}, this release reads up to {_VERSION}; upgrade tinygrad-lstm"
+            f"{target} has format version {version}, this release reads up to {_VERSION}; upgrade tinygrad-lstm"
         )
-    return header, record, 8 + length
-
-
-def _read_arrays(
-    file: BinaryIO, header: dict[str, Any], size: int, record: dict[str, Any], path: PathLike
-) -> dict[str, np.ndarray]:
-    """Read the arrays in the order in which they lie in the file; they fill it without gaps."""
-    arrays: dict[str, np.ndarray] = {}
-    position = checksum = 0
-    try:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            dtype, shape = _DTYPE_OF[entry["dtype"]], tuple(entry["shape"])
-            if begin != position or end > size or end - begin != math.prod(shape) * dtype.itemsize:
-                raise _damaged(path, f"array {name!r} does not fit the {size} bytes of data")
-            array = np.empty(shape, dtype.newbyteorder("<"))
-            content = array.reshape(-1).view(np.uint8)
-            if file.readinto(content) != len(content):  # type: ignore[attr-defined]
-                raise _damaged(path, "it became shorter while it was read")
-            position, checksum = end, zlib.crc32(content.data, checksum)
-            arrays[name] = array.astype(dtype, copy=False)
-        expected = int(record["data_crc32"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise _damaged(path, "the description of its arrays cannot be read") from None
-    if position != size or checksum != expected:
+    if not whole:
+        raise _damaged(path, "its header was changed")
+    if with_arrays and record.get("data_crc32") != _data_checksum(arrays):
         raise _damaged(path, "its data are not those that were saved")
-    return arrays
+    return arrays, record
 
 
 @contextmanager

@@ -1,0 +1,8 @@
+"""Training: the loop, its callbacks and schedules, and the character-level language model."""
+
+from tinygrad_lstm.training.callbacks import Callback, ProgressBar
+from tinygrad_lstm.training.language_model import CharLM, sample
+from tinygrad_lstm.training.schedules import Constant, WarmupCosine
+from tinygrad_lstm.training.trainer import DivergedError, Trainer
+
+__all__ = ["Callback", "CharLM", "Constant", "DivergedError", "ProgressBar", "Trainer", "WarmupCosine", "sample"]

@@ -1,0 +1,91 @@
+"""The command line ``tinygrad-lstm`` (also ``python -m tinygrad_lstm``).
+
+Exit status: 0 it worked; 1 it failed, with a one-line reason on standard error; 2 wrong arguments,
+likewise; 130 and 143 stopped by Ctrl-C and by SIGTERM, as shells count them (128 + signal).
+
+A command is a module with ``NAME``, ``HELP``, ``add_arguments(parser)`` and ``run(args) -> status``;
+:data:`COMMANDS` lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tinygrad_lstm._version import __version__
+from tinygrad_lstm.cli import evaluate, sample, train
+from tinygrad_lstm.cli.options import UsageError
+from tinygrad_lstm.errors import Error
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = (train, sample, evaluate)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line in place of argparse's usage block."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        The arguments without the program's name; ``sys.argv[1:]`` without it.
+    """
+    parser = _Parser(
+        prog="tinygrad-lstm",
+        description="Recurrent models on the CPU, with the autodiff in plain sight.",
+        epilog="Exit status: 0 worked, 1 failed, 2 wrong arguments, 130 stopped by Ctrl-C.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        sub = commands.add_parser(
+            module.NAME,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    name = parser.prog
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A text may have characters that the terminal's encoding has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        args = parser.parse_args(argv)
+        name = f"{parser.prog} {args.command}"
+        status = int(args.run(args))
+        # A closed pipe shows here, not in the interpreter's last moments.
+        sys.stdout.flush()
+        return status
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 0
+    except UsageError as error:
+        return _fail(name, str(error), 2)
+    except KeyboardInterrupt:
+        return _fail(name, "stopped by Ctrl-C", 130)
+    except BrokenPipeError:
+        # The reader (head, less) has had enough.  Standard output must not be flushed again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail(name, "not enough memory; try a smaller model, batch or sequence length", 1)
+    except Error as error:
+        return _fail(name, str(error), 1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _fail(name, f"{error.filename}: {reason}" if error.filename is not None else reason, 1)
+
+
+def _fail(name: str, message: str, status: int) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,53 @@
+"""Bits per character of a language model: on the held-out part of its own text, or on another text."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tinygrad_lstm.cli.options import model_file
+from tinygrad_lstm.errors import Error
+
+NAME = "evaluate"
+HELP = "held-out bits per character of a checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--text", metavar="FILE", help="evaluate the whole of FILE (default: what training held out)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the bits per character."""
+    from tinygrad_lstm.data import TextCorpus
+    from tinygrad_lstm.data.text import encode
+    from tinygrad_lstm.training.language_model import bits_per_character, load_model
+
+    path = model_file(args.checkpoint)
+    model, tree = load_model(path)
+    if args.text is not None:
+        corpus = TextCorpus.from_file(args.text)
+        ids, what = encode(corpus.text, tree["vocabulary"]), args.text
+    else:
+        corpus = training_corpus(tree["corpus"])
+        ids, what = corpus.held_out, f"the held-out part of {corpus.name}"
+    bits = bits_per_character(model, ids)
+    print(f"{bits:.4f} bits per character on {what} ({len(ids):,} characters)")
+    return 0
+
+
+def training_corpus(about: dict[str, Any], text: str | None = None) -> Any:
+    """The text that a checkpoint was trained on, from where it was or from ``text``; checked by its hash."""
+    from tinygrad_lstm.data import TextCorpus
+
+    path = text if text is not None else about["path"]
+    fraction = about["held_out"]
+    corpus = TextCorpus.python_topics(fraction) if path is None else TextCorpus.from_file(path, fraction)
+    if corpus.sha256 != about["sha256"]:
+        why = "another version of Python ships another text" if path is None else "it was changed, or is another file"
+        raise Error(
+            f"{corpus.name} is not the text of the training: its sha256 is {corpus.sha256[:12]}..., the checkpoint's "
+            f"{about['sha256'][:12]}...; {why}"
+        )
+    return corpus
