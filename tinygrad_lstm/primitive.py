@@ -82,9 +82,10 @@ class Primitive:
         batch: str | None = None,
         saves: Sequence[str] | None = None,
         always_tuple: bool = False,
+        register: bool = True,
         doc: str | None = None,
     ) -> None:
-        if name in REGISTRY:
+        if register and name in REGISTRY:
             raise ArgumentError(f"a primitive named {name!r} exists already; choose another name")
         self.name = name
         self.forward = forward
@@ -110,7 +111,8 @@ class Primitive:
         self._fetch: tuple[Callable[..., Any] | None, ...] = ()
         self._saves_given = tuple(saves) if saves is not None else None
         self.set_rules(rules)
-        REGISTRY[name] = self
+        if register:
+            REGISTRY[name] = self
 
     # ------------------------------------------------------------------ declaration
 

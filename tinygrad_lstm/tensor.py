@@ -465,5 +465,6 @@ def as_operand(value: Any) -> Any:
     if isinstance(value, (Tensor, bool, int, float)) and not isinstance(value, np.generic):
         return value
     if isinstance(value, np.generic) and value.dtype.kind in "fiub":
-        return value.item()
+        number = value.item()
+        return asarray(value) if isinstance(number, np.generic) else number  # a long double stays one
     return asarray(value)

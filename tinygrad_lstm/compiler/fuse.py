@@ -76,6 +76,7 @@ FUSED: Primitive = Primitive(
     (lambda g, position: _no_rule(g, position),),
     shape=lambda *operands, kernel: tuple(kernel.avals),
     always_tuple=True,
+    register=False,  # made by a pass, never called by anybody
     doc="A chain of elementwise primitives as one loop.",
 )
 

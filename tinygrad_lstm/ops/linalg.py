@@ -186,15 +186,19 @@ def einsum(subscripts: str, *operands: Any) -> Any:
             raise ArgumentError(f"einsum {subscripts!r}: output subscript {c!r} is in no operand")
     if dots:
         # Broadcasting between ellipses is made explicit, so that the rule sees one length per subscript.
-        full = np.broadcast_shapes(*[t.shape[:need] for t, need in _leading(terms, tensors, dots)])
-        for k, (t, need) in enumerate(_leading(terms, tensors, dots)):
-            if need and terms[k].startswith(dots[width - need :]) and t.shape[:need] != full[len(full) - need :]:
-                tensors[k] = broadcast_to(t, (*full[len(full) - need :], *t.shape[need:]))
+        spans = [[at for at, c in enumerate(term) if c in dots] for term in terms]
+        try:
+            full = np.broadcast_shapes(*[[t.shape[at] for at in span] for t, span in zip(tensors, spans, strict=True)])
+        except ValueError:
+            shapes = ", ".join(str(t.shape) for t in tensors)
+            raise ShapeError(f"einsum {subscripts!r}: the axes under '...' of {shapes} do not broadcast") from None
+        for k, (t, span) in enumerate(zip(tensors, spans, strict=True)):
+            shape = list(t.shape)
+            for at, n in zip(span, full[len(full) - len(span) :], strict=True):
+                shape[at] = n
+            if tuple(shape) != t.shape:
+                tensors[k] = broadcast_to(t, tuple(shape))
     return _einsum(*tensors, subscripts=f"{','.join(terms)}->{out}")
-
-
-def _leading(terms: Sequence[str], tensors: Sequence[Any], dots: str) -> list[tuple[Any, int]]:
-    return [(t, len([c for c in term if c in dots])) for term, t in zip(terms, tensors, strict=True)]
 
 
 __all__ = ["dot", "einsum", "inner", "matmul", "outer", "tensordot"]

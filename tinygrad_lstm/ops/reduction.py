@@ -9,7 +9,7 @@ import numpy as np
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.ops.axes import ndim_of, normal_axes, normal_axis
 from tinygrad_lstm.ops.elementwise import divide, equal, exp, maximum, sqrt, square, where
-from tinygrad_lstm.ops.shape import broadcast_to, expand_dims, flip, sum_to
+from tinygrad_lstm.ops.shape import broadcast_to, expand_dims, flip, reshape, sum_to
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.tensor import Tensor, asarray
 
@@ -163,14 +163,22 @@ _argmax: Primitive = Primitive("argmax", _flat_or_axis(np.argmax), None, batch="
 _argmin: Primitive = Primitive("argmin", _flat_or_axis(np.argmin), None, batch="same")
 
 
+def _arg_extremum(prim: Primitive, x: Any, axis: int | None, keepdims: bool, who: str) -> Any:
+    x = asarray(x)
+    if axis is not None:
+        return prim(x, axis=normal_axis(axis, x.ndim, who), keepdims=bool(keepdims))
+    found = prim(reshape(x, (x.size,)), axis=-1, keepdims=False)
+    return reshape(found, (1,) * x.ndim) if keepdims else found
+
+
 def argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
     """Index of the first largest element, as numpy.argmax (int64, no gradient)."""
-    return _argmax(x, axis=None if axis is None else normal_axis(axis, ndim_of(x), "argmax"), keepdims=bool(keepdims))
+    return _arg_extremum(_argmax, x, axis, keepdims, "argmax")
 
 
 def argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
     """Index of the first smallest element, as numpy.argmin (int64, no gradient)."""
-    return _argmin(x, axis=None if axis is None else normal_axis(axis, ndim_of(x), "argmin"), keepdims=bool(keepdims))
+    return _arg_extremum(_argmin, x, axis, keepdims, "argmin")
 
 
 # ---------------------------------------------------------------------------- products
@@ -220,7 +228,7 @@ def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
 def _logsumexp_forward(x: np.ndarray, *, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
     peak = np.maximum.reduce(x, axis=axis, keepdims=True)
     peak = np.where(np.isfinite(peak), peak, np.zeros((), x.dtype))  # all -inf: log 0, not NaN
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):  # log 0; exp(x - 0) beside an infinite peak
         out = np.log(np.add.reduce(np.exp(x - peak), axis=axis, keepdims=True)) + peak
     return out if keepdims else out.reshape([n for k, n in enumerate(out.shape) if k - out.ndim not in axis])
 
