@@ -9,6 +9,7 @@ import numpy as np
 
 from tinygrad_lstm.compiler.fuse import FUSED, worth_compiling
 from tinygrad_lstm.compiler.loop import LoopPlan
+from tinygrad_lstm.kernels.pool import empty
 
 __all__ = ["run_loop"]
 
@@ -22,7 +23,7 @@ def run_loop(
         return [np.array(c) for c in carry], _empty(plan)
     values = [np.asarray(v) for v in plan.before.function()(*xs, *captures)]
     sequence, invariant = values[: plan.n_sequence], values[plan.n_sequence :]
-    stacks = [np.empty((steps, *aval.shape), aval.dtype) for aval in plan.stacked]
+    stacks = [empty((steps, *aval.shape), aval.dtype) for aval in plan.stacked]
     sums = [np.zeros(aval.shape, aval.dtype) for aval in plan.sums]
     native = worth_compiling(plan.body, plan.body.equations, steps)
     loop = _runner(plan, native)
@@ -114,5 +115,7 @@ def _generate(plan: LoopPlan, native: bool) -> tuple[str, dict[str, Any]]:
     if n_carry:
         targets = ", ".join(f"v{s}" for s in carry_in)
         lines.append(f"        {targets} = {', '.join(text(o, f'o{k}') for k, o in enumerate(carry_out))}")
+    if lines[-1].endswith(":"):
+        lines.append("        pass")
     lines.append(f"    return ({''.join(f'v{s}, ' for s in carry_in)})")
     return "\n".join(lines), names

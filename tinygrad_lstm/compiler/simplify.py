@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
-
-from tinygrad_lstm.program import Equation, Program
+from tinygrad_lstm.program import Equation, Program, content
 
 __all__ = ["dead_code", "simplify"]
 
@@ -26,12 +24,6 @@ def dead_code(program: Program) -> Program:
     return program.replaced(equations=tuple(reversed(kept)))
 
 
-def _token(value: Any) -> Any:
-    if isinstance(value, Program):
-        return value.key
-    return value.str if isinstance(value, np.dtype) else value
-
-
 def common(program: Program, fixed: Collection[int] = ()) -> Program:
     """Compute equal equations once.  ``fixed`` slots keep their own equation (they are looked up by number)."""
     seen: dict[Any, tuple[int, ...]] = {}
@@ -47,7 +39,7 @@ def common(program: Program, fixed: Collection[int] = ()) -> Program:
         key = (
             equation.primitive.name,
             tuple(o if o.__class__ is int else (type(o.value), repr(o.value)) for o in operands),
-            repr([(k, _token(v)) for k, v in sorted(equation.params.items())]),
+            tuple((k, content(v)) for k, v in sorted(equation.params.items())),
         )
         twin = seen.get(key)
         if twin is not None and not any(slot in fixed for slot in equation.outputs):

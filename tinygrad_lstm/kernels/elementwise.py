@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import ArgumentError, ShapeError
 from .expression import Expression, node_dtypes
+from .pool import empty
 from .table import LEAVES
 
 __all__ = ["THRESHOLD", "evaluate", "fused", "lowerable"]
@@ -81,7 +82,7 @@ def _large(expression: Expression, arrays: Sequence[Any], out: Any) -> Any:
             if out is None:
                 if not same:
                     shape = np.broadcast(*arrays).shape
-                targets = tuple([np.empty(shape, d) for d in results])
+                targets = tuple([empty(shape, d) for d in results])
                 _fused(expression, dtypes)(arrays, targets)
                 return targets[0] if expression.single else targets
             _fused(expression, dtypes)(arrays, (out,) if expression.single else out)

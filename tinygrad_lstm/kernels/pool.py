@@ -1,0 +1,88 @@
+"""Large arrays whose memory is used again.
+
+The C library gives freed blocks of some megabytes back to the system, and the next step pays for them
+with page faults: up to half of its time.  Here a block stays, and is handed out again when nothing refers to
+it any more: not the array that was made of it, nor any view (a view keeps its block alive through
+``base``).  So an array that a user holds is never touched.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+__all__ = ["clear", "empty", "idle_bytes"]
+
+SMALLEST = 1 << 18  # bytes; below, the allocator's own free lists serve
+MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
+
+_lock = threading.Lock()
+_blocks: dict[int, list[np.ndarray]] = {}  # by size in bytes
+
+
+def _references(blocks: list[np.ndarray]) -> int:
+    return sys.getrefcount(blocks[0])
+
+
+_UNUSED = _references([np.empty(1, np.uint8)])  # what it says of a block that only its list refers to
+
+
+def empty(shape: Any, dtype: Any) -> np.ndarray:
+    """An uninitialised C-contiguous array, as numpy.empty; its memory may have been used before."""
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < SMALLEST:
+        return np.empty(shape, dtype)
+    size = -(-nbytes // 4096) * 4096
+    with _lock:
+        block = _take(size)
+    return block[:nbytes].view(dtype).reshape(shape)
+
+
+def _take(size: int) -> np.ndarray:
+    blocks = _blocks.setdefault(size, [])
+    for k in range(len(blocks)):
+        if sys.getrefcount(blocks[k]) == _UNUSED:
+            blocks.append(blocks.pop(k))  # the one used last is the last to be given up
+            return blocks[-1]
+    _give_up(MOST_IDLE)
+    blocks = _blocks.setdefault(size, [])
+    blocks.append(np.empty(size, np.uint8))
+    return blocks[-1]
+
+
+def _give_up(most: int) -> None:
+    """Free unused blocks, oldest first, until at most so many bytes lie idle."""
+    idle = [(size, k) for size, blocks in _blocks.items() for k in range(len(blocks)) if _is_idle(blocks, k)]
+    excess = sum(size for size, _ in idle) - most
+    doomed: dict[int, list[int]] = {}
+    for size, k in idle:
+        if excess <= 0:
+            break
+        doomed.setdefault(size, []).append(k)
+        excess -= size
+    for size, numbers in doomed.items():
+        for k in reversed(numbers):
+            del _blocks[size][k]
+        if not _blocks[size]:
+            del _blocks[size]
+
+
+def _is_idle(blocks: list[np.ndarray], k: int) -> bool:
+    return sys.getrefcount(blocks[k]) == _UNUSED
+
+
+def idle_bytes() -> int:
+    """How much memory is kept although nobody uses it."""
+    with _lock:
+        return sum(s for s, blocks in _blocks.items() for k in range(len(blocks)) if _is_idle(blocks, k))
+
+
+def clear() -> None:
+    """Free all memory that nobody uses."""
+    with _lock:
+        _give_up(0)
