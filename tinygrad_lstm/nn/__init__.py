@@ -1,0 +1,26 @@
+"""Modules: recurrent cells and layers, other layers, losses, initial values."""
+
+from tinygrad_lstm.nn import init, losses
+from tinygrad_lstm.nn.basic import Dropout, Embedding, LayerNorm, Linear, Sequential
+from tinygrad_lstm.nn.cells import GRUCell, LayerNormLSTMCell, LSTMCell, PeepholeLSTMCell, RNNCell
+from tinygrad_lstm.nn.losses import (
+    bce_loss,
+    bce_with_logits,
+    cross_entropy,
+    ctc_loss,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    nll_loss,
+)
+from tinygrad_lstm.nn.module import LoadResult, Module, Parameter
+from tinygrad_lstm.nn.recurrent import Bidirectional, Recurrent, Stack
+from tinygrad_lstm.nn.regularisation import VariationalDropout, WeightDrop, Zoneout
+from tinygrad_lstm.nn.rnn import GRU, LSTM, RNN
+
+__all__ = [
+    "GRU", "LSTM", "RNN", "Bidirectional", "Dropout", "Embedding", "GRUCell", "LSTMCell", "LayerNorm",
+    "LayerNormLSTMCell", "Linear", "LoadResult", "Module", "Parameter", "PeepholeLSTMCell", "RNNCell", "Recurrent",
+    "Sequential", "Stack", "VariationalDropout", "WeightDrop", "Zoneout", "bce_loss", "bce_with_logits",
+    "cross_entropy", "ctc_loss", "huber_loss", "init", "l1_loss", "losses", "mse_loss", "nll_loss",
+]  # fmt: skip

@@ -1,0 +1,132 @@
+"""Schedules: against torch step by step, and states that go on where they stopped."""
+
+import numpy as np
+import pytest
+
+import tinygrad_lstm as tg
+from tinygrad_lstm import nn, optim
+
+
+def sgd(**options):
+    return optim.SGD(
+        [{"params": [nn.Parameter([1.0])]}, {"params": [nn.Parameter([1.0])], "lr": 0.3}], lr=0.1, **options
+    )
+
+
+CASES = [
+    ("StepLR", {"step_size": 3, "gamma": 0.5}),
+    ("ExponentialLR", {"gamma": 0.9}),
+    ("CosineAnnealingLR", {"T_max": 7, "eta_min": 0.01}),
+    ("OneCycleLR", {"max_lr": 1.0, "total_steps": 20}),
+    ("OneCycleLR", {"max_lr": [1.0, 2.0], "total_steps": 20, "anneal_strategy": "linear", "pct_start": 0.5}),
+    ("OneCycleLR", {"max_lr": 1.0, "epochs": 4, "steps_per_epoch": 5, "three_phase": True, "cycle_momentum": False}),
+]
+IDS = [f"{name}-{k}" for k, (name, _) in enumerate(CASES)]
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("name, options", CASES, ids=IDS)
+def test_rates_follow_torch(name, options):
+    torch = pytest.importorskip("torch")
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    reference = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}], lr=0.1, momentum=0.9)
+    optimizer = sgd(momentum=0.9)
+    ours = getattr(optim, name)(optimizer, **options)
+    theirs = getattr(torch.optim.lr_scheduler, name)(reference, **options)
+    for step in range(19):
+        for mine, other in zip(optimizer.param_groups, reference.param_groups, strict=True):
+            assert mine["lr"] == pytest.approx(other["lr"], rel=1e-12, abs=1e-15), step
+            assert mine["momentum"] == pytest.approx(other["momentum"], rel=1e-12), step
+        assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr(), rel=1e-12)
+        reference.step()
+        ours.step()
+        theirs.step()
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"patience": 0, "factor": 0.5, "min_lr": 0.02},
+        {"patience": 1, "mode": "max", "threshold": 0.1, "threshold_mode": "abs"},
+        {"patience": 1, "cooldown": 3, "threshold": 0.05},
+        {"patience": 1, "mode": "max"},
+    ],
+)
+def test_plateau_follows_torch(options, rng):
+    torch = pytest.importorskip("torch")
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer = optim.SGD([nn.Parameter([1.0])], lr=0.1)
+    ours = optim.ReduceLROnPlateau(optimizer, **options)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, **options)
+    for metric in [*(1 + rng.uniform(-0.1, 0.1, 20)), *np.linspace(-1, 1, 10), np.nan, *np.full(15, 0.5)]:
+        ours.step(metric)
+        theirs.step(metric)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_warmup():
+    optimizer = optim.SGD([nn.Parameter([1.0])], lr=0.5)
+    schedule = optim.LinearWarmup(optimizer, 4)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    assert rates == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+
+
+def test_one_cycle_with_betas():
+    optimizer = optim.Adam([nn.Parameter([1.0])])
+    schedule = optim.OneCycleLR(optimizer, 0.1, total_steps=10)
+    for _ in range(10):
+        assert optimizer.param_groups[0]["betas"][1] == 0.999
+        schedule.step()
+    with pytest.raises(tg.ArgumentError, match="step 11 of a cycle of 10"):
+        schedule.step()
+
+
+@pytest.mark.parametrize("name, options", [*CASES, ("LinearWarmup", {"warmup_steps": 9})], ids=[*IDS, "LinearWarmup"])
+def test_a_loaded_schedule_goes_on(name, options, tmp_path):
+    optimizer, other = sgd(momentum=0.9), sgd(momentum=0.9)
+    schedule = getattr(optim, name)(optimizer, **options)
+    for _ in range(5):
+        schedule.step()
+    tg.save(tmp_path / "s.safetensors", {"schedule": schedule.state_dict(), "optimizer": optimizer.state_dict()})
+    loaded = tg.load(tmp_path / "s.safetensors")
+    resumed = getattr(optim, name)(other, **options)
+    other.load_state_dict(loaded["optimizer"])
+    resumed.load_state_dict(loaded["schedule"])
+    for _ in range(5):
+        assert resumed.get_last_lr() == schedule.get_last_lr()
+        assert other.param_groups[0]["momentum"] == optimizer.param_groups[0]["momentum"]
+        schedule.step()
+        resumed.step()
+
+
+def test_a_loaded_plateau_goes_on():
+    optimizer = optim.SGD([nn.Parameter([1.0])], lr=0.1)
+    schedule = optim.ReduceLROnPlateau(optimizer, patience=2)
+    for metric in (1.0, 2.0, 2.0):
+        schedule.step(tg.tensor(metric))
+    other = optim.SGD([nn.Parameter([1.0])], lr=7.0)
+    resumed = optim.ReduceLROnPlateau(other, patience=2)
+    resumed.load_state_dict(schedule.state_dict())
+    assert other.param_groups[0]["lr"] == 0.1
+    resumed.step(2.0)
+    assert other.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_refusals():
+    optimizer = optim.RMSprop([nn.Parameter([1.0])])
+    for make, pattern in (
+        (lambda: optim.StepLR(optimizer, 0), "step_size"),
+        (lambda: optim.StepLR(nn.Linear(1, 1), 1), "found Linear"),
+        (lambda: optim.OneCycleLR(optimizer, 0.1), "total_steps"),
+        (lambda: optim.OneCycleLR(optim.Adagrad([nn.Parameter([1.0])]), 0.1, 10), "no momentum to cycle"),
+        (lambda: optim.ReduceLROnPlateau(optimizer, mode="up"), "'up'"),
+        (lambda: optim.ReduceLROnPlateau(optimizer).step(), "metric"),
+        (lambda: optim.StepLR(optimizer, 1).load_state_dict({}), "no state"),
+    ):
+        with pytest.raises(tg.ArgumentError, match=pattern):
+            make()

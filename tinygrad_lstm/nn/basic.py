@@ -1,0 +1,273 @@
+"""Layers that are not recurrent: Linear, Embedding, LayerNorm, Dropout, Sequential."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm import ops
+from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
+from tinygrad_lstm.nn import init
+from tinygrad_lstm.nn.module import Module, Parameter
+from tinygrad_lstm.random import Generator
+from tinygrad_lstm.tensor import Tensor, asarray
+
+__all__ = ["Dropout", "Embedding", "LayerNorm", "Linear", "Sequential"]
+
+
+class Linear(Module):
+    """``y = x W^T + b``, ``(..., in_features) -> (..., out_features)``.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    bias : bool
+    dtype : floating dtype of ``weight (out, in)`` and ``bias (out,)``
+    generator : Generator, optional
+        Initial values as in PyTorch: uniform with bound ``1 / sqrt(in_features)``.
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        x of another width or another floating dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import nn
+    >>> nn.Linear(3, 4)(np.ones((7, 2, 3), np.float32)).shape
+    (7, 2, 4)
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, dtype: Any = np.float32,
+        generator: Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ArgumentError(f"Linear: sizes are at least 1, found {in_features} and {out_features}")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = Parameter(np.zeros((out_features, in_features), dtype))
+        self.bias = Parameter(np.zeros(out_features, dtype)) if bias else None
+        init.torch_default(self, generator)
+
+    def forward(self, x: Any) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        x = asarray(x)
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise ShapeError(
+                f"Linear{self._said()}: x has shape {x.shape}, the layer was built for "
+                f"in_features={self.in_features} in its last axis"
+            )
+        if x.dtype != self.weight.dtype:
+            raise DTypeError(
+                f"Linear{self._said()}: x is {x.dtype}, the weight is {self.weight.dtype}; convert one with astype"
+            )
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+    def _said(self) -> str:
+        return f" '{self._label}'" if self._label else ""
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.in_features}, {self.out_features}{'' if self.bias is not None else ', bias=False'}"
+
+
+class Embedding(Module):
+    """A table of vectors: integer ids ``(...)`` to ``(..., embedding_dim)``.
+
+    Parameters
+    ----------
+    num_embeddings, embedding_dim : int
+        ``weight (num_embeddings, embedding_dim)``, initially standard normal, as in PyTorch.
+    padding_idx : int, optional
+        This row is zero at the start and gets no gradient.
+    dtype : floating dtype of the weight
+    generator : Generator, optional
+
+    Raises
+    ------
+    OutOfRangeError
+        An id outside of ``0 .. num_embeddings - 1``.
+    DTypeError
+        Ids that are no integers.
+
+    Examples
+    --------
+    >>> from tinygrad_lstm import nn
+    >>> nn.Embedding(10, 4)([[1, 2, 9]]).shape
+    (1, 3, 4)
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, dtype: Any = np.float32,
+        generator: Generator | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ArgumentError(f"Embedding: sizes are at least 1, found {num_embeddings} and {embedding_dim}")
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise OutOfRangeError(f"Embedding: padding_idx {padding_idx} is outside of {num_embeddings} rows")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.weight = Parameter(np.zeros((num_embeddings, embedding_dim), dtype))
+        init.torch_default(self, generator)
+        if self.padding_idx is not None:
+            self.weight._data[self.padding_idx] = 0
+
+    def forward(self, ids: Any) -> Tensor:
+        """Integer ids ``(...)`` to ``(..., embedding_dim)``."""
+        ids = asarray(ids)
+        if ids.dtype.kind not in "iu":
+            raise DTypeError(f"Embedding: ids are integers, found dtype {ids.dtype}; convert with astype(np.int64)")
+        found = getattr(ids, "_data", None) if type(ids) is Tensor else None
+        if found is not None and found.size and (found.min() < 0 or found.max() >= self.num_embeddings):
+            bad = found[(found < 0) | (found >= self.num_embeddings)].reshape(-1)[0]
+            raise OutOfRangeError(
+                f"Embedding: id {bad} is outside of 0..{self.num_embeddings - 1} (num_embeddings={self.num_embeddings})"
+            )
+        out = ops.take(self.weight, ids, axis=0)
+        if self.padding_idx is not None:
+            # Selected, not multiplied: the padding row keeps its value and gets no gradient.
+            padded = ops.expand_dims(ops.equal(ids, self.padding_idx), -1)
+            out = ops.where(padded, ops.stop_gradient(out), out)
+        return out
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        more = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{more}"
+
+
+class LayerNorm(Module):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axes (Ba, Kiros & Hinton 2016).
+
+    Parameters
+    ----------
+    normalized_shape : int or tuple of ints
+        The lengths of the last axes, which are normalised together.
+    eps : float
+    elementwise_affine : bool
+        Whether there are ``weight`` (initially 1) and ``bias`` (0) of that shape.
+    bias : bool
+    dtype : floating dtype of the parameters
+
+    Examples
+    --------
+    >>> from tinygrad_lstm import nn
+    >>> [round(v, 3) for v in nn.LayerNorm(2)([[1.0, 3.0]])[0].tolist()]
+    [-1.0, 1.0]
+    """
+
+    def __init__(
+        self, normalized_shape: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True,
+        bias: bool = True, *, dtype: Any = np.float32,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        shape = (normalized_shape,) if isinstance(normalized_shape, (int, np.integer)) else tuple(normalized_shape)
+        if not shape or min(shape) < 1:
+            raise ArgumentError(f"LayerNorm: normalized_shape has lengths of at least 1, found {normalized_shape}")
+        self.normalized_shape, self.eps = shape, eps
+        self.weight = Parameter(np.ones(shape, dtype)) if elementwise_affine else None
+        self.bias = Parameter(np.zeros(shape, dtype)) if elementwise_affine and bias else None
+
+    def forward(self, x: Any) -> Tensor:
+        """Same shape."""
+        x = asarray(x)
+        if x.shape[-len(self.normalized_shape) :] != self.normalized_shape:
+            raise ShapeError(
+                f"LayerNorm{f' {self._label!r}' if self._label else ''}: x has shape {x.shape}, "
+                f"its last axes must be {self.normalized_shape}"
+            )
+        axes = tuple(range(-len(self.normalized_shape), 0))
+        centred: Any = x - ops.mean(x, axes, keepdims=True)
+        variance = ops.mean(ops.square(centred), axes, keepdims=True)
+        y = centred / ops.sqrt(variance + self.eps)
+        if self.weight is not None:
+            y = y * self.weight
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        shape = self.normalized_shape
+        return f"{shape[0] if len(shape) == 1 else shape}, eps={self.eps}"
+
+
+class Dropout(Module):
+    """In training, zero each element with probability p and divide the others by 1 - p (Srivastava et al. 2014).
+
+    Parameters
+    ----------
+    p : float in [0, 1]
+    generator : Generator, optional
+        The default one (``tg.seed``) without it.
+
+    Examples
+    --------
+    >>> from tinygrad_lstm import nn
+    >>> nn.Dropout(0.5).eval()([1.0, 2.0]).tolist()
+    [1.0, 2.0]
+    """
+
+    def __init__(self, p: float = 0.5, generator: Generator | None = None) -> None:
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise ArgumentError(f"Dropout: a probability lies in [0, 1], found p={p}")
+        self.p, self.generator = p, generator
+
+    def forward(self, x: Any) -> Tensor:
+        """Same shape; x itself in evaluation."""
+        return ops.dropout(x, self.p, self.generator, self.training)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"p={self.p}"
+
+
+class Sequential(Module):
+    """Modules (or functions) one after the other: ``Sequential(a, b)(x)`` is ``b(a(x))``.
+
+    A recurrent layer in it hands on its output and drops its state.  Names are "0", "1", ..., as in PyTorch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import nn, ops
+    >>> model = nn.Sequential(nn.Linear(3, 4), ops.tanh, nn.Linear(4, 1))
+    >>> model(np.ones((2, 3), np.float32)).shape
+    (2, 1)
+    >>> list(model.state_dict())
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__()
+        for k, part in enumerate(parts):
+            if not callable(part):
+                raise DTypeError(f"Sequential: part {k} is a {type(part).__name__}, expected a Module or a function")
+            setattr(self, str(k), part)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.__dict__[str(k)] for k in range(len(self))])
+
+    def __len__(self) -> int:
+        return sum(key.isdigit() for key in self.__dict__)
+
+    def __getitem__(self, index: int) -> Any:
+        return list(self)[index]
+
+    def append(self, part: Any) -> Sequential:
+        """Add a part at the end."""
+        setattr(self, str(len(self)), part)
+        return self
+
+    def forward(self, x: Any) -> Any:
+        """Through all parts."""
+        for part in self:
+            x = part(x)
+            if isinstance(x, tuple) and getattr(part, "returns_state", False):
+                x = x[0]
+        return x

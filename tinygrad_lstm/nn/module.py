@@ -1,0 +1,373 @@
+"""Module and Parameter: named trees of trainable arrays.
+
+A Module is an ordinary object.  Its parameters and submodules are whatever Parameters and Modules stand in its
+attributes, also inside lists and dicts; nothing is registered, the tree is read when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.tape import _STATE
+from tinygrad_lstm.tensor import Tensor, check_differentiable, to_array
+
+__all__ = ["LoadResult", "Module", "Parameter"]
+
+M = TypeVar("M", bound="Module")
+
+_versions = itertools.count(1)
+# Tensors that stand in for parameters while a function of them is being differentiated, by id.
+_stand_ins: dict[int, Tensor] = {}
+
+
+class Parameter(Tensor):
+    """A tensor that a Module trains: a copy of ``array``, with ``requires_grad=True``.
+
+    Parameters
+    ----------
+    array : array, Tensor, number, or nested lists of numbers
+        Arrays keep their (floating) dtype; Python floats become float32.
+
+    Examples
+    --------
+    >>> from tinygrad_lstm import nn
+    >>> nn.Parameter([1.0, 2.0]).requires_grad
+    True
+    """
+
+    __slots__ = ()
+
+    def __init__(self, array: Any, requires_grad: bool = True) -> None:
+        copied = to_array(array, copy=True)
+        check_differentiable(copied.dtype)
+        super().__init__(copied, requires_grad)
+
+    def __repr__(self) -> str:
+        return "Parameter" + super().__repr__()[len("tensor") :]
+
+
+class Place(NamedTuple):
+    """Where a parameter stands: ``holder[key]``, under a name."""
+
+    name: str
+    holder: Any  # the __dict__ of a module, or a list or dict in it
+    key: Any
+
+    @property
+    def value(self) -> Tensor:
+        """The Parameter, or what stands in for it just now."""
+        return self.holder[self.key]
+
+
+class LoadResult(NamedTuple):
+    """What :meth:`Module.load_state_dict` found with ``strict=False``: names on one side only."""
+
+    missing: list[str]
+    unexpected: list[str]
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, Parameter) or (isinstance(value, Tensor) and id(value) in _stand_ins)
+
+
+def _contents(holder: Any, prefix: str = "") -> Iterator[tuple[Place, Any]]:
+    """Parameters and Modules in an attribute dict, with those in nested lists and dicts."""
+    for key, value in list(holder.items()) if isinstance(holder, dict) else enumerate(holder):
+        name = f"{prefix}{key}"
+        if isinstance(value, (Module, Parameter)) or (isinstance(value, Tensor) and _is_parameter(value)):
+            yield Place(name, holder, key), value
+        elif isinstance(value, (list, dict, tuple)):
+            yield from _contents(value, name + ".")
+
+
+class Module:
+    """Base class of everything with parameters: subclass it, set attributes, write ``forward``.
+
+    Attributes that are Parameters or Modules, and lists or dicts of them, form the tree.  A subclass's
+    ``__init__`` calls ``super().__init__()`` first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import nn
+    >>> class Scale(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.factor = nn.Parameter([2.0])
+    ...     def forward(self, x):
+    ...         return x * self.factor
+    >>> model = Scale()
+    >>> model(np.float32([1.0, 3.0])).tolist()
+    [2.0, 6.0]
+    >>> model
+    Scale()  1 parameters
+      factor: (1,) float32
+    """
+
+    training: bool = True
+    _label: str | None = None  # the name under which a parent holds this module, for provenance
+    _version: int = 0
+
+    def __init__(self) -> None:
+        self.__dict__["_version"] = next(_versions)
+
+    # ------------------------------------------------------------------ calling
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes; subclasses write it."""
+        raise ArgumentError(f"{type(self).__name__} has no forward(); define it in the subclass")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        label = self._label
+        if label is None:
+            return self.forward(*args, **kwargs)
+        current = _STATE.get()
+        token = _STATE.set(current.replaced(where=f"{current.where}.{label}" if current.where else label))
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            _STATE.reset(token)
+
+    # ------------------------------------------------------------------ attributes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, (Module, Parameter, list, tuple, dict)):
+            self._adopt(name, value)
+        self.__dict__[name] = value
+        if "_version" in self.__dict__:
+            self.__dict__["_version"] = next(_versions)
+
+    def __delattr__(self, name: str) -> None:
+        object.__delattr__(self, name)
+        self.__dict__["_version"] = next(_versions)
+
+    def _adopt(self, name: str, value: Any) -> None:
+        """Check a value that joins the tree and tell submodules their names."""
+        found = list(_contents({name: value}))
+        if found and "_version" not in self.__dict__:
+            raise ArgumentError(
+                f"{type(self).__name__}.__init__ sets {name!r} before it calls super().__init__(); "
+                "make that call its first line"
+            )
+        for place, part in found:
+            if isinstance(part, Module):
+                part.__dict__["_label"] = place.name
+            elif isinstance(place.holder, tuple):
+                raise DTypeError(
+                    f"{type(self).__name__}.{name} is a tuple that holds Parameters, which cannot be replaced in it; "
+                    "use a list"
+                )
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever an attribute of this module or of one below it was set or deleted.
+
+        Programs that were recorded from the module are valid for one version.  Values of parameters and
+        the mode (train, eval) are no part of it.
+        """
+        seen: dict[int, int] = {}
+        self._versions_into(seen)
+        return tuple(seen.values())
+
+    def _versions_into(self, seen: dict[int, int]) -> None:
+        seen[id(self)] = self._version
+        for _, part in _contents(self.__dict__):
+            if isinstance(part, Module) and id(part) not in seen:
+                part._versions_into(seen)
+
+    # ------------------------------------------------------------------ the tree
+
+    def _places(self) -> Iterator[Place]:
+        """Parameters of this module itself.  A layer may override this to give them other names."""
+        for place, part in _contents(self.__dict__):
+            if not isinstance(part, Module):
+                yield place
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """The modules directly below this one, with their names."""
+        for place, part in _contents(self.__dict__):
+            if isinstance(part, Module):
+                yield place.name, part
+
+    def children(self) -> Iterator[Module]:
+        """The modules directly below this one."""
+        for _, child in self.named_children():
+            yield child
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, each once, with dotted names (this one's is the prefix)."""
+        yield from self._modules_into(prefix, set())
+
+    def _modules_into(self, prefix: str, seen: set[int]) -> Iterator[tuple[str, Module]]:
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child._modules_into(f"{prefix}.{name}" if prefix else name, seen)
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it, each once."""
+        for _, module in self.named_modules():
+            yield module
+
+    def _all_places(self, prefix: str = "", above: tuple[int, ...] = ()) -> Iterator[Place]:
+        """Every name of every parameter; a shared one comes once for each of its names."""
+        for place in self._places():
+            yield place._replace(name=prefix + place.name)
+        for name, child in self.named_children():
+            if id(child) not in above:
+                yield from child._all_places(f"{prefix}{name}.", (*above, id(self)))
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, with its (first) dotted name."""
+        seen: set[int] = set()
+        for place in self._all_places():
+            if id(place.value) not in seen:
+                seen.add(id(place.value))
+                yield place.name, place.value
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every parameter once; a shared one is counted once."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def __tree_leaves__(self) -> dict[str, Tensor]:
+        """Name -> Parameter: what a module is when it is an argument of a function."""
+        return dict(self.named_parameters())
+
+    def __tree_swap__(self, values: Mapping[str, Tensor]) -> None:
+        """Put tensors in place of parameters, wherever these stand; the structure stays the same."""
+        places = list(self._all_places())
+        by_identity = {id(place.value): values[place.name] for place in reversed(places) if place.name in values}
+        for place in places:
+            old = place.value
+            new = by_identity.get(id(old))
+            if new is None or new is old:
+                continue
+            if not isinstance(new, Parameter):
+                _stand_ins[id(new)] = new
+            place.holder[place.key] = new
+        for identity in by_identity:
+            _stand_ins.pop(identity, None)  # what was replaced stands in for nothing any more
+
+    # ------------------------------------------------------------------ values
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """A copy of every parameter by name (a shared one under each of its names, as in PyTorch)."""
+        return {place.name: place.value._data.copy() for place in self._all_places()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadResult:
+        """Set parameters from a mapping of names to arrays, tensors or torch tensors.
+
+        Parameters
+        ----------
+        state : mapping
+            Values are cast to the dtype of the parameter they replace.
+        strict : bool
+            Refuse names that are missing or unexpected; with False they are returned.
+
+        Raises
+        ------
+        ArgumentError, ShapeError
+            All names that are missing, unexpected or of another shape; nothing was changed then.
+        """
+        places = {place.name: place.value for place in self._all_places()}
+        arrays = {name: _as_array(name, value) for name, value in state.items()}
+        missing = [name for name in places if name not in arrays]
+        unexpected = [name for name in arrays if name not in places]
+        misfits = [
+            f"{name}: shape {arrays[name].shape}, expected {p.shape}"
+            for name, p in places.items()
+            if name in arrays and arrays[name].shape != p.shape
+        ]
+        problems = [f"mis-shaped: {'; '.join(misfits)}"] if misfits else []
+        if strict:
+            problems += [f"missing: {', '.join(missing)}"] if missing else []
+            problems += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
+        if problems:
+            kind = ShapeError if misfits and len(problems) == 1 else ArgumentError
+            raise kind(f"{type(self).__name__}.load_state_dict: {'. '.join(problems)}")
+        for name, parameter in places.items():
+            if name in arrays:
+                parameter._data = np.array(arrays[name], parameter.dtype, order="C")
+                parameter._bump()
+        return LoadResult(missing, unexpected)
+
+    def astype(self: M, dtype: Any) -> M:
+        """Convert every parameter in place to a floating dtype; gradients are dropped.  Returns the module."""
+        check_differentiable(np.dtype(dtype))
+        for parameter in self.parameters():
+            parameter._data = parameter._data.astype(dtype)
+            parameter.grad = None
+            parameter._bump()
+        return self
+
+    def zero_grad(self) -> None:
+        """Set the gradient of every parameter to None."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
+    def train(self: M, mode: bool = True) -> M:
+        """Switch this module and all below it to training behaviour (dropout on).  Returns the module."""
+        self._set_mode(bool(mode), set())
+        return self
+
+    def eval(self: M) -> M:
+        """Switch to evaluation behaviour: ``train(False)``."""
+        return self.train(False)
+
+    def _set_mode(self, mode: bool, seen: set[int]) -> None:
+        seen.add(id(self))
+        self.__dict__["training"] = mode  # no new version: the mode is no part of the structure
+        for _, part in _contents(self.__dict__):
+            if isinstance(part, Module) and id(part) not in seen:
+                part._set_mode(mode, seen)
+
+    # ------------------------------------------------------------------ text
+
+    def extra_repr(self) -> str:
+        """The arguments to show in ``repr``; subclasses write it."""
+        return ""
+
+    def count(self) -> int:
+        """The number of trainable numbers."""
+        return sum(parameter.size for parameter in self.parameters())
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """The tree as text, with shapes, dtypes and counts."""
+        return "\n".join(self._lines("", 0, set()))
+
+    def _lines(self, name: str, depth: int, seen: set[int]) -> Iterator[str]:
+        indent = "  " * depth
+        shown = f"{name}: " if name else ""
+        if id(self) in seen:
+            yield f"{indent}{shown}{type(self).__name__} (shared, see above)"
+            return
+        seen.add(id(self))
+        yield f"{indent}{shown}{type(self).__name__}({self.extra_repr()})  {self.count():,} parameters"
+        for place in self._places():
+            p = place.value
+            frozen = "" if p.requires_grad else " frozen"
+            yield f"{indent}  {place.name}: {p.shape} {p.dtype}{frozen}"
+        for child_name, child in self.named_children():
+            yield from child._lines(child_name, depth + 1, seen)
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    """An ndarray from an array, a tensor of this package or one of torch's."""
+    for method in ("detach", "cpu", "numpy"):
+        if not isinstance(value, np.ndarray) and hasattr(value, method):
+            value = getattr(value, method)()
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        raise DTypeError(f"load_state_dict: {name} has dtype {array.dtype}, expected real numbers")
+    return array

@@ -1,0 +1,75 @@
+"""Recorded programs of a cell, kept between calls.
+
+Recording a body costs more than running a tiny one.  A program is valid for one structure of the cell (its
+version), one set of shapes and dtypes, and one mode (train or eval).  What it captures is read again at
+every call, by its place in the module: a Parameter whose ``data`` was set, or that was replaced, counts.  A
+cell that captures anything else (a tensor that it closes over) is recorded at every call.
+
+What recording cannot see: a plain Python number outside of the module that changes between calls.  Keep such
+numbers as attributes of the module.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tinygrad_lstm.errors import TraceError
+from tinygrad_lstm.nn.module import Module
+from tinygrad_lstm.ops.control import Recorded, record_body
+from tinygrad_lstm.primitive import Primitive
+
+__all__ = ["recorder_for"]
+
+_MOST = 32  # programs per cell
+_programs: weakref.WeakKeyDictionary[Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+class _Entry(NamedTuple):
+    recorded: Recorded
+    places: list[tuple[Any, Any]]  # (holder, key) of every capture
+
+
+def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
+    """A function like :func:`~tinygrad_lstm.ops.control.record_body` that looks into the cell's cache first.
+
+    ``variant`` says how the body differs from a plain call of the cell (lengths, trajectories, ...).
+    """
+    if not isinstance(cell, Module):
+        return record_body
+
+    def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded:
+        known = _programs.setdefault(cell, {})
+        key = (
+            variant,
+            cell.version,
+            tuple(module.training for module in cell.modules()),
+            Primitive.generation,
+            carry_tree,
+            x_tree,
+            tuple((t.shape, t.dtype) for t in carry),
+            tuple((t.shape[1:], t.dtype) for t in xs),
+        )
+        if key in known:
+            entry = known[key]
+            if isinstance(entry, str):
+                raise TraceError(entry)
+            captures = [holder[at] for holder, at in entry.places]
+            return Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
+        if len(known) >= _MOST:
+            known.pop(next(iter(known)))
+        try:
+            recorded = record_body(body, carry, carry_tree, xs, x_tree)
+        except TraceError as error:
+            known[key] = str(error)  # it needs values: do not try again at every call
+            raise
+        places = {id(place.value): (place.holder, place.key) for place in cell._all_places()}
+        found = [places.get(id(t)) for t in recorded.captures]
+        if all(place is not None for place in found):
+            # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
+            bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
+            known[key] = _Entry(bare, [place for place in found if place is not None])
+        return recorded
+
+    return record

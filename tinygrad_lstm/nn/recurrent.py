@@ -1,0 +1,310 @@
+"""The one driver of recurrent cells, and what is built of it: Recurrent, Bidirectional, Stack.
+
+Everything that touches ``ops.scan`` is in :func:`run_cell`.  There is no backward here: scan differentiates
+the cell's ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinygrad_lstm import ops
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
+from tinygrad_lstm.nn.module import Module, Parameter
+from tinygrad_lstm.nn.programs import recorder_for
+from tinygrad_lstm.ops.control import check_lengths, scan_with
+from tinygrad_lstm.tape import recording, state
+from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tree import flatten, tree_map, unflatten
+
+__all__ = ["Bidirectional", "Recurrent", "Stack", "run_cell"]
+
+Trajectories = dict[str, Tensor]
+
+
+def run_cell(
+    cell: Any, x: Any, init: Any, *, lengths: Any = None, reverse: bool = False, states: bool = False,
+    gates: bool = False, noise: Any = None,
+) -> tuple[Any, Any, Trajectories]:  # fmt: skip
+    """Run a cell over a sequence: ``(outputs, final state, trajectories)``, all of them time-major.
+
+    ``x`` is a tree of ``(T, B, ...)``, ``init`` a state.  With ``states`` the trajectories hold every part of the
+    state at every step, with ``gates`` also every other value that the cell names with ``tg.name``; each
+    is ``(T, B, ...)``.  ``noise``: a tree of ``(T, ...)`` handed to the cell as third argument.
+    """
+
+    def body(carry: Any, xs: Any) -> Any:
+        inputs = (xs, carry) if noise is None else (xs[0], carry, xs[1])
+        if not (states or gates):
+            out, new = cell(*inputs)
+            return new, out
+        with recording(names={}):
+            out, new = cell(*inputs)
+            named = state().names or {}
+        return new, (out, _selected(named, new, gates))
+
+    xs = x if noise is None else (x, noise)
+    variant = (lengths is not None, states, gates)
+    final, ys = scan_with(recorder_for(cell, variant), body, init, xs, lengths=lengths, reverse=reverse)
+    return (*((ys, final) if not (states or gates) else (ys[0], final)), ys[1] if states or gates else {})
+
+
+def _selected(named: dict[str, Tensor], carry: Any, gates: bool) -> Trajectories:
+    """The parts of the new state under the names that the cell gave them, then the other named values."""
+    labels = {id(value): label for label, value in named.items()}
+    leaves = flatten(carry)[0]
+    chosen = {}
+    for k, leaf in enumerate(leaves):
+        chosen[labels.get(id(leaf), "state" if len(leaves) == 1 else f"state{k}")] = leaf
+    if gates:
+        chosen.update({label: value for label, value in named.items() if label not in chosen})
+    return chosen
+
+
+def flipped(tree: Any) -> Any:
+    """Time-major from batch-major and back: the first two axes of every leaf swapped."""
+    return tree_map(lambda leaf: ops.swapaxes(leaf, 0, 1), tree)
+
+
+def check_cell(cell: Any, who: str) -> None:
+    """Raise unless the object has a cell's two methods."""
+    if not callable(cell) or not hasattr(cell, "initial_state"):
+        raise DTypeError(
+            f"{who}: a {type(cell).__name__} is no cell; a cell is a Module with forward(x, state) -> (output, state) "
+            "and initial_state(batch)"
+        )
+
+
+class Recurrent(Module):
+    """Run a cell over a sequence.
+
+    Parameters
+    ----------
+    cell : Module
+        With ``cell(x, state) -> (output, state)`` and ``cell.initial_state(batch)``; output and state may be trees.
+        If it has ``noise(steps, batch)``, what that returns (a tree of ``(T, ...)``) is drawn before the loop, and
+        the cell is called with one step of it as third argument.
+    reverse : bool
+        Run from the last (valid) step to the first; outputs stay at their positions.
+    batch_first : bool
+        x and the outputs are ``(B, T, ...)`` instead of ``(T, B, ...)``.
+    learn_state : bool
+        Train the initial state: one Parameter ``learned_state.k (1, ...)`` per part, the same for every sequence.
+    return_states, return_gates : bool
+        Return a third result, see :meth:`forward`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import nn
+    >>> layer = nn.Recurrent(nn.PeepholeLSTMCell(3, 5))
+    >>> outputs, (h, c) = layer(np.ones((7, 2, 3), np.float32), lengths=[7, 4])
+    >>> outputs.shape, h.shape
+    ((7, 2, 5), (2, 5))
+    """
+
+    returns_state = True
+
+    def __init__(
+        self, cell: Any, reverse: bool = False, batch_first: bool = False, *, learn_state: bool = False,
+        return_states: bool = False, return_gates: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_cell(cell, "Recurrent")
+        self.cell, self.reverse, self.batch_first = cell, reverse, batch_first
+        self.return_states, self.return_gates = return_states, return_gates
+        self.learned_state = None
+        if learn_state:
+            self.learned_state = [Parameter(asarray(leaf)._data[:1]) for leaf in flatten(cell.initial_state(1))[0]]
+
+    def start(self, batch: int, given: Any = None) -> Any:
+        """The state to start from: the given one, the learned one, or the cell's."""
+        default = self.cell.initial_state(batch)
+        leaves, treedef = flatten(default)
+        if given is not None:
+            found = flatten(given)[0]
+            if len(found) != len(leaves):
+                raise ShapeError(
+                    f"{describe(self)}: the state has {len(found)} parts, "
+                    f"that of {type(self.cell).__name__} has {len(leaves)}"
+                )
+            return unflatten(treedef, [asarray(leaf) for leaf in found])
+        if self.learned_state is not None:
+            grown = [ops.broadcast_to(p, (batch, *p.shape[1:])) for p in self.learned_state]
+            return unflatten(treedef, grown)
+        return default
+
+    def forward(
+        self, x: Any, state: Any = None, lengths: Any = None, *, return_states: bool | None = None,
+        return_gates: bool | None = None,
+    ) -> Any:  # fmt: skip
+        """Outputs of all steps and the final state.
+
+        Parameters
+        ----------
+        x : ``(T, B, ...)``, or a tree of such (``(B, T, ...)`` with batch_first)
+        state : tree of ``(B, ...)``, optional
+        lengths : B ints in 0..T, optional
+            Outputs past a sequence's length are zero, its final state is that of its last valid step; what the
+            padding holds changes nothing.
+        return_states, return_gates : bool, optional
+            Add a third result: a dict of ``(1, T, B, ...)`` with every part of the state, and with
+            ``return_gates`` every value that the cell names with ``tg.name`` as well.
+
+        Returns
+        -------
+        (outputs, final state), or (outputs, final state, trajectories)
+        """
+        who = describe(self)
+        want_states = self.return_states if return_states is None else return_states
+        want_gates = self.return_gates if return_gates is None else return_gates
+        x = tree_map(asarray, x)
+        for leaf in flatten(x)[0]:
+            if leaf.ndim < 2:
+                raise ShapeError(f"{who}: x has shape {leaf.shape}, expected at least two axes (time and batch)")
+        if isinstance(self.cell, GatedCell):
+            expected = "(B, T, {})" if self.batch_first else "(T, B, {})"
+            check_input(x, self.cell.input_size, self.cell.weight_ih.dtype, who, expected)
+        if self.batch_first:
+            x = flipped(x)
+        steps, batch = flatten(x)[0][0].shape[:2]
+        if lengths is not None:
+            lengths = check_lengths(lengths, steps, batch, who)
+        outputs, final, trajectories = run_cell(
+            self.cell, x, self.start(batch, state), lengths=lengths,
+            reverse=self.reverse, states=want_states, gates=want_gates, noise=draw_noise(self.cell, steps, batch),
+        )  # fmt: skip
+        if self.batch_first:
+            outputs = flipped(outputs)
+        if not (want_states or want_gates):
+            return outputs, final
+        return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        flags = [flag for flag in ("reverse", "batch_first") if getattr(self, flag)]
+        return ", ".join(f"{flag}=True" for flag in flags)
+
+
+def draw_noise(cell: Any, steps: int, batch: int) -> Any:
+    """What a cell draws for all steps before the loop (``cell.noise(steps, batch)``), or None."""
+    return cell.noise(steps, batch) if hasattr(cell, "noise") else None
+
+
+def joined(trajectories: Sequence[Trajectories]) -> Trajectories:
+    """Trajectories of several layers along axis 0; where names or widths differ, one entry per layer: ``"0.h"``."""
+    names = list(dict.fromkeys(name for one in trajectories for name in one))
+    out: Trajectories = {}
+    for name in names:
+        parts = [one.get(name) for one in trajectories]
+        found = [part for part in parts if part is not None]
+        if len(found) == len(parts) and len({part.shape[1:] for part in found}) == 1:
+            out[name] = ops.concatenate(found, axis=0)
+        else:
+            out.update({f"{k}.{name}": part for k, part in enumerate(parts) if part is not None})
+    return out
+
+
+def _as_layer(part: Any, who: str, reverse: bool = False) -> Any:
+    """A layer as it is; a cell as a Recurrent."""
+    if getattr(part, "returns_state", False):
+        return part
+    check_cell(part, who)
+    return Recurrent(part, reverse=reverse)
+
+
+class Bidirectional(Module):
+    """Two directions over one sequence, their outputs concatenated (Schuster & Paliwal 1997).
+
+    Parameters
+    ----------
+    fwd, bwd : cells, or Recurrent layers (``bwd`` with ``reverse=True``)
+        Two objects: one cell cannot run in both directions.
+
+    The state is a pair (of ``fwd``, of ``bwd``).
+
+    Raises
+    ------
+    ArgumentError
+        One cell object in both directions, or directions that do not differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import nn
+    >>> layer = nn.Bidirectional(nn.GRUCell(3, 5), nn.GRUCell(3, 5))
+    >>> layer(np.ones((7, 2, 3), np.float32))[0].shape
+    (7, 2, 10)
+    """
+
+    returns_state = True
+
+    def __init__(self, fwd: Any, bwd: Any) -> None:
+        super().__init__()
+        first, second = _as_layer(fwd, "Bidirectional"), _as_layer(bwd, "Bidirectional", reverse=True)
+        if {id(m) for m in first.modules()} & {id(m) for m in second.modules()}:
+            raise ArgumentError(
+                "Bidirectional: one cell object in both directions; make two cells (or copy.deepcopy the first)"
+            )
+        if getattr(first, "reverse", False) or not getattr(second, "reverse", True):
+            raise ArgumentError("Bidirectional: fwd has reverse=False and bwd has reverse=True")
+        if getattr(first, "batch_first", False) != getattr(second, "batch_first", False):
+            raise ArgumentError("Bidirectional: fwd and bwd differ in batch_first")
+        self.fwd, self.bwd = first, second
+
+    def forward(self, x: Any, state: Any = None, lengths: Any = None, **wanted: Any) -> Any:
+        """As :meth:`Recurrent.forward`; the outputs of both directions concatenated on the last axis."""
+        one, two = (None, None) if state is None else state
+        first, second = self.fwd(x, one, lengths, **wanted), self.bwd(x, two, lengths, **wanted)
+        outputs = tree_map(lambda a, b: ops.concatenate([a, b], axis=-1), first[0], second[0])
+        final = (first[1], second[1])
+        return (outputs, final) if len(first) == 2 else (outputs, final, joined([first[2], second[2]]))
+
+
+class Stack(Module):
+    """Recurrent layers one on top of the other; cells in the list are wrapped in :class:`Recurrent`.
+
+    Parameters
+    ----------
+    layers : list of cells and layers
+    dropout : float
+        On the outputs between layers, in training (Zaremba et al. 2014).
+
+    The state is a list, one per layer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import nn
+    >>> layer = nn.Stack([nn.LSTMCell(3, 5), nn.GRUCell(5, 4)])
+    >>> outputs, states = layer(np.ones((7, 2, 3), np.float32))
+    >>> outputs.shape, len(states)
+    ((7, 2, 4), 2)
+    """
+
+    returns_state = True
+
+    def __init__(self, layers: Sequence[Any], dropout: float = 0.0) -> None:
+        super().__init__()
+        if not layers:
+            raise ArgumentError("Stack: at least one layer is needed, found an empty list")
+        if not 0.0 <= dropout <= 1.0:
+            raise ArgumentError(f"Stack: a probability lies in [0, 1], found dropout={dropout}")
+        self.layers = [_as_layer(layer, "Stack") for layer in layers]
+        self.dropout = dropout
+
+    def forward(self, x: Any, state: Any = None, lengths: Any = None, **wanted: Any) -> Any:
+        """As :meth:`Recurrent.forward`."""
+        if state is not None and len(state) != len(self.layers):
+            raise ShapeError(f"Stack: {len(state)} states for {len(self.layers)} layers")
+        finals, trajectories = [], []
+        for k, layer in enumerate(self.layers):
+            if k:
+                x = tree_map(lambda leaf: ops.dropout(leaf, self.dropout, None, self.training), x)
+            result = layer(x, None if state is None else state[k], lengths, **wanted)
+            x = result[0]
+            finals.append(result[1])
+            trajectories += result[2:]
+        return (x, finals) if not trajectories else (x, finals, joined(trajectories))
