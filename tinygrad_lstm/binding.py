@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_lstm.record import Aval, Output, Record, State
-from tinygrad_lstm.tensor import Tensor, fingerprint
+from tinygrad_lstm.storage import guard_of
+from tinygrad_lstm.tensor import Tensor
 
 if TYPE_CHECKING:
     from tinygrad_lstm.primitive import Primitive
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["record_application"]
 
 # The modules whose frames are not the user's: provenance looks past them.
-_INTERNAL = ("tinygrad_lstm.binding", "tinygrad_lstm.declare", "tinygrad_lstm.record", "tinygrad_lstm.ops", "tinygrad_lstm.primitive", "tinygrad_lstm.tensor", "tinygrad_lstm.tape",
-             "tinygrad_lstm.trace", "tinygrad_lstm.autodiff")  # fmt: skip
+_INTERNAL = tuple(
+    f"tinygrad_lstm.{name}" for name in ("autodiff", "binding", "ops", "primitive", "record", "tape", "tensor", "trace")
+)
 
 
 def record_application(
@@ -34,11 +36,10 @@ def record_application(
             parents.append((arg._node or arg) if linked and prim.differentiable else None)
             if index in keep or index >= keep_from:
                 saved.append(arg)
-                arg._used = True
-                meta = arg._meta
-                if meta is not None and (meta.exposed or meta.version):
+                guard = guard_of(arg)
+                if guard is not None:
                     guards = guards or {}
-                    guards[index] = (meta.version, fingerprint(arg._data) if meta.exposed else None)
+                    guards[index] = guard
             else:
                 saved.append(None)
         else:

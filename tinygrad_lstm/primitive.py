@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_lstm import storage as _storage
 from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
 from tinygrad_lstm.kernels import expression as _expressions
 from tinygrad_lstm.kernels.table import LEAVES
-from tinygrad_lstm.record import _STATE, Aval, Record, recording
+from tinygrad_lstm.record import _STATE, Aval, recording
 from tinygrad_lstm.tape import differentiate
-from tinygrad_lstm.tensor import Tensor, as_operand, asarray, fingerprint
+from tinygrad_lstm.tensor import Tensor, as_operand, asarray
 
 __all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 
@@ -83,6 +84,7 @@ class Primitive:
         saves: Sequence[str] | None = None,
         always_tuple: bool = False,
         register: bool = True,
+        view: bool = False,
         doc: str | None = None,
     ) -> None:
         if register and name in REGISTRY:
@@ -97,6 +99,7 @@ class Primitive:
         self.accumulate = accumulate
         self.batch = batch  # "same": right with the same parameters when operands have one more leading axis
         self.explains = True  # say errors of the forward in terms of the operands; not those of a user's own function
+        self.view = view  # the outputs share memory with the first operand
         self.always_tuple = always_tuple  # the forward returns a tuple even for one output
         self._jvp = jvp
         self.joint = joint
@@ -218,10 +221,14 @@ class Primitive:
             raise self._explained(error, args, params) from None
         if out.__class__ is tuple:
             outputs = tuple([Tensor(o if o.__class__ is np.ndarray else np.asarray(o)) for o in out])
+            if self.view:
+                _storage.share(args[0], outputs)
             if current.enabled and (current.tapes or (needs and self.differentiable)):
                 record_application(self, args, params, outputs, needs, current, True)
             return outputs
         result = Tensor(out if out.__class__ is np.ndarray else np.asarray(out))
+        if self.view and len(args) == 1:
+            _storage.share(args[0], (result,))
         if current.enabled and (current.tapes or (needs and self.differentiable)):
             record_application(self, args, params, (result,), needs, current, False)
         return result
@@ -254,7 +261,13 @@ class Primitive:
                 return self._elementwise_aval(operands, params)
             if self.shape_rule is not None:
                 return self.shape_rule(*operands, **params)
-            arrays = [np.ones(o.shape, o.dtype) if isinstance(o, Aval) else o for o in operands]
+            # Ones, but indices of 0: those are inside of an axis of length 1 too.
+            arrays = [
+                (np.zeros if np.dtype(o.dtype).kind in "iu" else np.ones)(o.shape, o.dtype)
+                if isinstance(o, Aval)
+                else o
+                for o in operands
+            ]
             with np.errstate(all="ignore"):
                 out = self.forward(*arrays, **params)
         except (ValueError, TypeError, IndexError, OverflowError) as error:
@@ -382,26 +395,6 @@ class Primitive:
             return [None] * len(outputs)
         return differentiate([s for s, _ in pairs], [t for _, t in pairs], dummies)
 
-    def verify(self, record: Record) -> None:
-        """Raise if a value that this record saved was changed since; the common path only looks."""
-        for index, saved in enumerate(record.saved or ()):
-            if saved is None:
-                continue
-            guards = record.extra.guards if record.extra is not None else None
-            if saved.__class__ is np.ndarray:
-                guard = guards.get(-1) if guards else None
-                if guard is not None and (guard == "replaced" or guard != fingerprint(saved)):
-                    raise _changed(f"the output of {record.describe()}", record)
-            elif isinstance(saved, Tensor) and saved._meta is not None:
-                meta = saved._meta
-                version, mark = guards.get(index, (0, None)) if guards else (0, None)
-                if mark is None and meta.exposed:
-                    mark = meta.fingerprint
-                if version != meta.version or (mark is not None and mark != fingerprint(saved._data)):
-                    label = f" {meta.label!r}" if meta.label else ""
-                    what = f"input {index} ('{self.argument_name(index)}'){label} of shape {saved.shape}"
-                    raise _changed(f"{what} of {record.describe()}", record)
-
     def argument_name(self, index: int) -> str:
         """What the forward function calls its argument number ``index``."""
         return self.argument_names[0] if self.variadic else self.argument_names[index]
@@ -417,13 +410,6 @@ class _Application(NamedTuple):
 
 
 _OUT_NAMES = ("out", "ans", "output", "y_out")
-
-
-def _changed(what: str, record: Record) -> GraphError:
-    return GraphError(
-        f"{what} was changed in place after it was saved for the backward pass ({record.source_line()}); "
-        "change it after backward(), or write to a copy"
-    )
 
 
 def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:

@@ -20,7 +20,7 @@ from tinygrad_lstm.tape import Output, Record
 if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Equation", "Literal", "Program", "lower"]
+__all__ = ["Equation", "Literal", "Program", "content", "lower"]
 
 
 class Literal(NamedTuple):
@@ -53,6 +53,19 @@ class Equation(NamedTuple):
     def reads(self) -> list[int]:
         """The slots among the operands."""
         return [operand for operand in self.operands if operand.__class__ is int]
+
+
+def content(value: Any) -> str:
+    """A parameter as text: equal texts, equal values (the repr of an array leaves digits and elements out)."""
+    if isinstance(value, Program):
+        return value.key
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype.str}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(map(content, value))})"
+    if value is None or isinstance(value, (bool, int, float, str, slice, type, np.generic, np.dtype, type(Ellipsis))):
+        return repr(value)
+    return f"{value!r} at {id(value)}"  # the program keeps it alive, so nothing else gets this number
 
 
 class Program:
@@ -199,7 +212,7 @@ class Program:
             parts = [repr((self.inputs, self.captures, [(a.shape, np.dtype(a.dtype).str) for a in self.avals]))]
             for equation in self.equations:
                 prim = equation.primitive
-                params = sorted((k, v.key if isinstance(v, Program) else repr(v)) for k, v in equation.params.items())
+                params = sorted((k, content(v)) for k, v in equation.params.items())
                 parts.append(repr((prim.name, prim.version, equation.operands, params, equation.outputs)))
             parts.append(repr(self.outputs))
             self._key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

@@ -14,6 +14,7 @@ import numpy as np
 
 from tinygrad_lstm.errors import GraphError, ShapeError
 from tinygrad_lstm.record import _STATE, Node, Output, Record, eager, name, no_grad, recording, scope, state
+from tinygrad_lstm.storage import verify
 
 if TYPE_CHECKING:
     from tinygrad_lstm.program import Program
@@ -95,7 +96,7 @@ def replay(
                 "pass retain_graph=True to the first backward to go through it again"
             )
         primitive = record.primitive
-        primitive.verify(record)
+        verify(record)
         if sources is None:
             wanted = [parent is not None for parent in record.parents]
         else:

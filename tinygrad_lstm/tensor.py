@@ -12,23 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
-from tinygrad_lstm.tape import Node, Output, Record, recording, replay, run_hooks
+from tinygrad_lstm.storage import Storage, watch_output
+from tinygrad_lstm.tape import Output, Record, recording, replay, run_hooks
 
 __all__ = ["Tensor", "as_operand", "asarray", "tensor"]
 
 
 class Meta:
-    """What few tensors have: leaves with a gradient, hooks, values that somebody else can write to."""
+    """What few tensors have: a gradient, hooks, a name."""
 
-    __slots__ = ("exposed", "fingerprint", "grad", "hooks", "label", "version")
+    __slots__ = ("grad", "hooks", "label")
 
     def __init__(self) -> None:
         self.grad: np.ndarray | None = None
         self.hooks: list[Any] | None = None
         self.label: str | None = None
-        self.version = 0  # bumped by the data setter and by optimizers
-        self.exposed = False  # somebody outside holds the array
-        self.fingerprint: Any = None  # taken when a tensor with saved uses was exposed
 
 
 class Tensor:
@@ -38,13 +36,14 @@ class Tensor:
     follow NumPy; ``np.asarray(t)`` is the array.
     """
 
-    __slots__ = ("__weakref__", "_data", "_meta", "_node", "_rg", "_used")
+    __slots__ = ("__weakref__", "_data", "_meta", "_node", "_rg", "_storage", "_used")
     __array_priority__ = 1000.0
 
     _data: np.ndarray
     _meta: Meta | None
     _node: Record | Output | None
     _rg: bool
+    _storage: Storage | None
     _used: bool
 
     if TYPE_CHECKING:
@@ -71,6 +70,7 @@ class Tensor:
         self._rg = requires_grad
         self._used = False  # some record has saved this value
         self._meta = None
+        self._storage = None
 
     # ------------------------------------------------------------------ the value
 
@@ -89,9 +89,10 @@ class Tensor:
             if not np.can_cast(array.dtype, self._data.dtype, "same_kind"):
                 raise DTypeError(f"data of dtype {array.dtype} for a tensor of dtype {self._data.dtype}; convert first")
             array = array.astype(self._data.dtype)
-        self._data = array
-        self._more().exposed = True  # the caller may hold the array
-        self._bump()
+        storage = self._store()
+        self._data = storage.memory = array
+        storage.version += 1
+        storage.exposed, storage.fingerprint = True, None  # the caller may hold the array
 
     def numpy(self) -> np.ndarray:
         """The ndarray itself (shared, not a copy), as :attr:`data`."""
@@ -105,17 +106,18 @@ class Tensor:
         return self.data
 
     def _expose(self) -> None:
-        meta = self._more()
-        if self._used and not meta.exposed:
-            # Saved before it was exposed: this is the last moment at which the value is surely the saved one.
-            meta.fingerprint = fingerprint(self._data)
-            guard_output(self._node, meta.fingerprint)
-        meta.exposed = True
+        self._store().expose()
 
     def _bump(self) -> None:
-        self._more().version += 1
-        if self._used:
-            guard_output(self._node, "replaced")
+        """Note that the value was replaced or written to."""
+        self._store().version += 1
+
+    def _store(self) -> Storage:
+        if self._storage is None:
+            base = self._data.base
+            self._storage = Storage(base if isinstance(base, np.ndarray) else self._data, self._used)
+            watch_output(self._node, self._storage)
+        return self._storage
 
     def _more(self) -> Meta:
         if self._meta is None:
@@ -125,7 +127,7 @@ class Tensor:
     @property
     def version(self) -> int:
         """How often the value was replaced through ``data`` or by an optimizer."""
-        return 0 if self._meta is None else self._meta.version
+        return 0 if self._storage is None else self._storage.version
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -194,12 +196,13 @@ class Tensor:
         return f"tensor({body}{dtype}{', requires_grad=True' if self._rg else ''})"
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if self._rg or self._node is not None or self._used:
+        if self._rg or self._node is not None or self._used or (self._storage is not None and self._storage.used):
             raise GraphError(
                 f"in-place write to a tensor of shape {self.shape} that is on a tape; write "
                 "ops.where(mask, new, t) or ops.scatter_add(t, index, value), or assign to t.data outside of the graph"
             )
         self._data[index] = value._data if isinstance(value, Tensor) else value
+        self._bump()
 
     # ------------------------------------------------------------------ the place on the tape
 
@@ -243,9 +246,8 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """The same values (shared), outside of any graph."""
-        self._expose()
         out = Tensor(self._data)
-        out._more().exposed = True
+        out._storage = self._store()
         return out
 
     def retain_grad(self) -> None:
@@ -356,29 +358,6 @@ def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
         meta.grad = meta.grad + array  # a new array: the user may have kept the old one
 
 
-# ---------------------------------------------------------------------------- changes in place
-
-
-def fingerprint(array: np.ndarray) -> Any:
-    """A value that almost surely changes when the array is written to; runs at memory bandwidth.
-
-    Sums of machine words in 61 columns: a prime width, so that moved blocks and sign flips do not cancel.
-    """
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    n = flat.size // 8
-    words, rest = flat[: n * 8].view(np.uint64), flat[n * 8 :]
-    rows = n // 61
-    columns = words[: rows * 61].reshape(rows, 61).sum(axis=0, dtype=np.uint64)
-    return columns.tobytes(), words[rows * 61 :].tobytes(), rest.tobytes()
-
-
-def guard_output(node: Node | None, guard: Any) -> None:
-    """Let the record that saved its own output know that the output was exposed or replaced."""
-    if isinstance(node, Record) and node.saved is not None:
-        extra = node.more()
-        extra.guards = {**(extra.guards or {}), -1: guard}
-
-
 # ---------------------------------------------------------------------------- making tensors
 
 
@@ -453,7 +432,7 @@ def asarray(a: Any, dtype: Any = None) -> Tensor:
     if isinstance(a, Tensor) and (dtype is None or a.dtype == np.dtype(dtype)):
         return a
     out = Tensor(to_array(a, dtype))
-    out._more().exposed = True
+    out._store().exposed = True
     return out
 
 

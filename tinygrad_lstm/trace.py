@@ -31,6 +31,7 @@ class TracedTensor(Tensor):
         self._rg = False
         self._used = False
         self._meta = None
+        self._storage = None
 
     @property
     def _data(self) -> np.ndarray:  # type: ignore[override]
@@ -100,6 +101,13 @@ class Trace:
         tensor._rg = requires_grad and np.dtype(aval.dtype).kind == "f"
         return tensor
 
+    def close(self) -> None:
+        """The recording is over: what escaped from it is an error from now on, and nothing refers to itself."""
+        self.closed = True
+        for record, _, _ in self.entries:
+            record.release()
+        self.entries = []
+
     def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
         """Record an application without running it."""
         operands = tuple(asarray(a) if a.__class__ is bool else as_operand(a) for a in args)
@@ -165,7 +173,7 @@ def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False)
             outputs = [asarray(o) if not isinstance(o, Tensor) else o for o in outputs]
         program, captures = lower(recorder.entries, inputs, outputs)
     finally:
-        recorder.closed = True
+        recorder.close()
     return Traced(program, captures, out_tree)
 
 

@@ -26,8 +26,6 @@ def variable(value: Any, requires_grad: bool = True) -> Tensor:
     source = asarray(value)
     check_differentiable(source.dtype)
     out = alias(source)
-    if out._node is None and source._meta is not None and source._meta.exposed:
-        out._more().exposed = True  # somebody outside can write to the array: keep watching it
     out._rg = out._rg or requires_grad
     return out
 
@@ -145,7 +143,7 @@ def value_and_grad(
 def unlinked(tree: Any) -> Any:
     """The tree with every tensor outside of any graph."""
     leaves, treedef = flatten(tree)
-    return unflatten(treedef, [Tensor(leaf._data) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    return unflatten(treedef, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def foreign(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:

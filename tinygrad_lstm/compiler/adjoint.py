@@ -82,7 +82,7 @@ def adjoint(body: Program, n_carry: int, n_ys: int, present: Sequence[bool], wan
     made = [out if isinstance(out, Tensor) else Tensor(np.asarray(out)) for out in outs]
     # The body's values get their slots first, so that they have the same numbers whatever the cotangents.
     joint, captured = lower(recorder.entries, sources, [*made, *results])
-    recorder.closed = True
+    recorder.close()
     return _split(body, joint, captured, cotangents, n_forward, n_carry, n_ys, present)
 
 

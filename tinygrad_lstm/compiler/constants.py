@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import GraphError
 from tinygrad_lstm.primitive import REGISTRY
 from tinygrad_lstm.program import Equation, Program
 from tinygrad_lstm.tensor import Tensor
@@ -16,13 +15,13 @@ __all__ = ["fill"]
 
 
 def fill(program: Program, constants: Sequence[Tensor]) -> Program:
-    """Replace the last captures, whose values are given, by equations that make them (one value each)."""
+    """Replace the last captures, whose values are given, by equations that make them."""
     made, slots = [], program.captures[len(program.captures) - len(constants) :]
     for t, slot in zip(constants, slots, strict=True):
-        values = np.unique(t._data)
-        if values.size != 1:
-            raise GraphError(f"a pass met a constant array of shape {t.shape}; such arrays are captures, not constants")
-        params: dict[str, Any] = {"shape": t.shape, "dtype": t.dtype, "value": values[0].item()}
+        # Nearly always one value everywhere; a user's own rule may name any array.
+        same = t.size > 0 and bool((t._data == t._data.flat[0]).all())
+        value = t._data.flat[0].item() if same else np.array(t._data)
+        params: dict[str, Any] = {"shape": t.shape, "dtype": t.dtype, "value": value}
         made.append(Equation(REGISTRY["full"], (), params, (slot,)))
     return program.replaced(
         captures=program.captures[: len(program.captures) - len(constants)], equations=(*made, *program.equations)

@@ -221,7 +221,7 @@ class _Planner:
                     continue
                 environment.update(zip(equation.outputs, out, strict=True))
             program, extra = lower(recorder.entries, inputs, [environment[s] for s in (*sequence, *invariant)])
-        recorder.closed = True
+        recorder.close()
         return simplify(fill(program, extra))
 
     def _value(self, operand: Any, environment: dict[int, Any]) -> tuple[Any, bool]:
@@ -277,7 +277,7 @@ class _Planner:
             program, extra = lower(
                 recorder.entries, inputs, [o if isinstance(o, Tensor) else Tensor(np.asarray(o)) for o in outputs]
             )
-        recorder.closed = True
+        recorder.close()
         return simplify(fill(program, extra))
 
 

@@ -246,7 +246,13 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
 
 def _recorded(
     record: Callable[..., Recorded],
-    body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef, steps: int, reverse: bool
+    body: Body,
+    carry: list[Tensor],
+    carry_tree: TreeDef,
+    xs: list[Tensor],
+    x_tree: TreeDef,
+    steps: int,
+    reverse: bool,
 ) -> tuple[Any, Any]:
     recorded = record(body, carry, carry_tree, xs, x_tree)
     outs = recorded.run(carry, xs, recorded.captures, steps, reverse)

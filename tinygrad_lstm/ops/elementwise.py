@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.declare import elementwise
+from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.primitive import Aval, Primitive, zeros
 from tinygrad_lstm.tensor import Tensor
 

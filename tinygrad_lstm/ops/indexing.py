@@ -106,6 +106,7 @@ getitem_primitive: Primitive = Primitive(
     jvp=lambda t, x, *rest, template: getitem_primitive(t[0], *rest[:-1], template=template),
     shape=_getitem_aval,
     accumulate=_accumulate_getitem,
+    view=True,
 )
 
 

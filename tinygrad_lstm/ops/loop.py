@@ -216,7 +216,7 @@ def _tangent_body(
     ]  # fmt: skip
     captures = [*sources[n_inputs:], *(fresh[k] for k in moving if k >= n_inputs)]
     program, constants = lower(recorder.entries, [*order, *captures], results)
-    recorder.closed = True
+    recorder.close()
     program = program.replaced(
         inputs=program.inputs[: len(order)], captures=(*program.inputs[len(order) :], *program.captures)
     )

@@ -31,6 +31,7 @@ _reshape: Primitive = Primitive(
     (lambda g, shapes: _reshape(g, shape=tuple(shapes[0])),),
     linear="each",
     shape=lambda x, *, shape: Aval(shape, x.dtype),
+    view=True,
 )
 
 
@@ -90,6 +91,7 @@ _broadcast_to: Primitive = Primitive(
     (lambda g, shapes: sum_to(g, shapes[0]),),
     linear="each",
     shape=_broadcast_aval,
+    view=True,
 )
 
 
@@ -121,6 +123,7 @@ _transpose: Primitive = Primitive(
     linear="each",
     shape=lambda x, *, axes: Aval(tuple(x.shape[a] for a in axes), x.dtype),
     batch="same",
+    view=True,
 )
 
 
@@ -268,6 +271,7 @@ _split: Primitive = Primitive(
     linear="each",
     shape=_split_aval,
     batch="same",
+    view=True,
 )
 
 
@@ -312,6 +316,7 @@ _flip: Primitive = Primitive(
     linear="each",
     shape=lambda x, *, axis: x,
     batch="same",
+    view=True,
 )
 
 
@@ -414,12 +419,12 @@ def astype(x: Any, dtype: Any) -> Any:
 
 
 alias: Primitive = Primitive(
-    "alias", lambda x: x, (lambda g: g,), linear="each", shape=lambda x: x, batch="same",
+    "alias", lambda x: x, (lambda g: g,), linear="each", shape=lambda x: x, batch="same", view=True,
     doc="The same values as a new node of the graph.",
 )  # fmt: skip
 
 stop_gradient: Primitive = Primitive(
-    "stop_gradient", lambda x: x, None, shape=lambda x: x, batch="same",
+    "stop_gradient", lambda x: x, None, shape=lambda x: x, batch="same", view=True,
     doc="The same values; no gradient flows through (forward and reverse mode alike).",
 )  # fmt: skip
 

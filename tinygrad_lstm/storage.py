@@ -1,0 +1,117 @@
+"""Changes in place: what a tensor and its views share, and how a backward notices that it was written to.
+
+A tensor has a :class:`Storage` only if something could write to it behind the tape's back, or if a view
+shares its memory: it was aliased, its ``data`` was read or set, an optimizer updated it, or a primitive made a
+view of it.  All others pay for one attribute.
+
+* ``data = array`` and optimizers bump the *version*; a record remembers the version of what it saved.
+* Reading ``data`` hands the array out.  From then on only the content tells: a *fingerprint* of the whole
+  memory is taken at that moment if some record has saved it, and one of the saved part at every later save.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinygrad_lstm.errors import GraphError
+from tinygrad_lstm.record import Record
+
+if TYPE_CHECKING:
+    from tinygrad_lstm.tensor import Tensor
+
+__all__ = ["Storage", "fingerprint", "guard_of", "share", "verify"]
+
+
+class Storage:
+    """The state of a piece of memory, shared by a tensor and its views."""
+
+    __slots__ = ("exposed", "fingerprint", "memory", "used", "version")
+
+    def __init__(self, memory: np.ndarray, used: bool) -> None:
+        self.memory = memory
+        self.used = used  # some record has saved it, or a view of it
+        self.version = 0
+        self.exposed = False  # somebody outside holds the array
+        self.fingerprint: Any = None  # of the whole memory, if it was exposed after it was saved
+
+    def expose(self) -> None:
+        """Note that somebody outside gets hold of the array."""
+        if not self.exposed and self.used:
+            # The last moment at which the content is surely what was saved.
+            self.fingerprint = fingerprint(self.memory)
+        self.exposed = True
+
+
+def fingerprint(array: np.ndarray) -> Any:
+    """A value that almost surely changes when the array is written to; runs at memory bandwidth.
+
+    Sums of machine words in 61 columns: a prime width, so that moved blocks and sign flips do not cancel.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    n = flat.size // 8
+    words, rest = flat[: n * 8].view(np.uint64), flat[n * 8 :]
+    rows = n // 61
+    columns = words[: rows * 61].reshape(rows, 61).sum(axis=0, dtype=np.uint64)
+    return columns.tobytes(), words[rows * 61 :].tobytes(), rest.tobytes()
+
+
+def share(source: Any, views: tuple[Tensor, ...]) -> None:
+    """Views of a tensor share its storage: a write to one is a write to all."""
+    storage = source._store()
+    for view in views:
+        view._storage = storage
+
+
+def guard_of(saved: Tensor) -> tuple[int, Any] | None:
+    """What a record remembers of a tensor that it saves: (version, fingerprint or None); None on the common path."""
+    saved._used = True
+    storage = saved._storage
+    if storage is None:
+        return None
+    storage.used = True
+    if storage.exposed:
+        return storage.version, fingerprint(saved._data)
+    return (storage.version, None) if storage.version else None
+
+
+def watch_output(record: Any, storage: Storage) -> None:
+    """A record that saved its own output watches the storage that the output got later."""
+    if isinstance(record, Record) and record.saved is not None and record.primitive.saves_out:
+        extra = record.more()
+        extra.guards = {**(extra.guards or {}), -1: (storage, storage.version)}
+
+
+def verify(record: Record) -> None:
+    """Raise if a value that the record saved was changed since; the common path only looks."""
+    guards = record.extra.guards if record.extra is not None else None
+    if guards and -1 in guards:
+        storage, version = guards[-1]
+        if _differs(storage, version, None, None):
+            raise _changed(f"the output of {record.describe()}", record)
+    for index, saved in enumerate(record.saved or ()):
+        storage = getattr(saved, "_storage", None)
+        if storage is None:
+            continue
+        version, mark = guards.get(index, (0, None)) if guards else (0, None)
+        if _differs(storage, version, mark, saved._data):
+            meta = saved._meta
+            label = f" {meta.label!r}" if meta is not None and meta.label else ""
+            name = record.primitive.argument_name(index)
+            raise _changed(f"input {index} ('{name}'){label} of shape {saved.shape} of {record.describe()}", record)
+
+
+def _differs(storage: Storage, version: int, mark: Any, part: np.ndarray | None) -> bool:
+    if storage.version != version:
+        return True
+    if mark is not None and part is not None:
+        return bool(mark != fingerprint(part))
+    return storage.fingerprint is not None and bool(storage.fingerprint != fingerprint(storage.memory))
+
+
+def _changed(what: str, record: Record) -> GraphError:
+    return GraphError(
+        f"{what} was changed in place after it was saved for the backward pass ({record.source_line()}); "
+        "change it after backward(), or write to a copy"
+    )
