@@ -10,7 +10,7 @@ import numpy as np
 
 from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import GraphError, TraceError
-from tinygrad_lstm.primitive import Aval, Primitive
+from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program, lower
 from tinygrad_lstm.record import _STATE, Record, recording
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray
@@ -75,6 +75,10 @@ class TracedTensor(Tensor):
 
     def _expose(self) -> None:
         _ = self._data
+
+    def detach(self) -> Tensor:
+        """The same value, through which no gradient flows."""
+        return REGISTRY["stop_gradient"].bind((self,), {})
 
     def __repr__(self) -> str:
         return f"<traced {self._aval}>"

@@ -1,13 +1,18 @@
 """Initial values of parameters: functions of a Parameter that overwrite it and return it.
 
+Instead of a Parameter they take a shape, and return a new float32 Parameter::
+
+    self.U = nn.init.orthogonal((hidden, hidden))
+
 All take ``generator`` (a :class:`tinygrad_lstm.Generator`; the default one that ``tg.seed`` seeds without it)
 and draw in float64, so that float32 and float64 models start from the same numbers up to rounding.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +25,20 @@ __all__ = [
     "constant", "copy", "kaiming_uniform", "lstm_default", "normal", "orthogonal", "torch_default", "uniform",
     "xavier_normal", "xavier_uniform", "zeros",
 ]  # fmt: skip
+
+
+def _filled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let an initialiser take a shape in place of a Parameter."""
+
+    @functools.wraps(draw)
+    def initialiser(parameter: Any, *args: Any, **options: Any) -> Tensor:
+        if isinstance(parameter, (tuple, list, int)):
+            from tinygrad_lstm.nn.module import Parameter
+
+            parameter = Parameter(np.zeros(parameter, np.float32))
+        return draw(parameter, *args, **options)
+
+    return initialiser
 
 
 def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
@@ -37,38 +56,45 @@ def _fans(shape: tuple[int, ...], who: str) -> tuple[int, int]:
     return shape[1] * rest, shape[0] * rest
 
 
+@_filled
 def constant(parameter: Tensor, value: float) -> Tensor:
     """Every element ``value``."""
     return copy(parameter, np.asarray(value, np.float64))
 
 
+@_filled
 def zeros(parameter: Tensor) -> Tensor:
     """Every element 0."""
     return constant(parameter, 0.0)
 
 
+@_filled
 def uniform(parameter: Tensor, low: float = 0.0, high: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Uniform on ``[low, high)``."""
     return copy(parameter, (generator or default_generator()).uniform(low, high, parameter.shape))
 
 
+@_filled
 def normal(parameter: Tensor, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Normal with the given mean and standard deviation."""
     return copy(parameter, (generator or default_generator()).normal(mean, std, parameter.shape))
 
 
+@_filled
 def xavier_uniform(parameter: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Uniform with bound ``gain * sqrt(6 / (fan_in + fan_out))`` (Glorot & Bengio 2010); weight ``(out, in)``."""
     bound = gain * math.sqrt(6.0 / max(sum(_fans(parameter.shape, "xavier_uniform")), 1))
     return uniform(parameter, -bound, bound, generator)
 
 
+@_filled
 def xavier_normal(parameter: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Normal with standard deviation ``gain * sqrt(2 / (fan_in + fan_out))`` (Glorot & Bengio 2010)."""
     std = gain * math.sqrt(2.0 / max(sum(_fans(parameter.shape, "xavier_normal")), 1))
     return normal(parameter, 0.0, std, generator)
 
 
+@_filled
 def kaiming_uniform(parameter: Tensor, a: float = 0.0, generator: Generator | None = None) -> Tensor:
     """Uniform with bound ``sqrt(6 / ((1 + a^2) fan_in))`` for a leaky relu of slope a (He et al. 2015)."""
     fan_in, _ = _fans(parameter.shape, "kaiming_uniform")
@@ -76,6 +102,7 @@ def kaiming_uniform(parameter: Tensor, a: float = 0.0, generator: Generator | No
     return uniform(parameter, -bound, bound, generator)
 
 
+@_filled
 def orthogonal(parameter: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Rows or columns (the fewer) orthonormal, times gain (Saxe, McClelland & Ganguli 2014)."""
     _fans(parameter.shape, "orthogonal")
