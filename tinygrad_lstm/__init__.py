@@ -12,6 +12,7 @@
 import importlib
 from typing import Any
 
+from tinygrad_lstm import binding as _binding  # last: every module of the engine is imported now
 from tinygrad_lstm import ops
 from tinygrad_lstm._version import __version__
 from tinygrad_lstm.autodiff import (
@@ -44,6 +45,8 @@ from tinygrad_lstm.random import Generator, seed
 from tinygrad_lstm.serialization import load, save
 from tinygrad_lstm.tape import Record, Tape, eager, name, no_grad, scope
 from tinygrad_lstm.tensor import Tensor, asarray, tensor
+
+_binding.mark_internal()
 
 __all__ = [
     "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "Error", "FileError", "Generator", "GradcheckError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_lstm.record import Aval, Output, Record, State
@@ -12,12 +13,86 @@ from tinygrad_lstm.tensor import Tensor
 if TYPE_CHECKING:
     from tinygrad_lstm.primitive import Primitive
 
-__all__ = ["record_application"]
+__all__ = ["mark_internal", "record_application", "record_plain"]
 
-# The modules whose frames are not the user's: provenance looks past them.
-_INTERNAL = tuple(
-    f"tinygrad_lstm.{name}" for name in ("autodiff", "binding", "ops", "primitive", "record", "tape", "tensor", "trace")
-)
+# Modules whose frames are not the user's carry this name: provenance looks past them.
+MARK = "_provenance_looks_past"
+_NOTHING = (None,)
+
+
+def mark_internal() -> None:
+    """Mark the engine's modules; called once, when all of them are imported."""
+    parts = ("autodiff", "binding", "ops", "primitive", "record", "tape", "tensor", "trace")
+    prefixes = tuple(f"tinygrad_lstm.{part}" for part in parts)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(prefixes) and module is not None:
+            module.__dict__[MARK] = True
+
+
+def _node_of(arg: Any, every: bool = False) -> Any:
+    """The node of an input that gradients flow to; under a Tape or trace (``every``), of all floating ones."""
+    if isinstance(arg, Tensor) and (arg._rg or (every and arg.dtype.kind == "f")):
+        return arg._node or arg
+    return None
+
+
+def _kept(prim: Primitive, parents: Sequence[Any]) -> tuple[set[int], bool]:
+    """Which inputs, and whether the output, the rules of the linked inputs need."""
+    keep: set[int] = set()
+    saves_out = False
+    for (inputs, out), parent in zip(prim.kept_for, parents, strict=False):
+        if parent is not None:
+            keep = keep | inputs
+            saves_out = saves_out or out
+    return keep, saves_out
+
+
+def record_plain(
+    prim: Primitive, args: tuple[Any, ...], params: dict[str, Any], result: Tensor, out: Any, current: State
+) -> None:
+    """:func:`record_application` for the common case: one output, no Tape, no trace, something requires a gradient."""
+    guards = None
+    if prim.saves_nothing:
+        saved: tuple[Any, ...] = _NOTHING
+        if prim.quick and len(args) == 2:
+            x, y = args
+            parents: tuple[Any, ...] = (
+                (x._node or x) if x.__class__ is Tensor and x._rg else _node_of(x),
+                (y._node or y) if y.__class__ is Tensor and y._rg else _node_of(y),
+            )
+        else:
+            parents = tuple([_node_of(arg) for arg in args])
+    else:
+        parents = tuple([_node_of(arg) for arg in args])
+        keep, saves_out = prim._saved_inputs, prim.saves_out
+        if prim.simple and None in parents:
+            keep, saves_out = _kept(prim, parents)
+        kept: list[Any] = []
+        for index, arg in enumerate(args):
+            if index not in keep:
+                kept.append(None)
+                continue
+            kept.append(arg)
+            if isinstance(arg, Tensor):
+                arg._used = True
+                if arg._storage is not None and (guard := guard_of(arg)) is not None:
+                    guards = {**(guards or {}), index: guard}
+        if saves_out:
+            kept.append(out)
+            result._used = True
+        else:
+            kept.append(None)
+        saved = tuple(kept)
+    frame: Any = sys._getframe(2)
+    while frame is not None and MARK in frame.f_globals:
+        frame = frame.f_back
+    code, lasti = (None, -1) if frame is None else (frame.f_code, frame.f_lasti)
+    dtype = out.dtype
+    record = Record(prim, params, parents, saved, out.shape, dtype, None, None, current.place, code, lasti)
+    if guards is not None:
+        record.more().guards = guards
+    result._node = record
+    result._rg = dtype.kind == "f"
 
 
 def record_application(
@@ -26,29 +101,26 @@ def record_application(
 ) -> Record:  # fmt: skip
     """Make the Record of an application and link its outputs to it."""
     keep, keep_from = prim._saved_inputs, prim._saved_from
+    saves_out = prim.saves_out
     every = bool(current.tapes) or current.trace is not None
     guards = None
-    parents: list[Any] = []
+    parents = [_node_of(arg, every) if prim.differentiable else None for arg in args]
+    if prim.simple and None in parents:
+        keep, saves_out = _kept(prim, parents)
     saved: list[Any] = []
     for index, arg in enumerate(args):
-        if isinstance(arg, Tensor):
-            linked = arg._rg or (every and arg.dtype.kind == "f")
-            parents.append((arg._node or arg) if linked and prim.differentiable else None)
-            if index in keep or index >= keep_from:
-                saved.append(arg)
-                guard = guard_of(arg)
-                if guard is not None:
-                    guards = guards or {}
-                    guards[index] = guard
-            else:
-                saved.append(None)
-        else:
-            parents.append(None)
-            saved.append(arg if index in keep or index >= keep_from else None)
-    if prim.saves_out:
-        traced = current.trace is not None
-        saved.append(outputs[0] if traced else outputs[0]._data)
-        outputs[0]._used = True
+        if index not in keep and index < keep_from:
+            saved.append(None)
+            continue
+        saved.append(arg)
+        guard = guard_of(arg) if isinstance(arg, Tensor) else None
+        if guard is not None:
+            guards = {**(guards or {}), index: guard}
+    if saves_out:
+        kept_outputs = tuple([o if current.trace is not None else o._data for o in outputs])
+        saved.append(kept_outputs if several else kept_outputs[0])
+        for output in outputs:
+            output._used = True
     else:
         saved.append(None)
     shapes = None
@@ -56,7 +128,7 @@ def record_application(
         shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
     first = outputs[0]
     frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_INTERNAL):
+    while frame is not None and MARK in frame.f_globals:
         frame = frame.f_back
     record = Record(
         prim, params, tuple(parents), tuple(saved), first.shape, first.dtype, shapes,

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_lstm import storage as _storage
-from tinygrad_lstm.binding import record_application
+from tinygrad_lstm.binding import record_application, record_plain
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
 from tinygrad_lstm.kernels import expression as _expressions
 from tinygrad_lstm.kernels.table import LEAVES
-from tinygrad_lstm.record import _STATE, Aval, recording
+from tinygrad_lstm.record import _STATE, Aval, Output, Record, recording
 from tinygrad_lstm.tape import differentiate
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray
 
@@ -36,6 +36,7 @@ __all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "z
 REGISTRY: dict[str, Primitive] = {}
 
 Rule = Callable[..., Any]
+_ndarray = np.ndarray
 
 
 class Values(NamedTuple):
@@ -97,6 +98,7 @@ class Primitive:
         self.linear = linear
         self.shape_rule = shape
         self.accumulate = accumulate
+        self.declared = False
         self.batch = batch  # "same": right with the same parameters when operands have one more leading axis
         self.explains = True  # say errors of the forward in terms of the operands; not those of a user's own function
         self.view = view  # the outputs share memory with the first operand
@@ -134,7 +136,24 @@ class Primitive:
         self._saved_inputs, self.saves_out, self._needs_shapes = set(), False, False
         self._saved_from = sys.maxsize  # all inputs from this position on are saved
         self.rules = listed
-        self._fetch = tuple(None if rule is None else self._compile_rule(rule) for rule in listed)
+        fetch = []
+        # What each rule alone needs: where one input has no gradient, its rule's values are not kept.
+        self.kept_for: list[tuple[set[int], bool]] = []
+        kept_by_all, out_by_any = self._saved_inputs, False
+        for rule in listed:
+            self._saved_inputs, self.saves_out = set(), False
+            fetch.append(None if rule is None else self._compile_rule(rule))
+            self.kept_for.append((self._saved_inputs, self.saves_out))
+            kept_by_all = kept_by_all | self._saved_inputs
+            out_by_any = out_by_any or self.saves_out
+        self._saved_inputs, self.saves_out, self._fetch = kept_by_all, out_by_any, tuple(fetch)
+        if self.declared:
+            self.accumulate = None  # it belonged to the rules that are replaced
+        self.declared = True
+        self.quick = isinstance(self.forward, np.ufunc) and self.is_elementwise
+        self.saves_nothing = not self._saved_inputs and self._saved_from == sys.maxsize and not self.saves_out
+        self.simple = not self.joint and not self.variadic  # one rule per argument
+        self.plain = not self._needs_shapes and self._saved_from == sys.maxsize
         self.version = getattr(self, "version", -1) + 1
         Primitive.generation += 1
 
@@ -201,22 +220,34 @@ class Primitive:
         current = _STATE.get()
         if current.trace is not None:
             return current.trace.bind(self, args, params)
-        values: list[Any] = []
+        if self.quick and len(args) == 2:
+            # Two plain tensors, one plain ufunc: nothing that is not needed for them.
+            x, y = args
+            if x.__class__ is Tensor and y.__class__ is Tensor:
+                try:
+                    out = self.forward(x._data, y._data)
+                except (ValueError, TypeError, OverflowError) as error:
+                    raise self._explained(error, args, params) from None
+                result = Tensor(out if out.__class__ is _ndarray else np.asarray(out))
+                if current.enabled:
+                    if current.tapes:
+                        record_application(self, args, params, (result,), x._rg or y._rg, current, False)
+                    elif self.differentiable and (x._rg or y._rg):
+                        record_plain(self, args, params, result, result._data, current)
+                return result
         needs = found = False
         for arg in args:
             if isinstance(arg, Tensor):
-                values.append(arg._data)
                 found = True
                 if arg._rg:
                     needs = True
-            elif arg.__class__ is float or arg.__class__ is int:
-                values.append(arg)
-            else:
-                return self.bind(tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args), params)
+            elif arg.__class__ is not float and arg.__class__ is not int:
+                return self.bind(_operands(args), params)
         if not found and (args or self.argument_names):
             return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
+        values = [arg._data if isinstance(arg, Tensor) else arg for arg in args]
         try:
-            out = self.forward(*values, **params)
+            out = self.forward(*values, **params) if params else self.forward(*values)
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise self._explained(error, args, params) from None
         if out.__class__ is tuple:
@@ -229,8 +260,11 @@ class Primitive:
         result = Tensor(out if out.__class__ is np.ndarray else np.asarray(out))
         if self.view and len(args) == 1:
             _storage.share(args[0], (result,))
-        if current.enabled and (current.tapes or (needs and self.differentiable)):
-            record_application(self, args, params, (result,), needs, current, False)
+        if current.enabled:
+            if current.tapes or (needs and not self.plain and self.differentiable):
+                record_application(self, args, params, (result,), needs, current, False)
+            elif needs and self.differentiable:
+                record_plain(self, args, params, result, result._data, current)
         return result
 
     def several(self, count: int) -> bool:
@@ -288,9 +322,17 @@ class Primitive:
 
     # ------------------------------------------------------------------ derivatives
 
-    def pull(self, record: Any, cotangent: Any, wanted: Sequence[bool]) -> Sequence[Any]:
-        """Cotangents of the wanted inputs: each rule's result, un-broadcast and in the input's dtype."""
+    def pull(self, record: Any, cotangent: Any, wanted: Sequence[bool] | None = None) -> Sequence[Any]:
+        """Cotangents of the wanted inputs (of all that have a node): un-broadcast and in the input's dtype."""
         parents = record.parents
+        if wanted is None:
+            if self.simple and cotangent.__class__ is not list:
+                shares = [
+                    rule(record, 0, cotangent) if parent is not None and rule is not None else None
+                    for rule, parent in zip(self._fetch, parents, strict=True)
+                ]
+                return self._fitted(shares, record, cotangent)
+            wanted = [parent is not None for parent in parents]
         if self.joint:
             if cotangent.__class__ is list and not self.always_tuple:  # scan and checkpoint look at what is absent
                 cotangent = self._complete(record, cotangent)
@@ -311,11 +353,19 @@ class Primitive:
                     rule(record, 0, cotangent) if want and rule is not None else None
                     for rule, want in zip(fetch, wanted, strict=True)
                 ]
+        return self._fitted(shares, record, cotangent)
+
+    def _fitted(self, shares: list[Any], record: Any, cotangent: Any) -> list[Any]:
+        """Shares summed to the shapes, and converted to the dtypes, of the inputs."""
         for i, share in enumerate(shares):
             if share is None:
                 continue
-            parent = parents[i]
-            if share.__class__ is not Tensor and not isinstance(share, Tensor):
+            parent = record.parents[i]
+            if share.__class__ is Tensor:
+                data = share._data
+                if data.dtype is parent.dtype and data.shape == parent.shape:
+                    continue
+            elif not isinstance(share, Tensor):
                 share = shares[i] = self._from_array(share, record, cotangent)
             if share.shape != parent.shape:
                 shares[i] = share = sum_to(share, parent.shape)
@@ -381,7 +431,7 @@ class Primitive:
         with recording(enabled=True):
             dummies = [Tensor(np.zeros(o.shape, o.dtype), requires_grad=True) for o in outputs]
             saved = tuple(a for a in inputs)
-            out = outputs[0] if len(outputs) == 1 else None
+            out = outputs[0] if len(outputs) == 1 else tuple(outputs)
             parents = tuple(a if isinstance(a, Tensor) else None for a in inputs)
             single = not self.several(len(outputs))
             avals = None if single else tuple(_aval(o) for o in outputs)
@@ -430,17 +480,28 @@ def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[st
 
 
 def _saved_output(values: Any) -> Any:
-    """The output as a tensor that is linked to its record (for second derivatives)."""
+    """The output (a tuple of several) as a tensor that is linked to its record, for second derivatives."""
     out = values.saved[-1]
     if out.__class__ is np.ndarray:
         tensor = Tensor(out, True)
         tensor._node = values
         return tensor
+    if out.__class__ is tuple and out and out[0].__class__ is np.ndarray:
+        tensors = tuple(Tensor(array, True) for array in out)
+        for index, tensor in enumerate(tensors):
+            tensor._node = Output(values, index, tensor.shape, tensor.dtype)
+        return tensors
     return out
 
 
 def _aval(value: Any) -> Aval:
     return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
+
+
+def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Operands of other kinds as tensors, and as Python numbers where a tensor is beside them."""
+    converted = tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args)
+    return converted if any(isinstance(c, Tensor) for c in converted) else tuple(asarray(a) for a in args)
 
 
 def _total(terms: Sequence[Any]) -> Any:

@@ -84,6 +84,11 @@ def state() -> State:
     return _STATE.get()
 
 
+def now() -> int:
+    """A serial between those of the records made before and after the call."""
+    return next(_serials)
+
+
 @contextmanager
 def recording(**changes: Any) -> Iterator[None]:
     """Change fields of the recording state for a block; restored also when the block raises."""

@@ -91,8 +91,7 @@ def verify(record: Record) -> None:
         if _differs(storage, version, None, None):
             raise _changed(f"the output of {record.describe()}", record)
     for index, saved in enumerate(record.saved or ()):
-        storage = getattr(saved, "_storage", None)
-        if storage is None:
+        if saved is None or (storage := getattr(saved, "_storage", None)) is None:
             continue
         version, mark = guards.get(index, (0, None)) if guards else (0, None)
         if _differs(storage, version, mark, saved._data):

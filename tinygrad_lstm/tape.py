@@ -96,16 +96,17 @@ def replay(
                 "pass retain_graph=True to the first backward to go through it again"
             )
         primitive = record.primitive
-        verify(record)
-        if sources is None:
-            wanted = [parent is not None for parent in record.parents]
-        else:
+        if not primitive.saves_nothing:
+            verify(record)
+        wanted: list[bool] | None = None  # all
+        if sources is not None:
             wanted = [parent is not None and _leads(parent, sources, through) for parent in record.parents]
-        if not any(wanted):  # a constant that a Tape recorded
-            continue
-        if in_place and primitive.accumulate is not None and wanted[0] and record.parents[0].__class__ is not Output:
+            if not any(wanted):  # a constant that a Tape recorded
+                continue
+        if in_place and primitive.accumulate is not None and _goes_into(record, wanted):
             # A slice's cotangent goes straight into the buffer of the whole: T slices cost T, not T * T.
-            parent, wanted[0] = record.parents[0], False
+            parent = record.parents[0]
+            wanted = [False] * len(record.parents)  # only the first input of such a primitive has a gradient
             if parent not in owned:
                 present = pending.get(parent)
                 pending[parent] = _owned_copy(parent, present)
@@ -123,6 +124,11 @@ def replay(
     for node in sources & pending.keys():
         found[node] = pending[node]
     return found
+
+
+def _goes_into(record: Record, wanted: list[bool] | None) -> bool:
+    parent = record.parents[0]  # type: ignore[index]
+    return parent is not None and parent.__class__ is not Output and (wanted is None or wanted[0])
 
 
 def _leads(node: Any, sources: set[Node], through: set[int] | None) -> bool:
@@ -182,13 +188,13 @@ def run_hooks(hooks: Iterable[Callable[..., Any]], cotangent: Tensor, where: str
     return cotangent
 
 
-def paths(targets: Iterable[Node], sources: set[Node]) -> tuple[set[int], bool]:
+def paths(targets: Iterable[Node], sources: set[Node], since: int = 0) -> tuple[set[int], bool]:
     """The serials of the records that lie between sources and targets, and whether anything else is behind.
 
     The second result is True where the targets also depend on leaves, or on older records, that are no
     sources: then (and only then) a first gradient can itself be differentiated with respect to them.
     """
-    floor = min((_serial(node) for node in sources), default=0)
+    floor = max(since, min((_serial(node) for node in sources), default=0))
     reached: dict[int, Record] = {}
     stack: list[Any] = list(targets)
     foreign = False
@@ -218,20 +224,20 @@ def _serial(node: Any) -> int:
 
 
 def differentiate(
-    targets: Sequence[Tensor], cotangents: Sequence[Tensor], sources: Sequence[Tensor], *, free: bool = False
+    targets: Sequence[Tensor], cotangents: Sequence[Tensor], sources: Sequence[Tensor], *, since: int = 0
 ) -> list[Tensor | None]:
     """Cotangents of ``sources``, given those of ``targets``: the replay that grad, vjp and Tape.gradient share.
 
     It is recorded (for a derivative of the next order) only where the result can depend on something that
-    is itself being differentiated, see :func:`observed`.
+    is itself being differentiated, see :func:`observed`.  No source is older than the serial ``since``.
     """
     nodes = [source._node or source for source in sources]
     starts = [target._node or target for target in targets]
-    through, foreign = paths(starts, set(nodes))
+    through, foreign = paths(starts, set(nodes), since)
     current = _STATE.get()
     again = current.enabled and (foreign or observed(sources) or any(c._rg for c in cotangents))
     with recording(enabled=again), np.errstate(divide="ignore", invalid="ignore"):
-        found = replay(zip(starts, cotangents, strict=True), free=free, sources=set(nodes), through=through)
+        found = replay(zip(starts, cotangents, strict=True), free=False, sources=set(nodes), through=through)
     return [found.get(node) for node in nodes]
 
 

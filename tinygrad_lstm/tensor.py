@@ -184,8 +184,7 @@ class Tensor:
             raise DTypeError(f"only an integer 0-d tensor can be an index, found {self.dtype} of shape {self.shape}")
         return int(self._data)
 
-    def __hash__(self) -> int:
-        return id(self) >> 4  # identity: == compares values
+    __hash__ = object.__hash__  # identity: == compares values
 
     def __format__(self, spec: str) -> str:
         return format(self._data.item(), spec) if self._data.size == 1 and spec else str(self)

@@ -36,8 +36,8 @@ def _is_namedtuple(tree: Any) -> bool:
     return isinstance(tree, tuple) and hasattr(type(tree), "_fields")
 
 
-def flatten(tree: Any) -> tuple[list[Any], TreeDef]:
-    """The leaves from left to right, and the structure.
+def flatten(tree: Any, open_modules: bool = True) -> tuple[list[Any], TreeDef]:
+    """The leaves from left to right, and the structure.  A Module is a dict of parameters, or else a leaf.
 
     >>> leaves, treedef = flatten({"a": 1, "b": [2, None, (3,)]})
     >>> leaves
@@ -46,20 +46,21 @@ def flatten(tree: Any) -> tuple[list[Any], TreeDef]:
     {'a': 10, 'b': [20, None, (30,)]}
     """
     leaves: list[Any] = []
-    return leaves, _flatten(tree, leaves)
+    return leaves, _flatten(tree, leaves, open_modules)
 
 
-def _flatten(tree: Any, leaves: list[Any]) -> TreeDef:
+def _flatten(tree: Any, leaves: list[Any], open_modules: bool) -> TreeDef:
     if tree is None:
         return NONE
     if isinstance(tree, (list, tuple)):
         kind = type(tree)
         keys = kind._fields if _is_namedtuple(tree) else ()  # type: ignore[union-attr]
-        return TreeDef(kind, keys, tuple(_flatten(child, leaves) for child in tree))
+        return TreeDef(kind, keys, tuple(_flatten(child, leaves, open_modules) for child in tree))
     if isinstance(tree, dict):
         # Insertion order is kept: it is what the user wrote, and what print shows.
-        return TreeDef(type(tree), tuple(tree), tuple(_flatten(child, leaves) for child in tree.values()))
-    if hasattr(tree, "__tree_leaves__"):
+        children = tuple(_flatten(child, leaves, open_modules) for child in tree.values())
+        return TreeDef(type(tree), tuple(tree), children)
+    if open_modules and hasattr(tree, "__tree_leaves__"):
         named = tree.__tree_leaves__()
         leaves.extend(named.values())
         return TreeDef(dict, tuple(named), (LEAF,) * len(named))

@@ -94,7 +94,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = flatten((args, kwargs))
+        leaves, treedef = flatten((args, kwargs), open_modules=False)
         is_array = [isinstance(leaf, Tensor) or hasattr(leaf, "__array__") for leaf in leaves]
         tensors = [asarray(leaf) for leaf, yes in zip(leaves, is_array, strict=True) if yes]
         run = _Run(f, treedef, [ARRAY if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)])

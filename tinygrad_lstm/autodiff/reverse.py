@@ -14,6 +14,7 @@ from typing import Any
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import alias
 from tinygrad_lstm.primitive import Aval, zeros
+from tinygrad_lstm.record import now
 from tinygrad_lstm.tape import differentiate, observed, paths, recording, state
 from tinygrad_lstm.tensor import Tensor, asarray, check_differentiable, seed_cotangent
 from tinygrad_lstm.tree import TreeDef, flatten, leaf_paths, unflatten
@@ -104,6 +105,7 @@ def value_and_grad(
                 raise ArgumentError(f"argnums={argnums} for a call with {len(args)} positional arguments")
             chosen.append(number % len(args))
         enabled = state().enabled
+        since = now()
         replaced = list(args)
         swaps: list[_Swapped] = []
         sources: list[Tensor] = []
@@ -125,8 +127,8 @@ def value_and_grad(
                 for swap in reversed(swaps):
                     swap.__exit__()
             out = _check_scalar(result[0] if has_aux else result, "grad")
-            found = pullback_to(out, seed_cotangent(out, None, "grad"), sources)
-            kept = enabled and (observed(sources) or foreign([out], sources))
+            found = pullback_to(out, seed_cotangent(out, None, "grad"), sources, since)
+            kept = enabled and (observed(sources) or foreign([out], sources, since))
         if not kept:  # nobody can differentiate the results: let the graph go
             found = unlinked(found)
             result = unlinked(result)
@@ -146,14 +148,14 @@ def unlinked(tree: Any) -> Any:
     return unflatten(treedef, [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
-def foreign(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
+def foreign(targets: Sequence[Tensor], sources: Sequence[Tensor], since: int) -> bool:
     """Whether the targets also depend on differentiable values that are no sources."""
-    return paths([t._node or t for t in targets], {s._node or s for s in sources})[1]
+    return paths([t._node or t for t in targets], {s._node or s for s in sources}, since)[1]
 
 
-def pullback_to(out: Tensor, cotangent: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
+def pullback_to(out: Tensor, cotangent: Tensor, sources: Sequence[Tensor], since: int) -> list[Tensor]:
     """Cotangents of the sources, zeros where there is no path."""
-    found = differentiate([out], [cotangent], sources)
+    found = differentiate([out], [cotangent], sources, since=since)
     return [zeros(Aval(s.shape, s.dtype)) if g is None else g for g, s in zip(found, sources, strict=True)]
 
 
@@ -186,6 +188,7 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tupl
     >>> [g.item() for g in pullback(1.0)]
     [4.0, 3.0]
     """
+    since = now()
     enabled = state().enabled
     with recording(enabled=True):
         packs = [variables(p, "vjp") for p in primals]
@@ -202,7 +205,7 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tupl
             raise ShapeError(f"pullback: the cotangent has {len(given)} leaves in another structure than the output")
         with recording(enabled=True):
             seeds = [seed_cotangent(o, c, "pullback") for o, c in zip(outs, given, strict=True)]
-            found = differentiate(outs, seeds, sources)
+            found = differentiate(outs, seeds, sources, since=since)
             filled = [zeros(Aval(s.shape, s.dtype)) if g is None else g for g, s in zip(found, sources, strict=True)]
         if not (enabled and state().enabled):
             filled = unlinked(filled)
@@ -212,6 +215,6 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tupl
             start += len(fresh)
         return tuple(trees)
 
-    if not (enabled and (observed(sources) or foreign(outs, sources))):
+    if not (enabled and (observed(sources) or foreign(outs, sources, since))):
         result = unlinked(result)
     return result, pullback

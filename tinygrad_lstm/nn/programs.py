@@ -30,6 +30,22 @@ class _Entry(NamedTuple):
     recorded: Recorded
     places: list[tuple[Any, Any]]  # (holder, key) of every capture
 
+    def captures(self) -> list[Any] | None:
+        """What stands in the places now; None where that is not what was recorded.
+
+        A list or dict of Parameters may be changed without the module knowing, also to other shapes.
+        """
+        program = self.recorded.program
+        try:
+            found = [holder[at] for holder, at in self.places]
+        except LookupError:
+            return None
+        for tensor, slot in zip(found, program.captures, strict=True):
+            aval = program.avals[slot]
+            if tensor.shape != aval.shape or tensor.dtype != aval.dtype:
+                return None
+        return found
+
 
 def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
     """A function like :func:`~tinygrad_lstm.ops.control.record_body` that looks into the cell's cache first.
@@ -55,8 +71,9 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
             entry = known[key]
             if isinstance(entry, str):
                 raise TraceError(entry)
-            captures = [holder[at] for holder, at in entry.places]
-            return Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
+            captures = entry.captures()
+            if captures is not None:
+                return Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
         if len(known) >= _MOST:
             known.pop(next(iter(known)))
         try:

@@ -49,7 +49,8 @@ def scan(
         Number of steps T; must agree with xs.
     lengths : ints (B,), optional
         Steps per row, 0..T.  Batch is then axis 0 of every carry leaf and axis 1 of every leaf of xs and ys.
-        For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at.
+        For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at (the
+        body sees zeros there, so it should be finite at ``x = 0``).
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
     memory : None

@@ -17,6 +17,10 @@ def _binary(primitive: Any) -> Any:
     return lambda self, other: primitive.bind((self, other), {})
 
 
+def _comparison(primitive: Any) -> Any:
+    return lambda self, other: NotImplemented if other is None else primitive.bind((self, other), {})
+
+
 def _unary(primitive: Any) -> Any:
     return lambda self: primitive.bind((self,), {})
 
@@ -78,7 +82,7 @@ def install() -> None:
         setattr(Tensor, f"__r{name}__", _reflected(primitive))
     comparisons = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
     for name, short in zip(comparisons, ("eq", "ne", "lt", "le", "gt", "ge"), strict=True):
-        setattr(Tensor, f"__{short}__", _binary(getattr(ops, name)))
+        setattr(Tensor, f"__{short}__", _comparison(getattr(ops, name)))
     others: dict[str, Any] = {
         "__neg__": _unary(ops.negative),
         "__pos__": lambda self: self,

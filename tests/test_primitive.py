@@ -1,0 +1,191 @@
+"""Primitives that users declare, in every calling convention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinygrad_lstm as tg
+from tinygrad_lstm import ops
+from tinygrad_lstm.kernels import expression as e
+
+
+@pytest.fixture
+def declare(request):
+    """tg.primitive under a fresh name; removed again after the test."""
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        name = f"test_{request.node.name}_{len(made)}"
+        made.append(name)
+        return tg.primitive(name, *args, **kwargs)
+
+    made: list[str] = []
+    yield make
+    for name in made:
+        tg.REGISTRY.pop(name, None)
+
+
+X, Y = np.array([0.5, -1.2, 2.0]), np.array([1.5, 0.3, -0.7])
+
+
+def check(prim: Any, *args: Any) -> None:
+    assert tg.gradcheck(prim, *args, order=2)
+    v = tuple(np.cos(a) for a in args)
+    out, pullback = tg.vjp(prim, *args)
+    w = np.sin(np.arange(out.size)).reshape(out.shape)
+    pushed = tg.jvp(prim, args, v)[1]
+    pulled = pullback(w)
+    np.testing.assert_allclose(
+        (pushed.numpy() * w).sum(), sum((p.numpy() * t).sum() for p, t in zip(pulled, v, strict=True)), rtol=1e-12
+    )
+
+
+def test_one_argument(declare):
+    check(declare(forward=lambda x: np.sin(x), vjp=lambda g, x: g * ops.cos(x)), X)
+    check(declare(lambda x: np.sin(x), lambda g, x: (g * ops.cos(x),)), X)
+    check(declare(lambda x: np.exp(x), lambda g, out: g * out), X)
+    check(declare(lambda x: np.exp(x), lambda g, ans: g * ans), X)
+
+
+def test_one_rule_per_argument(declare):
+    check(declare(lambda x, y: x * y * y, vjp=(lambda g, y: g * y * y, lambda g, x, y: g * 2.0 * x * y)), X, Y)
+    check(declare(lambda x, y: x * y * y, vjp=[lambda g, y: g * y * y, lambda g, x, y: g * 2.0 * x * y]), X, Y)
+
+
+def test_one_rule_for_all_arguments(declare):
+    check(declare(lambda x, y: x * y * y, vjp=lambda g, x, y: (g * y * y, g * 2.0 * x * y)), X, Y)
+
+
+def test_an_argument_without_a_rule_has_no_gradient(declare):
+    prim = declare(lambda x, y: x * y, vjp=(lambda g, y: g * y, None))
+    gx, gy = tg.grad(lambda x, y: prim(x, y).sum(), (0, 1))(X, Y)
+    np.testing.assert_array_equal(gx.numpy(), Y)
+    assert not gy.numpy().any()
+
+
+def test_an_absent_gradient_from_a_joint_rule(declare):
+    prim = declare(lambda x, y: x * y, vjp=lambda g, x, y: (g * y, None))
+    gx, gy = tg.grad(lambda x, y: prim(x, y).sum(), (0, 1))(X, Y)
+    np.testing.assert_array_equal(gx.numpy(), Y)
+    assert not gy.numpy().any()
+
+
+def test_keyword_parameters(declare):
+    prim = declare(lambda x, *, k: x**k, vjp=lambda g, x, k: g * (k * x ** (k - 1)))
+    for k in (2, 3, 5):
+        check(lambda x, k=k: prim(x, k=k), X)
+
+
+def test_broadcasting_is_undone_by_the_mechanism(declare):
+    prim = declare(lambda x, y: x * y, vjp=(lambda g, y: g * y, lambda g, x: g * x))
+    gx, gy = tg.grad(lambda x, y: prim(x, y).sum(), (0, 1))(np.ones((2, 3)), np.array([1.0, 2.0, 3.0]))
+    assert gx.tolist() == [[1.0, 2.0, 3.0]] * 2
+    assert gy.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_any_number_of_arguments(declare):
+    prim = declare(lambda *xs: sum(xs[1:], xs[0]), vjp=lambda g, xs: [g] * len(xs))
+    a, b, _c = tg.grad(lambda *xs: (prim(*xs) ** 2).sum(), (0, 1, 2))(X, Y, X)
+    np.testing.assert_allclose(a.numpy(), 2 * (2 * X + Y))
+    np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_several_outputs(declare):
+    prim = declare(lambda x: (np.sin(x), np.cos(x)), vjp=lambda g, x: g[0] * ops.cos(x) - g[1] * ops.sin(x))
+    s, c = prim(tg.tensor(X))
+    np.testing.assert_allclose(s.numpy() ** 2 + c.numpy() ** 2, 1.0)
+    assert tg.gradcheck(prim, X, order=2)
+    x = tg.tensor(X, requires_grad=True)
+    prim(x)[1].sum().backward()
+    np.testing.assert_allclose(x.grad, -np.sin(X))
+    np.testing.assert_allclose(tg.jvp(lambda t: prim(t)[0], (X,), (np.ones(3),))[1].numpy(), np.cos(X), rtol=1e-15)
+
+
+def test_several_arguments_and_several_outputs(declare):
+    prim = declare(lambda x, y: (x * y, x + y), vjp=lambda g, x, y: (g[0] * y + g[1], g[0] * x + g[1]))
+    assert tg.gradcheck(prim, X, Y, order=2)
+    for k, expected in enumerate((Y, np.ones(3))):
+        x = tg.tensor(X, requires_grad=True)
+        prim(x, Y)[k].sum().backward()
+        np.testing.assert_array_equal(x.grad, expected)
+
+
+def test_saves_with_names_of_ones_own(declare):
+    prim = declare(lambda x, y: x * y, vjp=(lambda g, kept: g * kept, lambda g, a, b: g * b), saves=("y", "x"))
+    gx, gy = tg.grad(lambda x, y: prim(x, y).sum(), (0, 1))(X, Y)
+    np.testing.assert_array_equal(gx.numpy(), Y)
+    np.testing.assert_array_equal(gy.numpy(), X)
+
+
+def test_a_jvp_of_ones_own(declare):
+    calls = []
+
+    def jvp(tangents: Any, x: Any, out: Any) -> Any:
+        calls.append(1)
+        return tangents[0] * ops.cos(x)
+
+    check(declare(lambda x: np.sin(x), lambda g, x: g * ops.cos(x), jvp=jvp), X)
+    assert calls
+
+
+def test_an_expression_makes_it_elementwise(declare):
+    prim = declare(
+        lambda x, y: np.tanh(x) * y, vjp=(lambda g, x, y: g * y * (1.0 - ops.tanh(x) ** 2), lambda g,
+        x: g * ops.tanh(x)),
+        expression=lambda x, y: e.tanh(x) * y,
+    )  # fmt: skip
+    check(prim, X, Y)
+    np.testing.assert_array_equal(prim(X, Y).numpy(), np.tanh(X) * Y)
+
+
+def test_a_name_is_taken_once(declare):
+    with pytest.raises(tg.Error, match="tanh"):
+        tg.primitive("tanh", forward=np.tanh, vjp=lambda g: g)
+
+
+@pytest.mark.parametrize("vjp", [(lambda g: g,), (lambda g: g, lambda g: g, lambda g: g)], ids=len)
+def test_a_wrong_number_of_rules_is_refused(declare, vjp):
+    with pytest.raises(tg.Error, match=r"2 arguments|rules"):
+        declare(lambda x, y: x + y, vjp=vjp)
+
+
+def test_a_rule_that_asks_for_something_unknown_is_refused(declare):
+    with pytest.raises(tg.Error, match="banana"):
+        declare(lambda x: x, vjp=lambda g, banana: g)
+
+
+def test_a_failed_declaration_leaves_the_name_free(request):
+    name = "test_failed_declaration"
+    with pytest.raises(tg.Error):
+        tg.primitive(name, forward=lambda x: x, vjp=lambda g, banana: g)
+    assert name not in tg.REGISTRY
+
+
+def test_a_vjp_in_numpy_works_once_and_does_not_lie_about_second_derivatives(declare):
+    """A rule that leaves the tape cannot be differentiated again: that must not come out as zero."""
+    prim = declare(lambda x: np.sin(x), vjp=lambda g, x: np.asarray(g) * np.cos(np.asarray(x)))
+    x = tg.tensor(X, requires_grad=True)
+    prim(x).sum().backward()
+    np.testing.assert_allclose(x.grad, np.cos(X), rtol=1e-15)
+    with pytest.raises(tg.Error):
+        tg.jvp(prim, (X,), (np.ones(3),))
+    with pytest.raises(tg.Error):
+        tg.grad(lambda t: tg.grad(lambda s: prim(s).sum())(t).sum())(X)
+
+
+def test_a_changed_rule_counts_at_once():
+    """Nothing is hand-written elsewhere: doubling tanh's declared derivative doubles every gradient through it."""
+    tanh = tg.REGISTRY["tanh"]
+    rules = tanh.rules
+    x = np.array([0.3, -0.8])
+    f = lambda t: (ops.tanh(t) * 3.0).sum()
+    before = tg.grad(f)(x).numpy().copy()
+    try:
+        tanh.set_rules((lambda g, out: g * 2.0 * (1.0 - out * out),))
+        np.testing.assert_allclose(tg.grad(f)(x).numpy(), 2 * before, rtol=1e-15)
+        np.testing.assert_allclose(tg.jvp(f, (x,), (np.ones(2),))[1].item(), 2 * before.sum(), rtol=1e-15)
+    finally:
+        tanh.set_rules(rules)
+    np.testing.assert_array_equal(tg.grad(f)(x).numpy(), before)
