@@ -58,7 +58,8 @@ def tensors(seed: int, steps: int) -> dict[str, Any]:
     """Float64 inputs, captures and initial states, all of which require gradients."""
     rng = np.random.default_rng(seed)
     shapes = {
-        "x": (steps, B, X), "h": (B, H), "c": (B, H), "W": (X, H), "U0": (H, H), "U1": (H, H), "bias": (H,), "row": (B, 1),
+        "x": (steps, B, X), "h": (B, H), "c": (B, H), "W": (X, H), "U0": (H, H), "U1": (H, H),
+        "bias": (H,), "row": (B, 1),
     }  # fmt: skip
     return {name: tg.tensor(0.6 * rng.standard_normal(shape), requires_grad=True) for name, shape in shapes.items()}
 

@@ -14,7 +14,7 @@ import numpy as np
 
 import tinygrad_lstm as tg
 import tinygrad_lstm.ops.loop
-from tinygrad_lstm import ops
+from tinygrad_lstm import nn, ops
 from tinygrad_lstm.tree import flatten
 
 
@@ -314,3 +314,22 @@ ZERO_SIZE["scan"] = [
     sample(np.zeros((0, 3)), np.zeros((4, 0, 3)), spread((3, 3)), call=lambda h, xs, w: ops.scan(_cell(w), h, xs)),
     sample(spread((2, 3)), np.zeros((0, 2, 3)), spread((3, 3)), call=lambda h, xs, w: ops.scan(_cell(w), h, xs)),
 ]
+
+# ---------------------------------------------------------------------------- losses
+
+assert nn  # its primitives are enrolled too
+_loss = {"ignore_index": -100, "smoothing": 0.1}
+SAMPLES["cross_entropy"] = [
+    sample(spread((2, 3, 4)), ints([[0, 3, -100], [1, 2, 0]]), reduction=how, **_loss)
+    for how in ("mean", "sum", "none")
+]
+ZERO_SIZE["cross_entropy"] = [sample(np.zeros((0, 4)), ints([]), reduction="mean", **_loss)]
+SAMPLES["cross_entropy_slope"] = [
+    sample(spread(()), spread((2, 4)), ints([0, 3]), reduction="mean", **_loss),
+    sample(spread((3,)), spread((3, 4)), ints([0, -100, 3]), reduction="none", **_loss),
+]
+ZERO_SIZE["cross_entropy_slope"] = [sample(np.zeros(()), np.zeros((0, 4)), ints([]), reduction="mean", **_loss)]
+SAMPLES["binary_cross_entropy"] = [sample(spread((2, 3), 0.1, 0.9), spread((2, 3), 0.2, 0.8, seed=1))]
+ZERO_SIZE["binary_cross_entropy"] = [sample(np.zeros((0, 3)), np.zeros((0, 3)))]
+ZERO_D["binary_cross_entropy"] = [sample(np.asarray(0.3), np.asarray(0.6))]
+NO_ZERO_D.update({"cross_entropy": "classes on an axis", "cross_entropy_slope": "classes on an axis"})

@@ -36,15 +36,15 @@ def scaled(rule: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize(("name", "k"), rules())
 def test_a_rule_that_is_off_by_a_thousandth_is_noticed(name, k):
     prim = tg.REGISTRY[name]
-    right = prim.rules
+    right, accumulate = prim.rules, prim.accumulate
     prim.set_rules(tuple(scaled(rule) if i == k else rule for i, rule in enumerate(right)))
-    order = 1 if prim.accumulate is None else 2  # an unrecorded replay accumulates in place of the rule
     try:
         with pytest.raises(tg.GradcheckError):
             for s in SAMPLES[name]:
-                tg.gradcheck(s.squared(name), *s.args, order=order)
+                tg.gradcheck(s.squared(name), *s.args)
     finally:
         prim.set_rules(right)
+        prim.accumulate = accumulate  # new rules drop it
     for s in SAMPLES[name][:1]:
         assert tg.gradcheck(s.function(name), *s.args)
 

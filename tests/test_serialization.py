@@ -342,7 +342,7 @@ def forge(path: Path, entries: Any, record: Any, data: bytes = b"") -> None:
     """A file with right checksums around whatever is given."""
     raw = json.dumps(record)
     well_described = {name: np.zeros(1, np.float32) for name, entry in entries.items() if entry == GOOD_ENTRY}
-    note = {"tinygrad_lstm": raw, "crc32": f"{serialization._header_checksum(well_described, raw):08x}"}
+    note = {"tinygrad_lstm": f"{serialization._header_checksum(well_described, raw):08x}{raw}"}
     header = json.dumps({"__metadata__": note, **entries}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 

@@ -27,7 +27,7 @@ from tinygrad_lstm.binding import record_application, record_plain
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
 from tinygrad_lstm.kernels import expression as _expressions
 from tinygrad_lstm.kernels.table import LEAVES
-from tinygrad_lstm.record import _STATE, Aval, Output, Record, recording
+from tinygrad_lstm.record import _STATE, Aval, Output, recording
 from tinygrad_lstm.tape import differentiate
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray
 

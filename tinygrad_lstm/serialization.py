@@ -94,7 +94,8 @@ def save(path: PathLike, tree: Any, metadata: dict[str, Any] | None = None) -> N
         )
     from safetensors.numpy import save as serialised
 
-    note = {_KEY: record, "crc32": f"{_header_checksum(arrays, record):08x}"}
+    # One entry: the writer keeps several in no fixed order, and equal trees shall make equal files.
+    note = {_KEY: f"{_header_checksum(arrays, record):08x}{record}"}
     with replacing(path) as file:
         file.write(serialised(arrays, note))
 
@@ -267,9 +268,10 @@ def _read(path: PathLike, with_arrays: bool) -> tuple[dict[str, np.ndarray], dic
             f"{target} is a safetensors file, but not one that tg.save wrote; read it with the safetensors package"
         )
     try:
-        record = json.loads(note[_KEY])
+        checksum, text = note[_KEY][:8], note[_KEY][8:]
+        record = json.loads(text)
         version = int(record["version"])
-        whole = not with_arrays or int(note["crc32"], 16) == _header_checksum(arrays, note[_KEY])
+        whole = not with_arrays or int(checksum, 16) == _header_checksum(arrays, text)
     except (KeyError, ValueError, TypeError, RecursionError):
         raise _damaged(path, "its header was changed") from None
     if version > _VERSION:

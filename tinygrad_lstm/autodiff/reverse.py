@@ -8,6 +8,8 @@ of an outer call stay connected through the arguments' own history.
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,12 +46,14 @@ def variables(tree: Any, who: str, requires_grad: bool = True) -> tuple[list[Ten
 
 
 class _Swapped:
-    """Put variables in place of a Module's parameters for a block."""
+    """Put variables in place of a Module's parameters for a block; other threads wait for it."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self.lock = _locks.setdefault(module, threading.RLock())
 
     def __enter__(self) -> list[Tensor]:
+        self.lock.acquire()
         self.saved = self.module.__tree_leaves__()
         self.fresh = {name: variable(p) for name, p in self.saved.items() if p.dtype.kind == "f"}
         self.module.__tree_swap__(self.fresh)
@@ -57,6 +61,11 @@ class _Swapped:
 
     def __exit__(self, *exc: object) -> None:
         self.module.__tree_swap__(self.saved)
+        self.lock.release()
+
+
+# Stand-ins are put into the module itself, so two threads cannot differentiate one module at the same time.
+_locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _check_scalar(out: Any, who: str) -> Tensor:

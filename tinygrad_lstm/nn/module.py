@@ -51,6 +51,18 @@ class Parameter(Tensor):
         return "Parameter" + super().__repr__()[len("tensor") :]
 
 
+def _plain(value: Any) -> Any:
+    """The numbers, strings and Nones in a list or dict, with their places; () where there are none."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = []
+    for key, item in items:
+        if item is None or isinstance(item, (bool, int, float, str)):
+            found.append((key, type(item).__name__, item))
+        elif isinstance(item, (list, dict)) and (inside := _plain(item)):
+            found.append((key, "of", inside))
+    return tuple(found)
+
+
 class Place(NamedTuple):
     """Where a parameter stands: ``holder[key]``, under a name."""
 
@@ -164,18 +176,20 @@ class Module:
                 )
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> tuple[Any, ...]:
         """Changes whenever an attribute of this module or of one below it was set or deleted.
 
-        Programs that were recorded from the module are valid for one version.  Values of parameters and
-        the mode (train, eval) are no part of it.
+        Programs that were recorded from the module are valid for one version.  Plain numbers and strings in
+        lists and dicts count too, since those can change without an attribute being set.  Values of
+        parameters and the mode (train, eval) are no part of it.
         """
-        seen: dict[int, int] = {}
+        seen: dict[int, Any] = {}
         self._versions_into(seen)
         return tuple(seen.values())
 
-    def _versions_into(self, seen: dict[int, int]) -> None:
-        seen[id(self)] = self._version
+    def _versions_into(self, seen: dict[int, Any]) -> None:
+        plain = [_plain(value) for value in self.__dict__.values() if isinstance(value, (list, dict))]
+        seen[id(self)] = (self._version, *plain) if any(plain) else self._version
         for _, part in _contents(self.__dict__):
             if isinstance(part, Module) and id(part) not in seen:
                 part._versions_into(seen)
