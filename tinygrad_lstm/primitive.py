@@ -140,8 +140,12 @@ class Primitive:
         # What each rule alone needs: where one input has no gradient, its rule's values are not kept.
         self.kept_for: list[tuple[set[int], bool]] = []
         kept_by_all, out_by_any = self._saved_inputs, False
+        self._places: list[list[int] | None] = []
+        self._on_arrays: dict[Any, Any] = {}
         for rule in listed:
             self._saved_inputs, self.saves_out = set(), False
+            if rule is None:
+                self._places.append(None)
             fetch.append(None if rule is None else self._compile_rule(rule))
             self.kept_for.append((self._saved_inputs, self.saves_out))
             kept_by_all = kept_by_all | self._saved_inputs
@@ -161,6 +165,9 @@ class Primitive:
         """A function (values, position, cotangent) that looks up what the rule names and calls it."""
         names = list(inspect.signature(rule).parameters)[1:]
         fetch: list[str] = []
+        # Where the values that the rule reads stand in `saved`; None if it reads anything else.
+        places = [-1 if n in _OUT_NAMES else self.argument_names.index(n) for n in names if n in self._readable()]
+        self._places.append(places if len(places) == len(names) and self.is_elementwise and not self.variadic else None)
         for slot, asked in enumerate(names):
             if self.variadic and asked == self.argument_names[-1]:
                 self._saved_from = len(self.argument_names) - 1
@@ -327,10 +334,14 @@ class Primitive:
         parents = record.parents
         if wanted is None:
             if self.simple and cotangent.__class__ is not list:
-                shares = [
-                    rule(record, 0, cotangent) if parent is not None and rule is not None else None
-                    for rule, parent in zip(self._fetch, parents, strict=True)
-                ]
+                # A plain backward records nothing: where possible the rule runs on bare arrays.
+                shares: list[Any] = []
+                for position, (rule, parent) in enumerate(zip(self._fetch, parents, strict=True)):
+                    if parent is None or rule is None:
+                        shares.append(None)
+                        continue
+                    share = self._share_of_arrays(position, record, cotangent)
+                    shares.append(rule(record, 0, cotangent) if share is None else share)
                 return self._fitted(shares, record, cotangent)
             wanted = [parent is not None for parent in parents]
         if self.joint:
@@ -354,6 +365,36 @@ class Primitive:
                     for rule, want in zip(fetch, wanted, strict=True)
                 ]
         return self._fitted(shares, record, cotangent)
+
+    def _readable(self) -> tuple[str, ...]:
+        return (*self.argument_names, *_OUT_NAMES)
+
+    def _share_of_arrays(self, position: int, record: Any, cotangent: Tensor) -> Tensor | None:
+        """The share of one input from the rule's own program, run on arrays; None where the rule itself must run.
+
+        The program is the rule, recorded once: there is no second definition.
+        """
+        places = self._places[position]
+        if places is None or cotangent.__class__ is not Tensor:
+            return None
+        arrays = [cotangent._data]
+        saved = record.saved
+        for place in places:
+            value = saved[place]
+            if value.__class__ is not _ndarray:
+                if not isinstance(value, Tensor):
+                    return None  # a number: rules may branch on it
+                value = value._data
+            arrays.append(value)
+        key = (position, *[array.dtype for array in arrays])
+        function = self._on_arrays.get(key)
+        if function is None:
+            function = self._on_arrays[key] = _array_function(self.rules[position], arrays)
+        if function is False:
+            self._places[position] = None  # do not look again
+            return None
+        (out,) = function(*arrays)
+        return Tensor(out if out.__class__ is _ndarray else np.asarray(out))
 
     def _fitted(self, shares: list[Any], record: Any, cotangent: Any) -> list[Any]:
         """Shares summed to the shapes, and converted to the dtypes, of the inputs."""
@@ -496,6 +537,18 @@ def _saved_output(values: Any) -> Any:
 
 def _aval(value: Any) -> Aval:
     return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
+
+
+def _array_function(rule: Rule | None, arrays: Sequence[np.ndarray]) -> Any:
+    """The rule as a function on arrays, or False where it is more than elementwise arithmetic of what it reads."""
+    from tinygrad_lstm.trace import trace
+
+    traced = trace(lambda *values: [rule(*values)], [Aval((2,), a.dtype) for a in arrays], flat=True)  # type: ignore[misc]
+    program = traced.program
+    plain = all(e.primitive.is_elementwise and e.primitive.explains for e in program.equations)
+    if not program.equations or not plain or traced.captures:
+        return False
+    return program.function()
 
 
 def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:

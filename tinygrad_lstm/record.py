@@ -89,6 +89,21 @@ def now() -> int:
     return next(_serials)
 
 
+_SILENT = State(enabled=False)
+
+
+class silent:
+    """Record nothing for a block: what ``backward`` runs in (a class, because it is entered at every step)."""
+
+    __slots__ = ("_token",)
+
+    def __enter__(self) -> None:
+        self._token = _STATE.set(_SILENT)
+
+    def __exit__(self, *exc: object) -> None:
+        _STATE.reset(self._token)
+
+
 @contextmanager
 def recording(**changes: Any) -> Iterator[None]:
     """Change fields of the recording state for a block; restored also when the block raises."""

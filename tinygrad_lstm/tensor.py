@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
+from tinygrad_lstm.record import silent
 from tinygrad_lstm.storage import Storage, watch_output
-from tinygrad_lstm.tape import Output, Record, recording, replay, run_hooks
+from tinygrad_lstm.tape import Output, Record, replay, run_hooks
 
 __all__ = ["Tensor", "as_operand", "asarray", "tensor"]
 
@@ -313,7 +314,7 @@ class Tensor:
             )
         seed = seed_cotangent(self, grad, "backward")
         # The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
-        with recording(enabled=False, tapes=(), trace=None), np.errstate(divide="ignore", invalid="ignore"):
+        with silent(), np.errstate(divide="ignore", invalid="ignore"):
             retained: list[tuple[Any, Tensor]] = []
             found: dict[Any, Tensor] = replay([(self._node or self, seed)], free=not retain_graph, retained=retained)
             del seed
