@@ -214,7 +214,7 @@ class Program:
                 prim = equation.primitive
                 params = sorted((k, content(v)) for k, v in equation.params.items())
                 parts.append(repr((prim.name, prim.version, equation.operands, params, equation.outputs)))
-            parts.append(repr(self.outputs))
+            parts.append(repr((self.outputs, sorted(self.labels.items()))))
             self._key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
         return self._key
 

@@ -6,13 +6,34 @@ Everything random in the package (initialisation, dropout, shuffling) draws from
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 
-__all__ = ["Generator", "default_generator", "seed"]
+__all__ = ["Generator", "default_generator", "seed", "witnessed"]
+
+
+_WITNESS: ContextVar[dict[int, Any] | None] = ContextVar("tinygrad_lstm_draws", default=None)
+
+
+@contextmanager
+def witnessed() -> Iterator[dict[int, Any]]:
+    """Collect, for a block, every generator that is drawn from, with its state before: id -> (generator, state)."""
+    outer = _WITNESS.get()
+    drawn: dict[int, Any] = {}
+    token = _WITNESS.set(drawn)
+    try:
+        yield drawn
+    finally:
+        _WITNESS.reset(token)
+        if outer is not None:
+            for key, entry in drawn.items():
+                outer.setdefault(key, entry)
 
 
 class Generator:
@@ -43,35 +64,42 @@ class Generator:
                 raise ArgumentError(f"a seed is not negative, found {seed}")
         self._bits = np.random.Generator(np.random.PCG64(seed))
 
+    def _stream(self) -> np.random.Generator:
+        """The stream to draw from; whoever witnesses draws learns where it was before."""
+        witness = _WITNESS.get()
+        if witness is not None and id(self) not in witness:
+            witness[id(self)] = (self, self.get_state())
+        return self._bits
+
     @property
     def numpy(self) -> np.random.Generator:
         """The NumPy generator that this one draws from (shared, not a copy)."""
-        return self._bits
+        return self._stream()
 
     def uniform(self, low: float = 0.0, high: float = 1.0, size: Any = None, dtype: Any = np.float64) -> np.ndarray:
         """Uniform numbers in ``[low, high)``: ndarray of shape ``size`` and the given float dtype."""
-        return np.asarray(self._bits.uniform(low, high, size), dtype)
+        return np.asarray(self._stream().uniform(low, high, size), dtype)
 
     def normal(self, mean: float = 0.0, std: float = 1.0, size: Any = None, dtype: Any = np.float64) -> np.ndarray:
         """Normal numbers: ndarray of shape ``size`` and the given float dtype."""
-        return np.asarray(self._bits.normal(mean, std, size), dtype)
+        return np.asarray(self._stream().normal(mean, std, size), dtype)
 
     def keep_mask(self, p: float, size: Any) -> np.ndarray:
         """Boolean ndarray, each element True with probability ``1 - p`` (what dropout keeps)."""
-        return self._bits.random(size, dtype=np.float32) >= np.float32(p)
+        return self._stream().random(size, dtype=np.float32) >= np.float32(p)
 
     def permutation(self, n: int) -> np.ndarray:
         """A random order of ``range(n)``: int64 ndarray ``(n,)``."""
-        return self._bits.permutation(n)
+        return self._stream().permutation(n)
 
     def integers(self, low: int, high: int, size: Any = None) -> np.ndarray:
         """Integers in ``[low, high)``: int64 ndarray of shape ``size``."""
-        return np.asarray(self._bits.integers(low, high, size))
+        return np.asarray(self._stream().integers(low, high, size))
 
     def spawn(self) -> Generator:
         """A new generator whose stream is independent of this one and of other spawned ones."""
         child = Generator.__new__(Generator)
-        child._bits = self._bits.spawn(1)[0]
+        child._bits = self._stream().spawn(1)[0]
         return child
 
     def get_state(self) -> dict[str, Any]:

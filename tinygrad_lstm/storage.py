@@ -76,18 +76,18 @@ def guard_of(saved: Tensor) -> tuple[int, Any] | None:
     return (storage.version, None) if storage.version else None
 
 
-def watch_output(record: Any, storage: Storage) -> None:
-    """A record that saved its own output watches the storage that the output got later."""
-    if isinstance(record, Record) and record.saved is not None and record.primitive.saves_out:
+def watch_output(record: Any, storage: Storage, always: bool = False) -> None:
+    """A record that saved one of its own outputs watches the storage that the output got later."""
+    if isinstance(record, Record) and record.saved is not None and (always or record.primitive.saves_out):
         extra = record.more()
-        extra.guards = {**(extra.guards or {}), -1: (storage, storage.version)}
+        watched = (extra.guards or {}).get(-1, ())
+        extra.guards = {**(extra.guards or {}), -1: (*watched, (storage, storage.version))}
 
 
 def verify(record: Record) -> None:
     """Raise if a value that the record saved was changed since; the common path only looks."""
     guards = record.extra.guards if record.extra is not None else None
-    if guards and -1 in guards:
-        storage, version = guards[-1]
+    for storage, version in guards.get(-1, ()) if guards else ():
         if _differs(storage, version, None, None):
             raise _changed(f"the output of {record.describe()}", record)
     for index, saved in enumerate(record.saved or ()):

@@ -33,6 +33,7 @@ def replay(
     sources: set[Node] | None = None,
     through: set[int] | None = None,
     retained: list[tuple[Any, Tensor]] | None = None,
+    frontier: bool = False,
 ) -> dict[Node, Tensor]:
     """Replay the tape behind ``targets`` in descending serial order; return the cotangents of the leaves.
 
@@ -90,6 +91,8 @@ def replay(
             _collect(record, cotangent, sources, found)
             if record.serial not in through:  # type: ignore[operator]
                 continue
+            if frontier and record.output_avals is not None:
+                cotangent = _without(record, cotangent, sources)  # type: ignore[assignment]
         if record.parents is None:
             raise GraphError(
                 f"the graph behind {record.describe()} was freed by an earlier backward; "
@@ -149,6 +152,12 @@ def _collect(record: Record, cotangent: Any, sources: set[Node], found: dict[Nod
             found[node] = cotangent[node.index]
 
 
+def _without(record: Record, cotangents: list[Any], sources: set[Node]) -> list[Any]:
+    """The cotangents of the outputs that are no sources themselves."""
+    mine = {node.index for node in sources if node.__class__ is Output and node.record is record}
+    return [None if k in mine else c for k, c in enumerate(cotangents)]
+
+
 def _owned_copy(node: Any, present: Tensor | None) -> Tensor:
     from tinygrad_lstm.tensor import Tensor  # here: tensor.py stands above the tape
 
@@ -188,7 +197,7 @@ def run_hooks(hooks: Iterable[Callable[..., Any]], cotangent: Tensor, where: str
     return cotangent
 
 
-def paths(targets: Iterable[Node], sources: set[Node], since: int = 0) -> tuple[set[int], bool]:
+def paths(targets: Iterable[Node], sources: set[Node], since: int = 0, frontier: bool = False) -> tuple[set[int], bool]:
     """The serials of the records that lie between sources and targets, and whether anything else is behind.
 
     The second result is True where the targets also depend on leaves, or on older records, that are no
@@ -200,6 +209,8 @@ def paths(targets: Iterable[Node], sources: set[Node], since: int = 0) -> tuple[
     foreign = False
     while stack:
         node = stack.pop()
+        if frontier and node in sources:
+            continue
         record = node.record if node.__class__ is Output else node
         if record.__class__ is not Record:
             foreign = foreign or (node not in sources and node.requires_grad)
@@ -224,20 +235,28 @@ def _serial(node: Any) -> int:
 
 
 def differentiate(
-    targets: Sequence[Tensor], cotangents: Sequence[Tensor], sources: Sequence[Tensor], *, since: int = 0
+    targets: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    *,
+    since: int = 0,
+    frontier: bool = False,
 ) -> list[Tensor | None]:
     """Cotangents of ``sources``, given those of ``targets``: the replay that grad, vjp and Tape.gradient share.
 
     It is recorded (for a derivative of the next order) only where the result can depend on something that
     is itself being differentiated, see :func:`observed`.  No source is older than the serial ``since``.
+    With ``frontier`` the replay stops at the sources: what lies behind them is somebody else's to replay.
     """
     nodes = [source._node or source for source in sources]
     starts = [target._node or target for target in targets]
-    through, foreign = paths(starts, set(nodes), since)
+    through, foreign = paths(starts, set(nodes), since, frontier)
     current = _STATE.get()
     again = current.enabled and (foreign or observed(sources) or any(c._rg for c in cotangents))
     with recording(enabled=again), np.errstate(divide="ignore", invalid="ignore"):
-        found = replay(zip(starts, cotangents, strict=True), free=False, sources=set(nodes), through=through)
+        found = replay(
+            zip(starts, cotangents, strict=True), free=False, sources=set(nodes), through=through, frontier=frontier
+        )
     return [found.get(node) for node in nodes]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
-from tinygrad_lstm.record import silent
+from tinygrad_lstm.record import silent, state
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
 
@@ -90,10 +90,8 @@ class Tensor:
             if not np.can_cast(array.dtype, self._data.dtype, "same_kind"):
                 raise DTypeError(f"data of dtype {array.dtype} for a tensor of dtype {self._data.dtype}; convert first")
             array = array.astype(self._data.dtype)
-        storage = self._store()
-        self._data = storage.memory = array
-        storage.version += 1
-        storage.exposed, storage.fingerprint = True, None  # the caller may hold the array
+        self._replace(array)
+        self._store().exposed = True  # the caller may hold the array
 
     def numpy(self) -> np.ndarray:
         """The ndarray itself (shared, not a copy), as :attr:`data`."""
@@ -112,6 +110,13 @@ class Tensor:
     def _bump(self) -> None:
         """Note that the value was replaced or written to."""
         self._store().version += 1
+
+    def _replace(self, array: np.ndarray) -> None:
+        """Put another array in place of the value; the one way to do so after the tensor was made."""
+        storage = self._store()
+        self._data = storage.memory = array
+        storage.version += 1
+        storage.exposed, storage.fingerprint = False, None
 
     def _store(self) -> Storage:
         if self._storage is None:
@@ -200,6 +205,11 @@ class Tensor:
             raise GraphError(
                 f"in-place write to a tensor of shape {self.shape} that is on a tape; write "
                 "ops.where(mask, new, t) or ops.scatter_add(t, index, value), or assign to t.data outside of the graph"
+            )
+        if isinstance(value, Tensor) and value._rg and state().enabled:
+            raise GraphError(
+                "writing a tensor that requires a gradient into another one loses the gradient; build the result with "
+                "ops.stack, ops.concatenate, ops.where or ops.scatter_add, or write value.detach()"
             )
         self._data[index] = value._data if isinstance(value, Tensor) else value
         self._bump()
@@ -379,6 +389,14 @@ def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def as_dtype(dtype: Any) -> np.dtype:
+    """A NumPy dtype from whatever names one."""
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        raise DTypeError(f"{dtype!r} is no dtype; expected something like np.float32 or 'int64'") from None
+
+
 def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
     """Anything array-like as an ndarray; Python floats become float32, everything else keeps its dtype."""
     if isinstance(value, Tensor):
@@ -398,7 +416,7 @@ def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
         raise DTypeError(
             f"a tensor holds real numbers, integers or booleans; found dtype {array.dtype} from {type(value).__name__}"
         )
-    if dtype is not None and array.dtype != np.dtype(dtype):
+    if dtype is not None and array.dtype != as_dtype(dtype):
         return array.astype(dtype)
     return np.array(array) if copy else array
 

@@ -127,6 +127,10 @@ class Trace:
         needs = any(isinstance(a, Tensor) and a._rg for a in operands)
         record = record_application(prim, operands, params, outputs, needs, _STATE.get(), several)
         self.entries.append((record, operands, outputs))
+        if not _STATE.get().enabled and prim.name != "stop_gradient":
+            # no_grad inside of a body: a Program knows no recording state, so it becomes an equation.
+            stopped = [REGISTRY["stop_gradient"].bind((o,), {}) if o.dtype.kind == "f" else o for o in outputs]
+            outputs = tuple(stopped)
         return outputs if several else outputs[0]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinygrad_lstm.errors import DTypeError
+from tinygrad_lstm.ops.shape import alias
 from tinygrad_lstm.primitive import Primitive
-from tinygrad_lstm.random import default_generator
+from tinygrad_lstm.random import witnessed
 from tinygrad_lstm.tape import Tape, differentiate, recording, state
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import flatten, unflatten
@@ -27,30 +28,33 @@ def _vjp(cotangents: Any, inputs: Any, run: Any, wanted: Sequence[bool]) -> list
     from tinygrad_lstm.autodiff.reverse import variable
 
     count = run.n_arguments
-    with recording(enabled=True), _generator_at(run.generator_state):
+    with recording(enabled=True), _generators_at(run.drawn):
         arguments = [variable(t) if w else t for t, w in zip(inputs[:count], wanted[:count], strict=True)]
         outs = run.call(arguments)
     pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
     sources = [a for a, w in zip([*arguments, *inputs[count:]], wanted, strict=True) if w]
-    found = iter(differentiate([o for o, _ in pairs], [c for _, c in pairs], sources))
+    # Only through what ran here: the past of arguments and closed-over values is the outer replay's.
+    found = iter(differentiate([o for o, _ in pairs], [c for _, c in pairs], sources, frontier=True))
     return [next(found) if w else None for w in wanted]
 
 
 _checkpoint: Primitive = Primitive("checkpoint", _forward, (_vjp,), joint=True, always_tuple=True)
 
 
-class _generator_at:
-    """The default generator put back to an earlier state for a block, so that dropout draws the same masks."""
+class _generators_at:
+    """Generators put back to an earlier state for a block, so that dropout draws the same masks."""
 
-    def __init__(self, at: Any) -> None:
-        self.at = at
+    def __init__(self, drawn: dict[int, Any]) -> None:
+        self.drawn = drawn
 
     def __enter__(self) -> None:
-        self.now = default_generator().get_state()
-        default_generator().set_state(self.at)
+        self.now = [(generator, generator.get_state()) for generator, _ in self.drawn.values()]
+        for generator, at in self.drawn.values():
+            generator.set_state(at)
 
     def __exit__(self, *exc: object) -> None:
-        default_generator().set_state(self.now)
+        for generator, at in self.now:
+            generator.set_state(at)
 
 
 class _Run:
@@ -61,7 +65,7 @@ class _Run:
         self.treedef = treedef
         self.leaves = leaves
         self.n_arguments = sum(leaf is ARRAY for leaf in leaves)
-        self.generator_state = default_generator().get_state()
+        self.drawn: dict[int, Any] = {}  # the generators that the first run drew from, and where they were
         self.results: list[Any] = []
         self.out_tree: Any = None
 
@@ -81,8 +85,8 @@ class _Run:
 def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
     """A function with the values and gradients of ``f`` that stores only its inputs (Griewank 1992; Chen et al. 2016).
 
-    Tensors that ``f`` closes over get their gradients too; random masks from the default generator are
-    drawn again identically.  Arguments and results are trees of tensors.
+    Tensors that ``f`` closes over get their gradients too; random masks from a Generator are drawn
+    again identically.  Arguments and results are trees of tensors.
 
     >>> import tinygrad_lstm as tg
     >>> from tinygrad_lstm import ops
@@ -103,12 +107,13 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
             outs = run.call(tensors)
             return unflatten(run.out_tree, outs)
         # A tape of its own finds what f closes over; it dies here, and the values with it.
-        with recording(enabled=True, tapes=()), Tape() as finder:
-            outs = run.call(tensors)
+        with recording(enabled=True, tapes=()), witnessed() as run.drawn, Tape() as finder:
+            arguments = [alias(t) for t in tensors]  # apart from the same tensor where f closes over it
+            outs = run.call(arguments)
             made = {id(t) for _, _, made_here in finder.entries for t in made_here}
-            known = {id(t) for t in tensors} | made
+            known = made | {id(t) for t in arguments}
             closed: dict[int, Tensor] = {}
-            for _, inputs, _ in finder.entries:
+            for _, inputs, _ in finder.entries[len(arguments) :]:
                 for t in inputs:
                     if isinstance(t, Tensor) and t.requires_grad and id(t) not in known:
                         closed[id(t)] = t

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinygrad_lstm.autodiff.forward import jvp
 from tinygrad_lstm.autodiff.reverse import grad, value_and_grad, vjp
-from tinygrad_lstm.errors import DTypeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.ops.shape import reshape, stack
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -52,7 +52,12 @@ def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     [[2.0, 0.0], [0.0, 4.0]]
     """
 
+    if not isinstance(argnums, int):
+        raise ArgumentError(f"jacobian: argnums is one int, found {argnums!r}; call it once per argument")
+
     def wrapped(*args: Any) -> Any:
+        if not -len(args) <= argnums < len(args):
+            raise ArgumentError(f"jacobian: argnums={argnums} for a call with {len(args)} arguments")
         number = argnums % len(args)
         x = asarray(args[number])
 

@@ -50,7 +50,7 @@ class _Swapped:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self.lock = _locks.setdefault(module, threading.RLock())
+        self.lock = _lock_of(module)
 
     def __enter__(self) -> list[Tensor]:
         self.lock.acquire()
@@ -65,7 +65,13 @@ class _Swapped:
 
 
 # Stand-ins are put into the module itself, so two threads cannot differentiate one module at the same time.
-_locks: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_locks: dict[int, Any] = {}
+
+
+def _lock_of(module: Any) -> Any:
+    if id(module) not in _locks:
+        weakref.finalize(module, _locks.pop, id(module), None)
+    return _locks.setdefault(id(module), threading.RLock())
 
 
 def _check_scalar(out: Any, who: str) -> Tensor:

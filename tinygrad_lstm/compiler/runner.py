@@ -38,7 +38,15 @@ def run_loop(
     # A carry value may live in a row of a stack, or be the caller's own array where no step changed it.
     final = [np.array(c) for c in final]
     outs = plan.behind.function()(*stacks, *sums, *sequence, *invariant)
-    return final, [np.asarray(o) for o in outs]
+    arguments = (*carry, *xs, *captures)
+    return final, [_own(np.asarray(o), arguments) for o in outs]
+
+
+def _own(out: np.ndarray, arguments: Sequence[np.ndarray]) -> np.ndarray:
+    """An output that the caller may write to: a copy where it is a view of an argument, or broadcast."""
+    if not out.flags.writeable or any(np.may_share_memory(out, a) for a in arguments):
+        return np.array(out)
+    return out
 
 
 def _empty(plan: LoopPlan) -> list[np.ndarray]:

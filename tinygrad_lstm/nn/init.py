@@ -43,8 +43,7 @@ def _filled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
     """The given values, broadcast to the parameter's shape and cast to its dtype."""
-    parameter._data = np.array(np.broadcast_to(values, parameter.shape), parameter.dtype, order="C")
-    parameter._bump()
+    parameter._replace(np.array(np.broadcast_to(values, parameter.shape), parameter.dtype, order="C"))
     return parameter
 
 

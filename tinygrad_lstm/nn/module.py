@@ -309,17 +309,15 @@ class Module:
             raise kind(f"{type(self).__name__}.load_state_dict: {'. '.join(problems)}")
         for name, parameter in places.items():
             if name in arrays:
-                parameter._data = np.array(arrays[name], parameter.dtype, order="C")
-                parameter._bump()
+                parameter._replace(np.array(arrays[name], parameter.dtype, order="C"))
         return LoadResult(missing, unexpected)
 
     def astype(self: M, dtype: Any) -> M:
         """Convert every parameter in place to a floating dtype; gradients are dropped.  Returns the module."""
         check_differentiable(np.dtype(dtype))
         for parameter in self.parameters():
-            parameter._data = parameter._data.astype(dtype)
+            parameter._replace(parameter._data.astype(dtype))
             parameter.grad = None
-            parameter._bump()
         return self
 
     def zero_grad(self) -> None:

@@ -11,24 +11,70 @@ numbers as attributes of the module.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.ops.control import Recorded, record_body
 from tinygrad_lstm.primitive import Primitive
+from tinygrad_lstm.random import Generator
+from tinygrad_lstm.tensor import Tensor
 
 __all__ = ["recorder_for"]
 
 _MOST = 32  # programs per cell
-_programs: weakref.WeakKeyDictionary[Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_programs: dict[int, dict[Any, Any]] = {}  # by the cell's id: a dataclass cannot be a key
+_lock = threading.Lock()
+
+# Attributes of these types do not change without the module's version changing (lists and dicts are looked into).
+_SEEN = (
+    Module,
+    Tensor,
+    np.ndarray,
+    np.generic,
+    np.dtype,
+    bool,
+    int,
+    float,
+    str,
+    type,
+    Generator,
+    FunctionType,
+    BuiltinFunctionType,
+)
+
+
+def _known_of(cell: Module) -> dict[Any, Any]:
+    with _lock:
+        known = _programs.get(id(cell))
+        if known is None:
+            known = _programs[id(cell)] = {}
+            weakref.finalize(cell, _programs.pop, id(cell), None)
+    return known
+
+
+def _has_opaque_state(cell: Module) -> bool:
+    """Whether the cell keeps objects whose content can change unseen: then its body is recorded at every call."""
+    return any(_is_opaque(value) for module in cell.modules() for value in module.__dict__.values())
+
+
+def _is_opaque(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(_is_opaque(item) for item in value)
+    if isinstance(value, dict):
+        return any(_is_opaque(item) for item in value.values())
+    return value is not None and not isinstance(value, _SEEN)
 
 
 class _Entry(NamedTuple):
     recorded: Recorded
-    places: list[tuple[Any, Any]]  # (holder, key) of every capture
+    places: list[list[tuple[Any, Any]]]  # all (holder, key) of every capture: a shared parameter has several
 
     def captures(self) -> list[Any] | None:
         """What stands in the places now; None where that is not what was recorded.
@@ -37,9 +83,12 @@ class _Entry(NamedTuple):
         """
         program = self.recorded.program
         try:
-            found = [holder[at] for holder, at in self.places]
+            everywhere = [[holder[at] for holder, at in places] for places in self.places]
         except LookupError:
             return None
+        found = [held[0] for held in everywhere]
+        if any(other is not held[0] for held in everywhere for other in held):
+            return None  # what was shared is no longer
         for tensor, slot in zip(found, program.captures, strict=True):
             aval = program.avals[slot]
             if tensor.shape != aval.shape or tensor.dtype != aval.dtype:
@@ -56,9 +105,12 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
         return record_body
 
     def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded:
-        known = _programs.setdefault(cell, {})
+        if _has_opaque_state(cell):
+            return record_body(body, carry, carry_tree, xs, x_tree)
+        known = _known_of(cell)
         key = (
             variant,
+            type(cell).forward,
             cell.version,
             tuple(module.training for module in cell.modules()),
             Primitive.generation,
@@ -74,14 +126,17 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
             captures = entry.captures()
             if captures is not None:
                 return Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
-        if len(known) >= _MOST:
-            known.pop(next(iter(known)))
+        with _lock:
+            while len(known) >= _MOST:
+                del known[next(iter(known))]
         try:
             recorded = record_body(body, carry, carry_tree, xs, x_tree)
         except TraceError as error:
             known[key] = str(error)  # it needs values: do not try again at every call
             raise
-        places = {id(place.value): (place.holder, place.key) for place in cell._all_places()}
+        places: dict[int, list[tuple[Any, Any]]] = {}
+        for place in cell._all_places():
+            places.setdefault(id(place.value), []).append((place.holder, place.key))
         found = [places.get(id(t)) for t in recorded.captures]
         if all(place is not None for place in found):
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.

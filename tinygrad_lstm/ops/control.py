@@ -109,7 +109,10 @@ def _leaves(tree: Any, what: str) -> tuple[list[Tensor], TreeDef]:
 
 def _steps(leaves: list[Tensor], paths: list[str], length: int | None) -> int:
     if length is not None:
-        length = operator.index(length)
+        try:
+            length = operator.index(length)
+        except TypeError:
+            raise DTypeError(f"scan: length is an int, found {length!r}") from None
         if length < 0:
             raise ArgumentError(f"scan: length is not negative, found {length}")
     for leaf, path in zip(leaves, paths, strict=True):

@@ -15,7 +15,7 @@ import numpy as np
 from tinygrad_lstm.declare import elementwise
 from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.primitive import Aval, Primitive, zeros
-from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.tensor import Tensor, asarray
 
 # ---------------------------------------------------------------------------- arithmetic
 
@@ -155,7 +155,7 @@ _leaky_relu: Primitive = elementwise(
 _elu: Primitive = elementwise(
     "elu",
     lambda x, *, alpha: e.where(x > 0, x, alpha * e.expm1(e.minimum(x, 0))),
-    (lambda g, x, alpha: where(greater(x, 0), g, g * (alpha * exp(minimum(x, 0.0)))),),
+    (lambda g, x, alpha: where(greater(x, 0), g, g * (alpha * exp(where(greater(x, 0), 0.0, x)))),),
 )
 _clip: Primitive = elementwise(
     "clip",
@@ -190,7 +190,8 @@ def clip(x: Any, a_min: Any = None, a_max: Any = None) -> Any:
     """
     numbers = (int, float, np.number)
     if all(bound is None or isinstance(bound, numbers) for bound in (a_min, a_max)):
-        integer = np.issubdtype(getattr(x, "dtype", np.float32), np.integer)
+        x = asarray(x)
+        integer = x.dtype.kind in "iu"
         if integer or (a_min is None and a_max is None):
             low, high = a_min, a_max
             x = x if low is None else maximum(x, low)

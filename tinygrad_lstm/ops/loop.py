@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from tinygrad_lstm.primitive import Aval, Primitive, zeros
 from tinygrad_lstm.program import Program
+from tinygrad_lstm.storage import watch_output
 from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor
 
@@ -19,26 +21,34 @@ __all__ = ["bind_scan", "canonical", "scan_primitive"]
 # same body is recorded anew.
 _known: OrderedDict[str, Program] = OrderedDict()
 _MOST_PROGRAMS = 256
-_MOST_DERIVED = 64
+_MOST_DERIVED = 256
+_lock = threading.Lock()
 
 
 def canonical(program: Program) -> Program:
     """The first program that was seen with this content."""
-    known = _known.setdefault(program.key, program)
-    _known.move_to_end(program.key)
-    if len(_known) > _MOST_PROGRAMS:
-        _known.popitem(last=False)
+    key = program.key
+    with _lock:
+        known = _known.setdefault(key, program)
+        _known.move_to_end(key)
+        if len(_known) > _MOST_PROGRAMS:
+            _known.popitem(last=False)
     return known
 
 
 def _derived(program: Program, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """A thing derived from a program, made once (until some rule is declared anew)."""
     key = (*key, Primitive.generation)
-    found = program.derived.get(key)
-    if found is None:
-        if len(program.derived) >= _MOST_DERIVED:
-            program.derived.pop(next(iter(program.derived)))
-        found = program.derived[key] = make()
+    with _lock:
+        found = program.derived.pop(key, None)
+        if found is not None:
+            program.derived[key] = found  # the one used last is the last to go
+            return found
+    made = make()  # outside of the lock: two threads may both make it, and one of the two stays
+    with _lock:
+        found = program.derived.setdefault(key, made)
+        while len(program.derived) > _MOST_DERIVED:
+            del program.derived[next(iter(program.derived))]
     return found
 
 
@@ -247,6 +257,12 @@ def bind_scan(
         record = node.record
         record.params = params
         record.saved = (*record.saved[:-1], kept)
+        # An output may be a residual too: then a write to it must be noticed.
+        residuals = {id(array) for array in kept.arrays.values()}
+        for out in outs:
+            if id(out._data) in residuals:
+                out._used = True
+                watch_output(record, out._store(), always=True)
     return outs
 
 

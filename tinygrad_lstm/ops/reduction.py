@@ -57,6 +57,8 @@ def _count(x: Any, axes: tuple[int, ...]) -> int:
 def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     """Arithmetic mean over axes, as numpy.mean.  NaN for an empty axis."""
     axes = normal_axes(axis, ndim_of(x), "mean")
+    if getattr(x, "dtype", None) == np.float16:  # the sum would overflow at 65504
+        return mean(asarray(x).astype(np.float32), axis, keepdims).astype(np.float16)
     total = _sum(x, axis=axes, keepdims=bool(keepdims))
     count = _count(x, axes)
     return divide(total, count) if count else divide(total, np.nan)

@@ -12,7 +12,7 @@ import numpy as np
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.axes import normal_axes, normal_axis
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, as_dtype, asarray
 
 
 def _lengths(shape: Any, who: str) -> tuple[int, ...]:
@@ -108,6 +108,10 @@ def _transpose_forward(x: np.ndarray, *, axes: tuple[int, ...]) -> np.ndarray:
     return x.transpose((*range(lead), *(a + x.ndim for a in axes)))
 
 
+def _transposed(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[: len(shape) - len(axes)], *(shape[a] for a in axes))
+
+
 def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
     n = len(axes)
     inverse = [0] * n
@@ -121,7 +125,7 @@ _transpose: Primitive = Primitive(
     _transpose_forward,
     (lambda g, axes: _transpose(g, axes=_inverse(axes)),),
     linear="each",
-    shape=lambda x, *, axes: Aval(tuple(x.shape[a] for a in axes), x.dtype),
+    shape=lambda x, *, axes: Aval(_transposed(x.shape, axes), x.dtype),
     batch="same",
     view=True,
 )
@@ -412,7 +416,7 @@ _astype: Primitive = Primitive(
 def astype(x: Any, dtype: Any) -> Any:
     """Converted to another dtype; the gradient is converted back."""
     x = asarray(x)
-    wanted = np.dtype(dtype)
+    wanted = as_dtype(dtype)
     if wanted.kind not in "fiub":
         raise DTypeError(f"astype: a tensor holds real numbers, integers or booleans, found {wanted}")
     return x if x.dtype == wanted else _astype(x, dtype=wanted)

@@ -143,7 +143,8 @@ class Optimizer:
     def _step_one(self, p: Tensor, group: dict[str, Any]) -> None:
         data = p._data
         if not (data.flags.c_contiguous and data.flags.writeable):
-            data = p._data = np.array(data, order="C")
+            p._replace(np.array(data, order="C"))
+            data = p._data
         gradient = p.grad
         if group.get("maximize"):
             gradient = -gradient  # type: ignore[operator]

@@ -68,8 +68,7 @@ class LBFGS(Optimizer):
     def _set(self, values: np.ndarray) -> None:
         start = 0
         for p in self.param_groups[0]["params"]:
-            p._data = values[start : start + p.size].reshape(p.shape).astype(p.dtype)
-            p._bump()
+            p._replace(values[start : start + p.size].reshape(p.shape).astype(p.dtype))
             start += p.size
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
