@@ -486,10 +486,6 @@ class Primitive:
             return [None] * len(outputs)
         return differentiate([s for s, _ in pairs], [t for _, t in pairs], dummies)
 
-    def argument_name(self, index: int) -> str:
-        """What the forward function calls its argument number ``index``."""
-        return self.argument_names[0] if self.variadic else self.argument_names[index]
-
 
 class _Application(NamedTuple):
     saved: tuple[Any, ...]

@@ -97,8 +97,7 @@ def verify(record: Record) -> None:
         if _differs(storage, version, mark, saved._data):
             meta = saved._meta
             label = f" {meta.label!r}" if meta is not None and meta.label else ""
-            name = record.primitive.argument_name(index)
-            raise _changed(f"input {index} ('{name}'){label} of shape {saved.shape} of {record.describe()}", record)
+            raise _changed(f"input {index}{label} of shape {saved.shape} of {record.describe()}", record)
 
 
 def _differs(storage: Storage, version: int, mark: Any, part: np.ndarray | None) -> bool:
@@ -111,6 +110,6 @@ def _differs(storage: Storage, version: int, mark: Any, part: np.ndarray | None)
 
 def _changed(what: str, record: Record) -> GraphError:
     return GraphError(
-        f"{what} was changed in place after it was saved for the backward pass ({record.source_line()}); "
-        "change it after backward(), or write to a copy"
+        f"{what} was changed in place after it was saved for the backward pass; change it (or call optimizer.step()) "
+        "after backward(), or write to a copy"
     )

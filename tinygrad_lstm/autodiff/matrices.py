@@ -9,7 +9,7 @@ import numpy as np
 
 from tinygrad_lstm.autodiff.forward import jvp
 from tinygrad_lstm.autodiff.reverse import grad, value_and_grad, vjp
-from tinygrad_lstm.errors import ArgumentError, DTypeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import reshape, stack
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -34,6 +34,8 @@ def hvp(f: Callable[..., Any], primals: Sequence[Any], vectors: Sequence[Any]) -
         value, grads = value_and_grad(f, tuple(range(len(xs))))(*xs)
         return value, grads
 
+    if not isinstance(primals, (tuple, list)) or not isinstance(vectors, (tuple, list)) or len(primals) != len(vectors):
+        raise ShapeError("hvp: primals and vectors are tuples of one length, an entry per argument; write (x,) for one")
     (value, _), (_, product) = jvp(gradient, arguments, directions)
     return value, product
 

@@ -17,6 +17,7 @@ from tinygrad_lstm.nn.programs import recorder_for
 from tinygrad_lstm.ops.control import check_lengths, scan_with
 from tinygrad_lstm.tape import recording, state
 from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tree import describe as describe_tree
 from tinygrad_lstm.tree import flatten, tree_map, unflatten
 
 __all__ = ["Bidirectional", "Recurrent", "Stack", "run_cell"]
@@ -38,10 +39,10 @@ def run_cell(
     def body(carry: Any, xs: Any) -> Any:
         inputs = (xs, carry) if noise is None else (xs[0], carry, xs[1])
         if not (states or gates):
-            out, new = cell(*inputs)
+            out, new = _stepped(cell, *inputs)
             return new, out
         with recording(names={}):
-            out, new = cell(*inputs)
+            out, new = _stepped(cell, *inputs)
             named = state().names or {}
         return new, (out, _selected(named, new, gates))
 
@@ -49,6 +50,32 @@ def run_cell(
     variant = (lengths is not None, states, gates)
     final, ys = scan_with(recorder_for(cell, variant), body, init, xs, lengths=lengths, reverse=reverse)
     return (*((ys, final) if not (states or gates) else (ys[0], final)), ys[1] if states or gates else {})
+
+
+def _stepped(cell: Any, x: Any, carry: Any, *noise: Any) -> tuple[Any, Any]:
+    """One step of the cell; errors in terms of a cell, not of a scan."""
+    result = cell(x, carry, *noise)
+    who = type(cell).__name__
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise DTypeError(
+            f"{who}.forward returned {type(result).__name__}, expected a pair (output, state); "
+            "a cell whose output is its state returns (h, h)"
+        )
+    old, old_tree = flatten(carry)
+    new, new_tree = flatten(result[1])
+    if new_tree != old_tree:
+        raise ShapeError(
+            f"{who}.forward returned a state {describe_tree(new_tree)}, initial_state gives {describe_tree(old_tree)}"
+        )
+    for k, (n, o) in enumerate(zip(map(asarray, new), old, strict=True)):
+        part = f"part {k} of the state" if len(old) > 1 else "the state"
+        kind = ShapeError if n.shape != o.shape else DTypeError
+        if n.shape != o.shape or n.dtype != o.dtype:
+            raise kind(
+                f"{who}: {part} went in as {o.dtype}{list(o.shape)} and came back as {n.dtype}{list(n.shape)}; "
+                f"make initial_state and forward of {who} agree"
+            )
+    return result
 
 
 def _selected(named: dict[str, Tensor], carry: Any, gates: bool) -> Trajectories:
@@ -70,9 +97,10 @@ def flipped(tree: Any) -> Any:
 
 def check_cell(cell: Any, who: str) -> None:
     """Raise unless the object has a cell's two methods."""
-    if not callable(cell) or not hasattr(cell, "initial_state"):
+    if isinstance(cell, type) or not callable(cell) or not hasattr(cell, "initial_state"):
+        found = f"the class {cell.__name__}" if isinstance(cell, type) else f"a {type(cell).__name__}"
         raise DTypeError(
-            f"{who}: a {type(cell).__name__} is no cell; a cell is a Module with forward(x, state) -> (output, state) "
+            f"{who}: {found} is no cell; a cell is a Module with forward(x, state) -> (output, state) "
             "and initial_state(batch)"
         )
 

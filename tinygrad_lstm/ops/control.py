@@ -193,7 +193,7 @@ def _check_carry(new: list[Any], new_tree: TreeDef, old: list[Any], old_tree: Tr
         )
     for k, (n, o) in enumerate(zip(new, old, strict=True)):
         if tuple(n.shape) != tuple(o.shape) or n.dtype != o.dtype:
-            raise ShapeError(
+            raise (ShapeError if tuple(n.shape) != tuple(o.shape) else DTypeError)(
                 f"scan: carry leaf {k} went in as {o.dtype}{list(o.shape)} and came back as {n.dtype}{list(n.shape)}; "
                 "give init the shape and dtype that the body returns"
             )
