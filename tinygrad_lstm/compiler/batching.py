@@ -118,11 +118,19 @@ class TimeSum:
     whose inner axis is (time, inner): the weight gradient as a single GEMM with K = T * B.
     """
 
-    def __init__(self, program: Program, value_of: Callable[[Any], Value], steps: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        behind: dict[int, Equation],
+        value_of: Callable[[Any], Value],
+        changes: Callable[[int], bool],
+        steps: int,
+    ) -> None:
         self.program = program
+        self.definitions = behind  # the equations that run behind the loop, by the slots they assign
         self.value_of = value_of
+        self.changes = changes  # whether a slot changes from step to step
         self.steps = steps
-        self.definitions = program.definitions()
 
     def of(self, operand: Any) -> Tensor:
         """The sum over time of an operand."""
@@ -136,11 +144,7 @@ class TimeSum:
         return _sum(tensor, axis=(-tensor.ndim,), keepdims=False)
 
     def _stacked(self, operand: Any) -> bool:
-        return operand.__class__ is int and self.value_of_kind(operand)
-
-    def value_of_kind(self, slot: int) -> bool:
-        """Whether a slot changes from step to step; set by the loop plan."""
-        raise NotImplementedError
+        return operand.__class__ is int and self.changes(operand)
 
     def _through(self, equation: Equation) -> Tensor | None:
         stacked = [k for k, operand in enumerate(equation.operands) if self._stacked(operand)]

@@ -269,9 +269,7 @@ class _Planner:
 
                     tensor = broadcast_to(asarray(tensor), (steps, *aval.shape))
                 outputs.append(tensor)
-            adder = TimeSum(body, value, steps)
-            adder.value_of_kind = lambda slot: self.kind[slot] != INVARIANT  # type: ignore[method-assign]
-            adder.definitions = made
+            adder = TimeSum(body, made, value, lambda slot: self.kind[slot] != INVARIANT, steps)
             for operand in sums:
                 outputs.append(totals[operand] if operand in totals else adder.of(operand))
             program, extra = lower(
