@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +27,7 @@ from tinygrad_lstm.binding import record_application, record_plain
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
 from tinygrad_lstm.kernels import expression as _expressions
 from tinygrad_lstm.kernels.table import LEAVES
-from tinygrad_lstm.record import _STATE, Aval, Output, recording
-from tinygrad_lstm.tape import differentiate
+from tinygrad_lstm.record import _STATE, Aval, Output
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray
 
 __all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
@@ -37,15 +36,6 @@ REGISTRY: dict[str, Primitive] = {}
 
 Rule = Callable[..., Any]
 _ndarray = np.ndarray
-
-
-class Values(NamedTuple):
-    """The view of an application of a primitive that a rule reads from; a Record has the same fields."""
-
-    saved: tuple[Any, ...]
-    params: Mapping[str, Any]
-    shapes: Any
-    primitive: Primitive
 
 
 class Primitive:
@@ -431,70 +421,6 @@ class Primitive:
             for cotangent, aval in zip(cotangents, record.output_avals, strict=True)
         ]
 
-    def push(
-        self, inputs: Sequence[Any], outputs: Sequence[Tensor], params: Mapping[str, Any], tangents: Sequence[Any]
-    ) -> Any:
-        """The tangents of the outputs (a list, None for zero), given those of the inputs (None for zero)."""
-        shapes = tuple(
-            (np.shape(a), getattr(a, "dtype", None)) if not isinstance(a, Tensor) else (a.shape, a.dtype)
-            for a in inputs
-        )
-        if not self.differentiable or all(t is None for t in tangents):
-            return [None] * len(outputs)
-        if self._jvp is not None:
-            result = self._jvp(list(tangents), *inputs, outputs[0] if len(outputs) == 1 else list(outputs), **params)
-            return list(result) if isinstance(result, (list, tuple)) else [result]
-        if self.is_elementwise:
-            values = Values((*inputs, outputs[0]), params, shapes, self)
-            terms = [
-                rule(values, i, t)
-                for i, (rule, t) in enumerate(zip(self._fetch, tangents, strict=True))
-                if t is not None and rule is not None
-            ]
-            return [_spread(_total(terms), outputs[0])]
-        if self.linear == "jointly":
-            moved = tuple(zeros(_aval(a)) if t is None else t for a, t in zip(inputs, tangents, strict=True))
-            result = self.bind(moved, dict(params))
-            return list(result) if isinstance(result, tuple) else [result]
-        if self.linear == "each":
-            terms = [
-                self.bind((*inputs[:i], t, *inputs[i + 1 :]), dict(params))
-                for i, t in enumerate(tangents)
-                if t is not None
-            ]
-            if len(outputs) == 1:
-                return [_total(terms)]
-            return [_total([term[k] for term in terms]) for k in range(len(outputs))]
-        return self._push_by_double_vjp(inputs, outputs, params, shapes, tangents)
-
-    def _push_by_double_vjp(self, inputs: Any, outputs: Any, params: Any, shapes: Any, tangents: Any) -> list[Any]:
-        """The VJP is linear in the cotangent u; its own VJP with respect to u is the JVP."""
-        with recording(enabled=True):
-            dummies = [Tensor(np.zeros(o.shape, o.dtype), requires_grad=True) for o in outputs]
-            saved = tuple(a for a in inputs)
-            out = outputs[0] if len(outputs) == 1 else tuple(outputs)
-            parents = tuple(a if isinstance(a, Tensor) else None for a in inputs)
-            single = not self.several(len(outputs))
-            avals = None if single else tuple(_aval(o) for o in outputs)
-            values = _Application((*saved, out), params, shapes, self, parents, avals)
-            wanted = [t is not None for t in tangents]
-            shares = self.pull(values, dummies[0] if single else list(dummies), wanted)
-        pairs = [
-            (s, t) for s, t in zip(shares, tangents, strict=True) if s is not None and t is not None and s.requires_grad
-        ]
-        if not pairs:
-            return [None] * len(outputs)
-        return differentiate([s for s, _ in pairs], [t for _, t in pairs], dummies)
-
-
-class _Application(NamedTuple):
-    saved: tuple[Any, ...]
-    params: Mapping[str, Any]
-    shapes: Any
-    primitive: Primitive
-    parents: tuple[Any, ...]
-    output_avals: Any
-
 
 _OUT_NAMES = ("out", "ans", "output", "y_out")
 
@@ -531,7 +457,7 @@ def _saved_output(values: Any) -> Any:
     return out
 
 
-def _aval(value: Any) -> Aval:
+def aval_of(value: Any) -> Aval:
     return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
 
 
@@ -551,23 +477,6 @@ def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Operands of other kinds as tensors, and as Python numbers where a tensor is beside them."""
     converted = tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args)
     return converted if any(isinstance(c, Tensor) for c in converted) else tuple(asarray(a) for a in args)
-
-
-def _total(terms: Sequence[Any]) -> Any:
-    if not terms:
-        return None
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
-
-
-def _spread(tangent: Any, output: Tensor) -> Any:
-    if tangent is None:
-        return None
-    if tangent.shape != output.shape:
-        tangent = REGISTRY["broadcast_to"].bind((tangent,), {"shape": output.shape})
-    return tangent if tangent.dtype == output.dtype else tangent.astype(output.dtype)
 
 
 def sum_to(t: Any, shape: tuple[int, ...]) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from tinygrad_lstm.autodiff.reverse import unlinked, variables
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.primitive import Aval, zeros
+from tinygrad_lstm.pushforward import push
 from tinygrad_lstm.tape import Output, Tape, recording, state
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import flatten, leaf_paths, unflatten
@@ -23,7 +24,7 @@ def push_entries(entries: Sequence[Any], tangents: dict[Any, Tensor]) -> None:
         moving = [tangent_of(a, tangents) if isinstance(a, Tensor) else None for a in inputs]
         if all(t is None for t in moving):
             continue
-        pushed = record.primitive.push(inputs, outputs, record.params, moving)
+        pushed = push(record.primitive, inputs, outputs, record.params, moving)
         for index, tangent in enumerate(pushed):
             if tangent is not None and outputs[index].dtype.kind == "f":  # an integer does not move
                 tangents[record if record.output_avals is None else (record, index)] = tangent
