@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Test processes run side by side, one per core: a BLAS with threads of its own would only fight over them.
+test test-slow conformance: export OPENBLAS_NUM_THREADS = 1
+
 .PHONY: train test test-slow conformance lint doctest examples bench-smoke ci clean
 
 $(BIN)/.train: pyproject.toml
