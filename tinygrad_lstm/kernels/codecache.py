@@ -12,6 +12,7 @@ others would let somebody else's code in: then everything is compiled in memory,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.machinery
@@ -20,23 +21,37 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_directory", "load"]
+__all__ = ["cache_directory", "load", "trouble", "wanted_directory"]
 
 _PREFIX = "_tinygrad_lstm_cache"
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Every directory whose code decides what is generated.
 _GENERATORS = ("kernels", "compiler")
+NOTICE = 1.0  # seconds of compiling in this process, after which a terminal is told
 _MTIME = 1_000_000_000  # Numba's index trusts size and mtime: the same for the same content, whoever wrote it
 
 _lock = threading.RLock()
 _loaded: dict[tuple[str, str], Any] = {}
 _warned = False
+_compiling = 0.0  # seconds so far
+_announced = False
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held the lock; it is not there to release it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Finder:
@@ -54,7 +69,8 @@ class _Finder:
         return importlib.machinery.ModuleSpec(name, loader, origin=str(file))
 
 
-def _wanted_directory() -> Path:
+def wanted_directory() -> Path:
+    """The directory that the environment asks for; nothing is looked at or made."""
     explicit = os.environ.get("TINYGRAD_LSTM_CACHE_DIR")
     if explicit:
         return Path(explicit).expanduser().absolute()
@@ -64,30 +80,37 @@ def _wanted_directory() -> Path:
 
 def cache_directory() -> Path | None:
     """The directory in use, created where needed; None (and one warning) when it cannot be trusted."""
-    path = _wanted_directory()
+    path = wanted_directory()
     return path if _usable(path, os.getpid()) else None
 
 
 @functools.lru_cache(maxsize=16)
 def _usable(path: Path, pid: int) -> bool:
     """Whether ``path`` exists (or could be made), is ours alone, and takes a file.  Asked once a process."""
+    reason = trouble(path, make=True)
+    if reason:
+        _warn(
+            f"the cache of compiled code is off: {reason}; code is compiled again in every process. "
+            "Set TINYGRAD_LSTM_CACHE_DIR to a directory of your own."
+        )
+    return not reason
+
+
+def trouble(path: Path, make: bool = False) -> str:
+    """Why ``path`` cannot be used as a cache, "" if it can; with ``make`` it is created where needed."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
         if hasattr(os, "geteuid"):
             if status.st_uid != os.geteuid():
-                raise PermissionError(f"{path} belongs to another user")
+                return f"{path} belongs to another user"
             if status.st_mode & 0o022:
-                raise PermissionError(f"{path} is writable by other users")
+                return f"{path} is writable by other users"
         with tempfile.TemporaryFile(dir=path):
-            pass
+            return ""
     except OSError as error:
-        _warn(
-            f"the cache of compiled code is off: {error}; code is compiled again in every process. "
-            "Set TINYGRAD_LSTM_CACHE_DIR to a directory of your own."
-        )
-        return False
-    return True
+        return str(error)
 
 
 def _warn(message: str) -> None:
@@ -143,7 +166,8 @@ def _module(source: str, stem: str) -> types.ModuleType:
         if not _checksums_hold(directory, base):
             _discard(directory, base)
         try:
-            module = _execute(source, base, str(file))
+            with contextlib.nullcontext() if _machine_code(directory, base) else _notice(directory):
+                module = _execute(source, base, str(file))
         except Exception:
             # Whatever Numba found in a damaged index: once more from nothing, then errors are real.
             _discard(directory, base)
@@ -172,7 +196,34 @@ def _execute(source: str, base: str, filename: str) -> types.ModuleType:
 def _in_memory(source: str, base: str) -> types.ModuleType:
     filename = f"<tinygrad_lstm {base}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    return _execute(source.replace("cache=True", "cache=False"), base, filename)
+    with _notice(None):
+        return _execute(source.replace("cache=True", "cache=False"), base, filename)
+
+
+@contextlib.contextmanager
+def _notice(directory: Path | None) -> Iterator[None]:
+    """Says once, to a terminal, that compiling is what takes so long, while it does."""
+    global _compiling
+
+    def say() -> None:
+        global _announced
+        _announced = True
+        kept = "kept for this process only" if directory is None else f"kept in {directory} for the next time"
+        print(f"tinygrad_lstm: compiling native code, {kept}", file=sys.stderr, flush=True)
+
+    start = time.monotonic()
+    timer = None
+    if not _announced and sys.stderr is not None and sys.stderr.isatty():
+        timer = threading.Timer(max(0.0, NOTICE - _compiling), say)
+        timer.daemon = True
+        with contextlib.suppress(RuntimeError):  # no more threads
+            timer.start()
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()
+        _compiling += time.monotonic() - start
 
 
 def _machine_code(directory: Path, base: str) -> list[Path]:

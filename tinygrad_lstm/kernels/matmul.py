@@ -25,6 +25,9 @@ Numba kernel is used: plain Numba loop nests reach 40-55 GFLOP/s where OpenBLAS 
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +36,12 @@ from .pool import SMALLEST, empty
 
 __all__ = ["matmul"]
 
-_FLOAT16 = np.dtype(np.float16)
+# From so many multiply-adds on, products are native.  Once compiled they win earlier (32 x 32 x 32: 1.1 against
+# 1.5 us), but what only ever multiplies small matrices is not worth .5 s of compiling.
+THRESHOLD = 1 << 17
+NARROW = 8  # columns; below, most of a register tile would be empty (and for one row BLAS has a kernel of its own)
+
+_FLOAT16, _FLOAT32, _FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
 
 
 def matmul(a: Any, b: Any, out: np.ndarray | None = None) -> Any:
@@ -52,20 +60,48 @@ def matmul(a: Any, b: Any, out: np.ndarray | None = None) -> Any:
                 return _dot(a, b)
             if rank_b == 2 and rank_a > 2 and a.shape[-1] == b.shape[0] and a.size:
                 return _dot(a.reshape(-1, b.shape[0]), b).reshape(*a.shape[:-1], b.shape[1])
+        elif rank_a == 2 and rank_b == 2 and a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1]):
+            _dot(a, b, out)
+            return out
         elif rank_b == 2 and rank_a > 2 and a.size and out.size and out.flags.c_contiguous:
             rows, columns = b.shape
             if a.shape[-1] == rows and out.shape == (*a.shape[:-1], columns):
-                np.matmul(a.reshape(-1, rows), b, out=out.reshape(-1, columns))
+                _dot(a.reshape(-1, rows), b, out.reshape(-1, columns))
                 return out
     return np.matmul(a, b) if out is None else np.matmul(a, b, out=out)
 
 
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """2-D @ 2-D; a large result gets pooled memory."""
-    if a.shape[0] * b.shape[1] * a.itemsize >= SMALLEST and a.dtype is b.dtype:
-        out = empty((a.shape[0], b.shape[1]), a.dtype)
-        return np.dot(a, b, out=out)
+def _dot(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """2-D @ 2-D of matching shapes; a large result gets pooled memory."""
+    (rows, length), columns, dtype = a.shape, b.shape[1], a.dtype
+    large = rows * length * columns >= THRESHOLD and rows > 1 and columns >= NARROW
+    if large and dtype is b.dtype and (dtype is _FLOAT32 or dtype is _FLOAT64):
+        product = _native_product()
+        if product is not None:
+            if out is None:
+                target = empty((rows, columns), dtype)
+                return target if product(a, b, target) else np.dot(a, b, out=target)
+            fits = out.dtype is dtype and out.shape == (rows, columns) and out.flags.writeable
+            if fits and not np.may_share_memory(a, out) and not np.may_share_memory(b, out) and product(a, b, out):
+                return out
+    if out is not None:
+        return np.matmul(a, b, out=out)
+    if rows * columns * dtype.itemsize >= SMALLEST and dtype is b.dtype:
+        return np.dot(a, b, out=empty((rows, columns), dtype))
     return a.dot(b)
+
+
+@functools.lru_cache(maxsize=1)
+def _native_product() -> Callable[[np.ndarray, np.ndarray, np.ndarray], bool] | None:
+    """The native product, or None where it is switched off or cannot be had.  Asked once."""
+    if os.environ.get("TINYGRAD_LSTM_NATIVE", "1") == "0":
+        return None
+    try:
+        from . import native  # noqa: F401  raises where this NumPy's arrays are not known
+        from .gemm import product
+    except ImportError:
+        return None
+    return product
 
 
 def _half(a: np.ndarray, b: np.ndarray, out: np.ndarray | None) -> Any:

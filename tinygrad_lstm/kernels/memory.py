@@ -6,9 +6,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.types.containers import StarArgUniTuple
 from numba.extending import intrinsic
 
-__all__ = ["load8", "load32", "load64", "stack", "store64"]
+__all__ = ["call_address", "load8", "load32", "load64", "stack", "store64"]
 
 
 def _load(builder: Any, address: Any, bits: int) -> Any:
@@ -56,3 +57,16 @@ def stack(typingctx: Any, words: Any) -> Any:
         return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), count)), ir.IntType(64))
 
     return types.int64(words), generate
+
+
+@intrinsic
+def call_address(typingctx: Any, address: Any, *arguments: Any) -> Any:
+    """What the C function at ``address`` returns, an int64, for int64 arguments (any number of them)."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        words = cgutils.unpack_tuple(builder, args[1])
+        i64 = ir.IntType(64)
+        function = ir.FunctionType(i64, [i64] * len(words))
+        return builder.call(builder.inttoptr(args[0], function.as_pointer()), words)
+
+    return types.int64(types.int64, StarArgUniTuple(types.int64, len(arguments))), generate

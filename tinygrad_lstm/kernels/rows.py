@@ -1,0 +1,215 @@
+"""One row of a loop body in native code: an expression, and reductions of it, over the columns of a row.
+
+The code that a compiled loop is made of.  A row's length is known when the code is generated, so the
+tail is one masked vector; every lane computes the same instructions wherever it stands, so results do not
+depend on how rows are shared out.  Imported lazily, by generated modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .expression import Expression, Node
+from .lowering import apply
+from .native import emit
+from .vector import Lanes, Value, vector_bytes
+
+__all__ = ["copy_row", "row_kernel"]
+
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_ITEMSIZE = {"float32": 4, "float64": 8, "bool": 1}
+_NEUTRAL = {"sum": 0.0, "max": -math.inf, "min": math.inf}
+_COMBINE = {"sum": "add", "max": "maximum", "min": "minimum"}
+
+
+def _addresses(name: str, count: int, generate: Callable[[Any, Any, Sequence[Any]], None]) -> Callable[..., Any]:
+    """An intrinsic of ``count`` int64 arguments without a result."""
+    arguments = "".join(f", a{k}" for k in range(count))
+
+    def build(typingctx: Any, *given: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            generate(context, builder, args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * count), codegen
+
+    namespace: dict[str, Any] = {"build": build}
+    # Numba reads the arity from the signature.
+    exec(f"def {name}(typingctx{arguments}):\n    return build(typingctx{arguments})", namespace)
+    result: Callable[..., Any] = intrinsic(namespace[name])
+    return result
+
+
+def row_kernel(
+    n_inputs: int, nodes: tuple[tuple[Any, ...], ...], outputs: tuple[int, ...], dtypes: tuple[str, ...],
+    along: tuple[bool, ...], reductions: tuple[str, ...], targets: tuple[int, ...], columns: int,
+) -> Callable[..., Any]:  # fmt: skip
+    """A nopython function of addresses (inputs..., targets...): the expression on one row of ``columns`` elements.
+
+    Parameters
+    ----------
+    n_inputs, nodes, outputs, dtypes
+        The expression and the dtypes of its inputs.
+    along : one flag per input
+        Whether it has an element for every column; else one element for the row.
+    reductions : one word per output
+        ``""``, or ``sum``, ``max``, ``min``: then a single element is written.
+    targets : indices of outputs
+        Where each written address gets its value from (an output may be written to several places).
+    columns : int
+    """
+    expression = Expression(n_inputs, [Node(*node) for node in nodes], outputs, False)
+
+    def generate(context: Any, builder: Any, args: Sequence[Any]) -> None:
+        _Row(context, builder, expression, dtypes, along, reductions, columns).write(
+            args[:n_inputs], args[n_inputs:], targets
+        )
+
+    return _addresses("row", n_inputs + len(targets), generate)
+
+
+class _Row:
+    def __init__(
+        self, context: Any, builder: Any, expression: Expression, dtypes: tuple[str, ...], along: tuple[bool, ...],
+        reductions: tuple[str, ...], columns: int,
+    ) -> None:  # fmt: skip
+        results = [d.name for d in expression.result_dtypes(dtypes)]
+        widest = 4 if "float32" in (*dtypes, *results) else 8
+        self.count = max(2, vector_bytes(context) // widest)
+        self.lanes = Lanes(context, builder, self.count)
+        self.builder, self.expression, self.columns = builder, expression, columns
+        self.dtypes, self.results, self.along, self.reductions = dtypes, results, along, reductions
+
+    def _scalar(self, dtype: str) -> Any:
+        return _I8 if dtype == "bool" else ir.FloatType() if dtype == "float32" else ir.DoubleType()
+
+    def _vector(self, dtype: str) -> Any:
+        return ir.VectorType(self._scalar(dtype), self.count)
+
+    def write(self, inputs: Sequence[Any], addresses: Sequence[Any], targets: tuple[int, ...]) -> None:
+        b = self.builder
+        splats = [None if a else self._splat(x, d) for x, a, d in zip(inputs, self.along, self.dtypes, strict=True)]
+        folds: list[Any] = []
+        for kind, dtype in zip(self.reductions, self.results, strict=True):
+            if kind:
+                cell = cgutils.alloca_once(b, self._vector(dtype))
+                b.store(ir.Constant(self._vector(dtype), [_NEUTRAL[kind]] * self.count), cell)
+                folds.append(cell)
+            else:
+                folds.append(None)
+
+        def chunk(column: Any, mask: Any) -> None:
+            values = [
+                self._load(b.add(x, b.mul(column, _I64(_ITEMSIZE[d]))), d, mask) if s is None else s
+                for x, s, d in zip(inputs, splats, self.dtypes, strict=True)
+            ]
+            results = emit(self.expression, values)
+            for k, value in enumerate(results):
+                if self.reductions[k]:
+                    self._fold(k, folds[k], value, mask)
+            for address, k in zip(addresses, targets, strict=True):
+                if not self.reductions[k]:
+                    place = b.add(address, b.mul(column, _I64(_ITEMSIZE[self.results[k]])))
+                    self._store(results[k], place, mask)
+
+        full, rest = divmod(self.columns, self.count)
+        if full == 1:
+            chunk(_I64(0), None)
+        elif full:
+            with cgutils.for_range_slice(b, _I64(0), _I64(full * self.count), _I64(self.count), _I64) as (column, _):
+                chunk(column, None)
+        if rest:
+            lanes = ir.VectorType(ir.IntType(1), self.count)
+            chunk(_I64(full * self.count), ir.Constant(lanes, [k < rest for k in range(self.count)]))
+        for address, k in zip(addresses, targets, strict=True):
+            if self.reductions[k]:
+                total = self._across(Value(self.lanes, b.load(folds[k]), self.results[k]), self.reductions[k])
+                b.store(total, b.inttoptr(address, self._scalar(self.results[k]).as_pointer()))
+
+    def _fold(self, k: int, cell: Any, value: Value, mask: Any) -> None:
+        b, kind = self.builder, self.reductions[k]
+        raw = value.ir
+        if mask is not None:
+            raw = b.select(mask, raw, ir.Constant(raw.type, [_NEUTRAL[kind]] * self.count))
+        before = Value(self.lanes, b.load(cell), self.results[k])
+        after = apply(_COMBINE[kind], [before, Value(self.lanes, raw, self.results[k])], [None, None])
+        b.store(after.ir, cell)
+
+    def _across(self, value: Value, kind: str) -> Any:
+        """The lanes of a vector combined pairwise, the halves first."""
+        b, raw, count = self.builder, value.ir, self.count
+        while count > 1:
+            half = count // 2
+            undefined = ir.Constant(raw.type, ir.Undefined)
+
+            def part(start: int, raw: Any = raw, undefined: Any = undefined, half: int = half) -> Any:
+                index = ir.Constant(ir.VectorType(_I32, half), list(range(start, start + half)))
+                return b.shuffle_vector(raw, undefined, index)
+
+            low, high = part(0), part(half)
+            count = half
+            lanes = Lanes(self.lanes.context, b, half)
+            if half == 1:
+                low, high = (b.extract_element(x, _I32(0)) for x in (low, high))
+            pair = [Value(lanes, low, value.dtype), Value(lanes, high, value.dtype)]
+            raw = apply(_COMBINE[kind], pair, [None, None]).ir
+        return raw
+
+    def _broadcast(self, scalar: Any, type_: Any) -> Any:
+        b = self.builder
+        undefined = ir.Constant(type_, ir.Undefined)
+        zeros = ir.Constant(ir.VectorType(_I32, self.count), [0] * self.count)
+        return b.shuffle_vector(b.insert_element(undefined, scalar, _I32(0)), undefined, zeros)
+
+    def _truth(self, raw: Any, dtype: str) -> Value:
+        if dtype == "bool":
+            raw = self.builder.icmp_signed("!=", raw, ir.Constant(raw.type, [0] * self.count))
+        return Value(self.lanes, raw, dtype)
+
+    def _splat(self, address: Any, dtype: str) -> Value:
+        b = self.builder
+        scalar = b.load(b.inttoptr(address, self._scalar(dtype).as_pointer()))
+        return self._truth(self._broadcast(scalar, self._vector(dtype)), dtype)
+
+    def _load(self, address: Any, dtype: str, mask: Any) -> Value:
+        b, vector = self.builder, self._vector(dtype)
+        pointer = b.inttoptr(address, vector.as_pointer())
+        if mask is None:
+            raw = b.load(pointer, align=_ITEMSIZE[dtype])
+        else:
+            zero = ir.Constant(vector, [0] * self.count if dtype == "bool" else [0.0] * self.count)
+            kind = ir.FunctionType(vector, [pointer.type, _I32, mask.type, vector])
+            load = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.load.{self._suffix(dtype)}")
+            raw = b.call(load, [pointer, _I32(_ITEMSIZE[dtype]), mask, zero])
+        return self._truth(raw, dtype)
+
+    def _store(self, value: Value, address: Any, mask: Any) -> None:
+        b, dtype = self.builder, value.dtype
+        raw = b.zext(value.ir, self._vector(dtype)) if dtype == "bool" else value.ir
+        pointer = b.inttoptr(address, self._vector(dtype).as_pointer())
+        if mask is None:
+            b.store(raw, pointer, align=_ITEMSIZE[dtype])
+        else:
+            kind = ir.FunctionType(ir.VoidType(), [raw.type, pointer.type, _I32, mask.type])
+            store = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.store.{self._suffix(dtype)}")
+            b.call(store, [raw, pointer, _I32(_ITEMSIZE[dtype]), mask])
+
+    def _suffix(self, dtype: str) -> str:
+        return f"v{self.count}{'i8' if dtype == 'bool' else 'f32' if dtype == 'float32' else 'f64'}.p0"
+
+
+def copy_row(nbytes: int) -> Callable[..., Any]:
+    """A nopython function (source, target) that copies ``nbytes`` bytes; the two do not overlap."""
+
+    def generate(context: Any, builder: Any, args: Sequence[Any]) -> None:
+        pointer = _I8.as_pointer()
+        source, target = (builder.inttoptr(a, pointer) for a in args)
+        cgutils.raw_memcpy(builder, target, source, _I64(nbytes), 1)
+
+    return _addresses("copy", 2, generate)
