@@ -14,6 +14,7 @@ from tinygrad_lstm import ops
 from tinygrad_lstm.declare import elementwise
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.kernels import expression as e
+from tinygrad_lstm.kernels.softmax import exp_sums, scaled_softmax
 from tinygrad_lstm.nn.ctc import ctc_loss
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -171,18 +172,17 @@ def _ce_forward(
     if classes == 0 or not index.size:
         return np.zeros(target.shape if reduction == "none" else (), x.dtype)
     rows = x.reshape(-1, classes)
-    shifted = rows - np.maximum.reduce(rows, axis=-1, keepdims=True)
-    picked = shifted[np.arange(len(rows)), index.reshape(-1)]
+    top, total = exp_sums(rows)
+    picked = rows.reshape(-1)[np.arange(0, rows.size, classes) + index.reshape(-1)] - top
     if smoothing:
-        picked = (1.0 - smoothing) * picked + smoothing * (np.add.reduce(shifted, axis=-1) / classes)
-    np.exp(shifted, out=shifted)
-    loss = (np.log(np.add.reduce(shifted, axis=-1)) - picked).reshape(target.shape)
+        picked = (1.0 - smoothing) * picked + smoothing * (np.add.reduce(rows - top[:, None], axis=-1) / classes)
+    loss = (np.log(total) - picked).reshape(target.shape)
     if valid is not None:
         loss = np.where(valid, loss, np.zeros((), x.dtype))
     if reduction == "none":
         return loss.astype(x.dtype, copy=False)
-    total = np.add.reduce(loss, axis=None)
-    return np.asarray(total / max(_count(target, valid), 1) if reduction == "mean" else total, x.dtype)
+    joint = np.add.reduce(loss, axis=None)
+    return np.asarray(joint / max(_count(target, valid), 1) if reduction == "mean" else joint, x.dtype)
 
 
 def _slope_forward(
@@ -193,18 +193,17 @@ def _slope_forward(
     if not x.size:
         return np.zeros_like(x)
     rows = x.reshape(-1, classes)
-    out = rows - np.maximum.reduce(rows, axis=-1, keepdims=True)
-    np.exp(out, out=out)
     scale = np.asarray(g, x.dtype)
     if reduction == "mean":
         scale = scale / max(_count(target, valid), 1)
     if valid is not None:
         scale = np.where(valid, scale, np.zeros((), x.dtype))
     scale = np.broadcast_to(scale, target.shape).reshape(-1).astype(x.dtype, copy=False)
-    out *= (scale / np.add.reduce(out, axis=-1))[:, None]
+    out = scaled_softmax(rows, scale)
     if smoothing:
         out -= (scale * (smoothing / classes))[:, None]
-    out[np.arange(len(rows)), index.reshape(-1)] -= scale * (1.0 - smoothing)
+    places = np.arange(0, out.size, classes) + index.reshape(-1)
+    out.reshape(-1)[places] -= scale * (1.0 - smoothing)
     return out.reshape(x.shape)
 
 

@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
-from tinygrad_lstm.kernels import Expression, build, fused
-from tinygrad_lstm.kernels.elementwise import THRESHOLD
+from tinygrad_lstm.kernels.multi import multi_tensor
 from tinygrad_lstm.tape import state as recording_state
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Optimizer", "as_parameters", "update"]
+__all__ = ["Optimizer", "Rule", "as_parameters"]
 
 Rule = Callable[..., tuple[Any, ...]]
 
 
 @functools.lru_cache(maxsize=256)
-def _expression(rule: Rule, n_inputs: int) -> Expression:
-    return build(rule, n_inputs)
-
-
-def update(rule: Rule, written: Sequence[np.ndarray], read: Sequence[np.ndarray], numbers: Sequence[float]) -> None:
-    """Overwrite the arrays ``written`` by ``rule(*written, *read, *numbers)``.
-
-    The rule is a function on symbolic scalars that returns one new value per written array: large arrays
-    are passed through once, in one native loop; small ones go through NumPy.
-    """
-    expression = _expression(rule, len(written) + len(read) + len(numbers))
-    first = written[0]
-    if first.size >= THRESHOLD and first.dtype.name in ("float32", "float64"):
-        arrays = (*written, *read, *[np.asarray(x, first.dtype) for x in numbers])
-        fused(expression, [a.dtype for a in arrays])(arrays, written)
-        return
-    with np.errstate(all="ignore"):
-        values = expression.numpy(*written, *read, *[float(x) for x in numbers])
-    for target, value in zip(written, values if isinstance(values, tuple) else (values,), strict=True):
-        np.copyto(target, value, casting="same_kind")
+def _ascending(rule: Rule, position: int) -> Rule:
+    """The rule with the sign of its gradient, the argument at ``position``, turned round."""
+    return lambda *x: rule(*x[:position], -x[position], *x[position + 1 :])
 
 
 def as_parameters(params: Any, who: str) -> list[Tensor]:
@@ -71,7 +53,32 @@ class Optimizer:
         The options of every group, which may be changed between steps, and its "params".
     state : dict
         Parameter -> dict of arrays and numbers.
+
+    Examples
+    --------
+    An optimizer of one's own says what happens to one element, in :meth:`rule`, and which numbers that takes, in
+    :meth:`numbers`; all tensors of a group are then updated in one native call.  Steps by the sign of a running mean
+    (Bernstein et al. 2018):
+
+    >>> from tinygrad_lstm import nn, optim
+    >>> from tinygrad_lstm.kernels import expression as e
+    >>> def signum(p, m, g, lr, beta):
+    ...     m = beta * m + (1 - beta) * g
+    ...     return p - lr * e.sign(m), m
+    >>> class Signum(optim.Optimizer):
+    ...     def rule(self, group):
+    ...         return signum, {"mean": 0.0}
+    ...     def numbers(self, group, counters, first):
+    ...         return group["lr"], group["beta"]
+    >>> p = nn.Parameter([1.0, 2.0])
+    >>> (p * p).sum().backward()
+    >>> Signum([p], {"lr": 0.25, "beta": 0.9}).step()
+    >>> p.tolist()
+    [0.75, 1.75]
     """
+
+    #: The numbers that are kept for every parameter, with their values before its first step.
+    counters: Mapping[str, int | float] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self.defaults = defaults
@@ -135,25 +142,61 @@ class Optimizer:
         if recording_state().trace is not None:
             raise ArgumentError(f"{type(self).__name__}.step() inside of a recorded function; call it outside")
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_one(p, group)
+            self._step_group(group)
         return loss
 
-    def _step_one(self, p: Tensor, group: dict[str, Any]) -> None:
-        data = p._data
-        if not (data.flags.c_contiguous and data.flags.writeable):
-            p._replace(np.array(data, order="C"))
-            data = p._data
-        gradient = p.grad
+    def _step_group(self, group: dict[str, Any]) -> None:
+        rule, start = self.rule(group)
         if group.get("maximize"):
-            gradient = -gradient  # type: ignore[operator]
-        own = self.state.setdefault(id(p), {})
-        self.update(data, gradient, own, group)  # type: ignore[arg-type]
-        p._bump()
+            rule = _ascending(rule, 1 + len(start))
+        names, counters, states = list(start), list(self.counters.items()), self.state
+        # Parameters that need the same numbers (as a rule all of a group) are updated together.
+        batches: dict[Any, _Batch] = {}
+        for p in group["params"]:
+            gradient = p.grad
+            if gradient is None:
+                continue
+            data = p._data
+            if not data.flags.carray:  # contiguous, aligned and writeable
+                p._replace(np.array(data, order="C"))
+                data = p._data
+            own = states.get(id(p))
+            if own is None:
+                own = states[id(p)] = {}
+            missing = [name for name in names if own.get(name) is None]
+            for name in missing:
+                own[name] = np.full(data.shape, start[name], data.dtype)
+            key = (data.dtype, not missing, *[own.get(name, before) for name, before in counters])
+            batch = batches.get(key)
+            if batch is None:
+                kept = {name: own.get(name, before) for name, before in counters}
+                numbers = tuple(self.numbers(group, kept, bool(missing)))
+                batch = batches[key] = _Batch(numbers, kept)
+            own.update(batch.counters)
+            batch.params.append(p)
+            batch.arrays += [data, *[own[name] for name in names], gradient]
+            batch.elements += data.size
+        for batch in batches.values():
+            kernel = multi_tensor(rule, 1 + len(names), 1, len(batch.numbers))
+            kernel(batch.arrays, batch.numbers, batch.elements)
+            for p in batch.params:
+                p._bump()
 
-    def update(self, p: np.ndarray, g: np.ndarray, own: dict[str, Any], group: dict[str, Any]) -> None:
-        """Change ``p`` in place by its gradient ``g``; ``own`` is the state of this parameter."""
+    def rule(self, group: dict[str, Any]) -> tuple[Rule, Mapping[str, float]]:
+        """What a step does to one element, and the arrays of the state with their values before the first step.
+
+        The rule takes the elements of the parameter, of the arrays in their order, and of the gradient, then the
+        numbers that :meth:`numbers` returns, all of them symbolic scalars, and returns the new elements of the
+        parameter and of the arrays.  It should be the same object every time for the same options.
+        """
+        raise NotImplementedError
+
+    def numbers(self, group: dict[str, Any], counters: dict[str, Any], first: bool) -> tuple[float, ...]:
+        """The numbers that the rule takes in this step.
+
+        ``counters`` holds what :attr:`counters` names, as the last step left it, and is brought up to date in place;
+        ``first`` tells that an array of the state has just been made.
+        """
         raise NotImplementedError
 
     # ------------------------------------------------------------------ the state as a tree
@@ -199,6 +242,9 @@ class Optimizer:
                 if own is not None:
                     what = f"{who}: {{}} of parameter {number}"
                     loaded[id(p)] = {key: _fitted(value, p, what.format(key)) for key, value in own.items()}
+                    for key in self.counters.keys() & loaded[id(p)].keys():
+                        # Other libraries keep them as arrays with one element.
+                        loaded[id(p)][key] = np.asarray(loaded[id(p)][key]).item()
                 number += 1
         for group, given in zip(self.param_groups, groups, strict=True):
             for key, value in given.items():
@@ -210,6 +256,16 @@ class Optimizer:
         shown = ", ".join(f"{k}={v}" for k, v in self.param_groups[0].items() if k != "params")
         count = sum(p.size for group in self.param_groups for p in group["params"])
         return f"{type(self).__name__}({shown})  {count:,} parameters"
+
+
+class _Batch:
+    """Parameters of a group that are updated by the same numbers."""
+
+    def __init__(self, numbers: tuple[float, ...], counters: dict[str, Any]) -> None:
+        self.numbers, self.counters = numbers, counters
+        self.params: list[Tensor] = []
+        self.arrays: list[np.ndarray] = []
+        self.elements = 0
 
 
 def _copied(value: Any) -> Any:

@@ -8,18 +8,23 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError
+from tinygrad_lstm.kernels.multi import multi_tensor, sums_of_squares
 from tinygrad_lstm.optim.base import as_parameters
-from tinygrad_lstm.tensor import Tensor
 
 __all__ = ["clip_grad_norm", "clip_grad_value"]
+
+
+def _scaled(g: Any, factor: Any) -> tuple[Any, ...]:
+    return (g * factor,)
+
+
+_scale = multi_tensor(_scaled, 1, 0, 1)
 
 
 def _norm(g: np.ndarray, kind: float) -> float:
     flat = g.reshape(-1)
     if not flat.size:
         return 0.0
-    if kind == 2.0:
-        return math.sqrt(float(np.dot(flat, flat)))
     if kind == math.inf:
         return float(np.abs(flat).max())
     return float(np.sum(np.abs(flat) ** kind)) ** (1.0 / kind)
@@ -53,25 +58,23 @@ def clip_grad_norm(params: Any, max_norm: float, norm_type: float = 2.0) -> floa
     """
     if not max_norm >= 0 or not norm_type > 0:
         raise ArgumentError(f"clip_grad_norm: max_norm={max_norm}, norm_type={norm_type}; both are positive")
-    owners = [p for p in as_parameters(params, "clip_grad_norm") if p.grad is not None]
+    owned = [(p, p.grad) for p in as_parameters(params, "clip_grad_norm")]
+    owners = [p for p, g in owned if g is not None]
+    grads = [g for _, g in owned if g is not None]
     kind = float(norm_type)
     with np.errstate(all="ignore"):
-        norms = [_norm(p.grad, kind) for p in owners]  # type: ignore[arg-type]
-        if not norms:
-            return 0.0
-        total = _norm(np.asarray(norms), kind)
+        if kind == 2.0:
+            total = math.sqrt(float(np.add.reduce(sums_of_squares(grads))))
+        else:
+            total = _norm(np.asarray([_norm(g, kind) for g in grads]), kind)
         factor = max_norm / (total + 1e-6)
-        if not factor >= 1.0:  # NaN too
-            for p in owners:
-                _scale(p, factor)
+        if factor >= 1.0:  # not if it is NaN
+            return total
+        for p, g in zip(owners, grads, strict=True):
+            if not g.flags.writeable:
+                p.grad = g * factor
+        _scale([g for g in grads if g.flags.writeable], (factor,))
     return total
-
-
-def _scale(p: Tensor, factor: float) -> None:
-    if p.grad.flags.writeable:  # type: ignore[union-attr]
-        np.multiply(p.grad, factor, out=p.grad)  # type: ignore[arg-type]
-    else:
-        p.grad = p.grad * factor  # type: ignore[operator]
 
 
 def clip_grad_value(params: Any, clip_value: float) -> None:

@@ -7,28 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
-
-import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import expression as e
-from tinygrad_lstm.optim.base import Optimizer, Rule, update
+from tinygrad_lstm.optim.base import Optimizer, Rule
 
 __all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RMSprop"]
-
-
-def _zeros(own: dict[str, Any], p: np.ndarray, *names: str) -> list[np.ndarray]:
-    """The arrays of the state, zero at the start."""
-    for name in names:
-        if name not in own:
-            own[name] = np.zeros_like(p)
-    return [own[name] for name in names]
-
-
-def _count(own: dict[str, Any]) -> int:
-    own["step"] = own.get("step", 0) + 1
-    return own["step"]
 
 
 def _decayed(p: Any, g: Any, decay: Any, on: bool) -> Any:
@@ -83,14 +70,16 @@ class SGD(Optimizer):
             "maximize": maximize,
         })  # fmt: skip
 
-    def update(self, p: np.ndarray, g: np.ndarray, own: dict[str, Any], group: dict[str, Any]) -> None:
+    def rule(self, group: dict[str, Any]) -> tuple[Rule, Mapping[str, float]]:
         """``v = momentum v + (1 - dampening) g`` (the first v is g); ``p -= lr v``."""
-        decay, momentum = group["weight_decay"], group["momentum"]
-        rule = _sgd(decay != 0, momentum != 0, group["nesterov"])
-        if momentum == 0:
-            return update(rule, (p,), (g,), (group["lr"], decay))
-        gain = 1.0 - group["dampening"] if "momentum_buffer" in own else 1.0
-        update(rule, (p, *_zeros(own, p, "momentum_buffer")), (g,), (group["lr"], decay, momentum, gain))
+        moving = group["momentum"] != 0
+        return _sgd(group["weight_decay"] != 0, moving, group["nesterov"]), {"momentum_buffer": 0.0} if moving else {}
+
+    def numbers(self, group: dict[str, Any], counters: dict[str, Any], first: bool) -> tuple[float, ...]:
+        """The rate, the decay and, with momentum, the momentum and the share of the gradient."""
+        momentum = group["momentum"]
+        gain = 1.0 if first else 1.0 - group["dampening"]
+        return (group["lr"], group["weight_decay"], *((momentum, gain) if momentum != 0 else ()))
 
 
 # ---------------------------------------------------------------------------- squared-gradient methods
@@ -139,13 +128,15 @@ class RMSprop(Optimizer):
             "centered": centered, "maximize": maximize,
         })  # fmt: skip
 
-    def update(self, p: np.ndarray, g: np.ndarray, own: dict[str, Any], group: dict[str, Any]) -> None:
+    def rule(self, group: dict[str, Any]) -> tuple[Rule, Mapping[str, float]]:
         """``s = alpha s + (1 - alpha) g^2``; ``p -= lr g / (sqrt(s) + eps)``."""
-        decay, momentum, centered = group["weight_decay"], group["momentum"], group["centered"]
-        names = ["square_avg"] + ["grad_avg"] * bool(centered) + ["momentum_buffer"] * (momentum > 0)
-        rule = _rmsprop(decay != 0, momentum > 0, bool(centered))
-        numbers = (group["lr"], decay, group["alpha"], group["eps"], momentum)
-        update(rule, (p, *_zeros(own, p, *names)), (g,), numbers)
+        moving, centered = group["momentum"] > 0, bool(group["centered"])
+        names = ["square_avg"] + ["grad_avg"] * centered + ["momentum_buffer"] * moving
+        return _rmsprop(group["weight_decay"] != 0, moving, centered), dict.fromkeys(names, 0.0)
+
+    def numbers(self, group: dict[str, Any], counters: dict[str, Any], first: bool) -> tuple[float, ...]:
+        """The options."""
+        return group["lr"], group["weight_decay"], group["alpha"], group["eps"], group["momentum"]
 
 
 @functools.cache
@@ -177,14 +168,17 @@ class Adagrad(Optimizer):
             "initial_accumulator_value": initial_accumulator_value, "eps": eps, "maximize": maximize,
         })  # fmt: skip
 
-    def update(self, p: np.ndarray, g: np.ndarray, own: dict[str, Any], group: dict[str, Any]) -> None:
+    counters = MappingProxyType({"step": 0})
+
+    def rule(self, group: dict[str, Any]) -> tuple[Rule, Mapping[str, float]]:
         """``s += g^2``; ``p -= lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)``."""
-        step = _count(own)
-        if "sum" not in own:
-            own["sum"] = np.full_like(p, group["initial_accumulator_value"])
-        lr = group["lr"] / (1 + (step - 1) * group["lr_decay"])
-        decay = group["weight_decay"]
-        update(_adagrad(decay != 0), (p, own["sum"]), (g,), (lr, decay, group["eps"]))
+        return _adagrad(group["weight_decay"] != 0), {"sum": group["initial_accumulator_value"]}
+
+    def numbers(self, group: dict[str, Any], counters: dict[str, Any], first: bool) -> tuple[float, ...]:
+        """The rate of this step and the options."""
+        before = counters["step"]
+        counters["step"] = before + 1
+        return group["lr"] / (1 + before * group["lr_decay"]), group["weight_decay"], group["eps"]
 
 
 @functools.cache
@@ -214,11 +208,13 @@ class Adadelta(Optimizer):
     ) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
 
-    def update(self, p: np.ndarray, g: np.ndarray, own: dict[str, Any], group: dict[str, Any]) -> None:
+    def rule(self, group: dict[str, Any]) -> tuple[Rule, Mapping[str, float]]:
         """``d = sqrt(u + eps) / sqrt(s + eps) g`` with running means s of g^2 and u of d^2; ``p -= lr d``."""
-        decay = group["weight_decay"]
-        states = _zeros(own, p, "square_avg", "acc_delta")
-        update(_adadelta(decay != 0), (p, *states), (g,), (group["lr"], decay, group["rho"], group["eps"]))
+        return _adadelta(group["weight_decay"] != 0), {"square_avg": 0.0, "acc_delta": 0.0}
+
+    def numbers(self, group: dict[str, Any], counters: dict[str, Any], first: bool) -> tuple[float, ...]:
+        """The options."""
+        return group["lr"], group["weight_decay"], group["rho"], group["eps"]
 
 
 # ---------------------------------------------------------------------------- Adam and its relatives
@@ -236,8 +232,8 @@ def _adam(decay_on: bool, decoupled: bool, amsgrad: bool) -> Rule:
         v = beta2 * v + (1 - beta2) * (g * g)
         if amsgrad:
             peak = e.maximum(peak, v)
-            return p - lr * (m / (e.sqrt(peak) / root + eps)), m, v, peak
-        return p - lr * (m / (e.sqrt(v) / root + eps)), m, v
+            return p - lr * (m / (e.sqrt(peak) * (1 / root) + eps)), m, v, peak
+        return p - lr * (m / (e.sqrt(v) * (1 / root) + eps)), m, v
 
     return rule
 
@@ -265,6 +261,7 @@ class Adam(Optimizer):
     0.5
     """
 
+    counters = MappingProxyType({"step": 0})
     decoupled = False
 
     def __init__(
@@ -276,17 +273,18 @@ class Adam(Optimizer):
             "maximize": maximize,
         })  # fmt: skip
 
-    def update(self, p: np.ndarray, g: np.ndarray, own: dict[str, Any], group: dict[str, Any]) -> None:
+    def rule(self, group: dict[str, Any]) -> tuple[Rule, Mapping[str, float]]:
         """``m, v``: running means of g and g^2, bias-corrected; ``p -= lr m / (sqrt(v) + eps)``."""
-        step = _count(own)
-        beta1, beta2 = group["betas"]
-        decay, lr = group["weight_decay"], group["lr"]
-        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
-        rule = _adam(decay != 0, self.decoupled, bool(group["amsgrad"]))
-        root = math.sqrt(1 - beta2**step)
+        amsgrad = bool(group["amsgrad"])
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+        return _adam(group["weight_decay"] != 0, self.decoupled, amsgrad), dict.fromkeys(names, 0.0)
+
+    def numbers(self, group: dict[str, Any], counters: dict[str, Any], first: bool) -> tuple[float, ...]:
+        """The bias-corrected rate, what is decayed or kept, the betas, the root of v's correction, eps."""
+        step = counters["step"] = counters["step"] + 1
+        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         kept = 1 - lr * decay if self.decoupled else decay
-        numbers = (lr / (1 - beta1**step), kept, beta1, beta2, root, group["eps"])
-        update(rule, (p, *_zeros(own, p, *names)), (g,), numbers)
+        return lr / (1 - beta1**step), kept, beta1, beta2, math.sqrt(1 - beta2**step), group["eps"]
 
 
 class AdamW(Adam):
@@ -315,7 +313,7 @@ def _nadam(decay_on: bool, decoupled: bool) -> Rule:
             g = _decayed(p, g, decay, decay_on)
         m = m + (1 - beta1) * (g - m)
         v = beta2 * v + (1 - beta2) * (g * g)
-        below = e.sqrt(v) / root + eps
+        below = e.sqrt(v) * (1 / root) + eps
         return p - by_g * (g / below) - by_m * (m / below), m, v
 
     return rule
@@ -342,17 +340,20 @@ class NAdam(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
         })  # fmt: skip
 
-    def update(self, p: np.ndarray, g: np.ndarray, own: dict[str, Any], group: dict[str, Any]) -> None:
+    counters = MappingProxyType({"step": 0, "mu_product": 1.0})
+
+    def rule(self, group: dict[str, Any]) -> tuple[Rule, Mapping[str, float]]:
         """Adam's moments with the momentum of the next step applied to m and the rest to g."""
-        step = _count(own)
-        beta1, beta2 = group["betas"]
-        lr, decay, decoupled = group["lr"], group["weight_decay"], bool(group["decoupled_weight_decay"])
+        rule = _nadam(group["weight_decay"] != 0, bool(group["decoupled_weight_decay"]))
+        return rule, {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+
+    def numbers(self, group: dict[str, Any], counters: dict[str, Any], first: bool) -> tuple[float, ...]:
+        """The rates of g and of m, what is decayed or kept, the betas, the root of v's correction, eps."""
+        step = counters["step"] = counters["step"] + 1
+        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         mu = beta1 * (1 - 0.5 * 0.96 ** (step * group["momentum_decay"]))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * group["momentum_decay"]))
-        product = own["mu_product"] = own.get("mu_product", 1.0) * mu
-        kept = 1 - lr * decay if decoupled else decay
-        numbers = (
-            lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next), kept, beta1, beta2,
-            math.sqrt(1 - beta2**step), group["eps"],
-        )  # fmt: skip
-        update(_nadam(decay != 0, decoupled), (p, *_zeros(own, p, "exp_avg", "exp_avg_sq")), (g,), numbers)
+        product = counters["mu_product"] = counters["mu_product"] * mu
+        kept = 1 - lr * decay if group["decoupled_weight_decay"] else decay
+        by_g, by_m = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
+        return by_g, by_m, kept, beta1, beta2, math.sqrt(1 - beta2**step), group["eps"]
