@@ -1,0 +1,16 @@
+"""What ``benchmarks/compare.py`` runs: the contenders, the workers that hold them, and the driver of the rounds.
+
+============== ========================================================================================
+file           what it is
+============== ========================================================================================
+work.py        the shapes, the weights and inputs, how many operations the matrix products of each take
+contenders.py  which contenders there are, and with which environment each of them runs
+worker.py      the process that holds one contender and does what it reads from its standard input
+driver.py      starts workers, checks their results, lets them take turns
+suites.py      the suites: which work goes to which contenders
+report.py      tables, JSON, plot
+ours.py        this library; ours_cells.py the cells that a user would type
+torch_peer.py, jax_peer.py, numpy_peer.py, autograd_peer.py   the peers
+peak.py        the fastest matrix product that this machine is seen to do
+============== ========================================================================================
+"""
