@@ -13,6 +13,9 @@ import tinygrad_lstm as tg
 from tinygrad_lstm.random import default_generator
 from tinygrad_lstm.tape import state
 
+# Compiling takes a second a program: only the tests of compiled code ask for it (they set "always").
+os.environ.setdefault("TINYGRAD_LSTM_COMPILE", "never")
+
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -315,6 +315,14 @@ ZERO_SIZE["scan"] = [
     sample(spread((2, 3)), np.zeros((0, 2, 3)), spread((3, 3)), call=lambda h, xs, w: ops.scan(_cell(w), h, xs)),
 ]
 
+_compiled = tg.compile(_recomputed)
+SAMPLES["compiled"] = [
+    sample(spread((3, 4)), spread((4,)), call=_compiled),
+    sample(spread((3, 4)), spread((4,)), call=tg.compile(lambda x, y: (x * y, ops.sin(x)))),
+]
+ZERO_SIZE["compiled"] = [sample(np.zeros((0, 4)), spread((4,)), call=_compiled)]
+ZERO_D["compiled"] = [sample(spread(()), spread((), seed=1), call=_compiled)]
+
 # ---------------------------------------------------------------------------- losses
 
 assert nn  # its primitives are enrolled too

@@ -26,6 +26,8 @@ from tinygrad_lstm.autodiff import (
     value_and_grad,
     vjp,
 )
+from tinygrad_lstm.compiler.function import compile
+from tinygrad_lstm.compiler.report import explain
 from tinygrad_lstm.declare import primitive
 from tinygrad_lstm.errors import (
     ArgumentError,
@@ -39,6 +41,7 @@ from tinygrad_lstm.errors import (
     ShapeError,
     TraceError,
 )
+from tinygrad_lstm.kernels.threads import get_num_threads, set_num_threads
 from tinygrad_lstm.primitive import REGISTRY, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.random import Generator, seed
@@ -51,9 +54,9 @@ _binding.mark_internal()
 __all__ = [
     "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "Error", "FileError", "Generator", "GradcheckError",
     "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape", "Tensor", "TraceError",
-    "__version__", "asarray", "checkpoint", "data", "eager", "grad", "gradcheck", "hessian", "hvp", "jacobian", "jvp",
-    "load", "name", "nn", "no_grad", "ops", "optim", "primitive", "save", "scope", "seed", "tensor", "training",
-    "value_and_grad", "vjp",
+    "__version__", "asarray", "checkpoint", "compile", "data", "eager", "explain", "get_num_threads", "grad",
+    "gradcheck", "hessian", "hvp", "jacobian", "jvp", "load", "name", "nn", "no_grad", "ops", "optim", "primitive",
+    "save", "scope", "seed", "set_num_threads", "tensor", "training", "value_and_grad", "vjp",
 ]  # fmt: skip
 
 _SUBPACKAGES = frozenset({"data", "nn", "optim", "training"})

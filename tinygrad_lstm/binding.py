@@ -22,7 +22,10 @@ _NOTHING = (None,)
 
 def mark_internal() -> None:
     """Mark the engine's modules; called once, when all of them are imported."""
-    parts = ("autodiff", "binding", "ops", "primitive", "pushforward", "record", "tape", "tensor", "trace")
+    parts = (
+        "autodiff", "binding", "compiler", "ops", "primitive", "pullback", "pushforward", "record", "tape", "tensor",
+        "trace",
+    )  # fmt: skip
     prefixes = tuple(f"tinygrad_lstm.{part}" for part in parts)
     for name, module in list(sys.modules.items()):
         if name.startswith(prefixes) and module is not None:

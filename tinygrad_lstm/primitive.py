@@ -8,15 +8,13 @@ the cotangent first and *names* what else it needs::
 The names are those of the forward function's arguments (the values are then saved), ``out`` (the output is
 saved), its keyword parameters, ``shapes`` and ``dtypes`` (of all inputs) and ``position`` (which input is
 asked for, in primitives with any number of them).  So what a primitive keeps for its backward can be read
-off its rules.  Un-broadcasting, dtypes and absent cotangents are handled here, once.
+off its rules.  How a cotangent is pulled back through them stands in :mod:`tinygrad_lstm.pullback`.
 
 The idea of a table of rules, one per argument, is HIPS autograd's (Maclaurin, Duvenaud & Adams, 2015).
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,20 +23,16 @@ import numpy as np
 from tinygrad_lstm import storage as _storage
 from tinygrad_lstm.binding import record_application, record_plain
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
-from tinygrad_lstm.kernels import expression as _expressions
-from tinygrad_lstm.kernels.table import LEAVES
-from tinygrad_lstm.record import _STATE, Aval, Output
+from tinygrad_lstm.pullback import REGISTRY, Differentiable, Rule, signature_of, sum_to, zeros
+from tinygrad_lstm.record import _STATE, Aval
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray
 
 __all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 
-REGISTRY: dict[str, Primitive] = {}
-
-Rule = Callable[..., Any]
 _ndarray = np.ndarray
 
 
-class Primitive:
+class Primitive(Differentiable):
     """A function on arrays with hand-written derivatives.  Calling it runs and, where needed, records it.
 
     Attributes
@@ -54,8 +48,6 @@ class Primitive:
     linear : "each", "jointly" or None
         Linear in every argument taken alone (matmul), or in all of them together (concatenate).
     """
-
-    generation = 0  # grows whenever any rule changes: what was derived from rules before is stale
 
     def __init__(
         self,
@@ -108,101 +100,6 @@ class Primitive:
         self.set_rules(rules)
         if register:
             REGISTRY[name] = self
-
-    # ------------------------------------------------------------------ declaration
-
-    def set_rules(self, rules: Sequence[Rule | None] | Rule | None) -> None:
-        """Declare (or replace) the VJP rules; everything that runs later follows them."""
-        if rules is None:
-            listed: tuple[Rule | None, ...] = ()
-            self.differentiable = False
-        elif callable(rules):
-            listed = (rules,)
-        else:
-            listed = tuple(rules)
-        count = len(self.argument_names)
-        if listed and not self.variadic and not self.joint and len(listed) != count:
-            raise ArgumentError(f"{self.name}: {len(listed)} VJP rules for {count} arguments {self.argument_names}")
-        self._saved_inputs, self.saves_out, self._needs_shapes = set(), False, False
-        self._saved_from = sys.maxsize  # all inputs from this position on are saved
-        self.rules = listed
-        fetch = []
-        # What each rule alone needs: where one input has no gradient, its rule's values are not kept.
-        self.kept_for: list[tuple[set[int], bool]] = []
-        kept_by_all, out_by_any = self._saved_inputs, False
-        self._places: list[list[int] | None] = []
-        self._on_arrays: dict[Any, Any] = {}
-        for rule in listed:
-            self._saved_inputs, self.saves_out = set(), False
-            if rule is None:
-                self._places.append(None)
-            fetch.append(None if rule is None else self._compile_rule(rule))
-            self.kept_for.append((self._saved_inputs, self.saves_out))
-            kept_by_all = kept_by_all | self._saved_inputs
-            out_by_any = out_by_any or self.saves_out
-        self._saved_inputs, self.saves_out, self._fetch = kept_by_all, out_by_any, tuple(fetch)
-        if self.declared:
-            self.accumulate = None  # it belonged to the rules that are replaced
-        self.declared = True
-        self.quick = isinstance(self.forward, np.ufunc) and self.is_elementwise
-        self.saves_nothing = not self._saved_inputs and self._saved_from == sys.maxsize and not self.saves_out
-        self.simple = not self.joint and not self.variadic  # one rule per argument
-        self.plain = not self._needs_shapes and self._saved_from == sys.maxsize
-        self.version = getattr(self, "version", -1) + 1
-        Primitive.generation += 1
-
-    def _compile_rule(self, rule: Rule) -> Callable[..., Any]:
-        """A function (values, position, cotangent) that looks up what the rule names and calls it."""
-        names = list(inspect.signature(rule).parameters)[1:]
-        fetch: list[str] = []
-        # Where the values that the rule reads stand in `saved`; None if it reads anything else.
-        places = [-1 if n in _OUT_NAMES else self.argument_names.index(n) for n in names if n in self._readable()]
-        self._places.append(places if len(places) == len(names) and self.is_elementwise and not self.variadic else None)
-        for slot, asked in enumerate(names):
-            if self.variadic and asked == self.argument_names[-1]:
-                self._saved_from = len(self.argument_names) - 1
-                fetch.append(f"v.saved[{self._saved_from}:-1]")
-            elif asked in self.argument_names:
-                index = self.argument_names.index(asked)
-                self._saved_inputs.add(index)
-                fetch.append(f"v.saved[{index}]")
-            elif asked in _OUT_NAMES:
-                self.saves_out = True
-                fetch.append("out(v)")
-            elif asked == "inputs":
-                self._saved_from = 0
-                fetch.append("v.saved[:-1]")
-            elif asked in self.parameter_names:
-                fetch.append(f"v.params[{asked!r}]")
-            elif asked == "shapes":
-                self._needs_shapes = True
-                fetch.append("[s[0] for s in v.shapes]")
-            elif asked == "dtypes":
-                self._needs_shapes = True
-                fetch.append("[s[1] for s in v.shapes]")
-            elif asked in ("position", "wanted"):
-                fetch.append("position")
-            elif asked == "record":
-                fetch.append("v")
-            elif self._saves_given is not None and slot < len(self._saves_given):
-                # A rule with names of its own: what `saves` lists is passed in that order.
-                saved = self._saves_given[slot]
-                if saved in _OUT_NAMES:
-                    self.saves_out = True
-                    fetch.append("out(v)")
-                elif saved in self.argument_names:
-                    index = self.argument_names.index(saved)
-                    self._saved_inputs.add(index)
-                    fetch.append(f"v.saved[{index}]")
-                else:
-                    raise ArgumentError(f"{self.name}: saves names {saved!r}, expected {self.argument_names} or 'out'")
-            else:
-                raise ArgumentError(
-                    f"{self.name}: a VJP rule asks for {asked!r}; it may name {self.argument_names}, 'out', "
-                    f"the parameters {self.parameter_names}, 'shapes', 'dtypes' or 'position'"
-                )
-        source = f"lambda v, position, g: rule({', '.join(['g', *fetch])})"
-        return eval(source, {"rule": rule, "out": _saved_output})
 
     # ------------------------------------------------------------------ running
 
@@ -317,178 +214,15 @@ class Primitive:
                 cache[key] = self.forward(*ones, **params).dtype
         return Aval(np.broadcast_shapes(*[o.shape for o in operands if isinstance(o, Aval)]), cache[key])
 
-    # ------------------------------------------------------------------ derivatives
-
-    def pull(self, record: Any, cotangent: Any, wanted: Sequence[bool] | None = None) -> Sequence[Any]:
-        """Cotangents of the wanted inputs (of all that have a node): un-broadcast and in the input's dtype."""
-        parents = record.parents
-        if wanted is None:
-            if self.simple and cotangent.__class__ is not list:
-                # A plain backward records nothing: where possible the rule runs on bare arrays.
-                shares: list[Any] = []
-                for position, (rule, parent) in enumerate(zip(self._fetch, parents, strict=True)):
-                    if parent is None or rule is None:
-                        shares.append(None)
-                        continue
-                    share = self._share_of_arrays(position, record, cotangent)
-                    shares.append(rule(record, 0, cotangent) if share is None else share)
-                return self._fitted(shares, record, cotangent)
-            wanted = [parent is not None for parent in parents]
-        if self.joint:
-            if cotangent.__class__ is list and not self.always_tuple:  # scan and checkpoint look at what is absent
-                cotangent = self._complete(record, cotangent)
-            shares = list(self._fetch[0](record, wanted, cotangent))  # type: ignore[misc]
-            if len(shares) != len(parents):
-                raise GraphError(f"the VJP of {self.name} returned {len(shares)} cotangents for {len(parents)} inputs")
-            shares = [share if want else None for share, want in zip(shares, wanted, strict=True)]
-        elif cotangent is None:
-            return [None] * len(parents)
-        else:
-            if cotangent.__class__ is list:
-                cotangent = self._complete(record, cotangent)
-            fetch = self._fetch
-            if self.variadic:
-                shares = [fetch[0](record, i, cotangent) if want else None for i, want in enumerate(wanted)]  # type: ignore[misc]
-            else:
-                shares = [
-                    rule(record, 0, cotangent) if want and rule is not None else None
-                    for rule, want in zip(fetch, wanted, strict=True)
-                ]
-        return self._fitted(shares, record, cotangent)
-
-    def _readable(self) -> tuple[str, ...]:
-        return (*self.argument_names, *_OUT_NAMES)
-
-    def _share_of_arrays(self, position: int, record: Any, cotangent: Tensor) -> Tensor | None:
-        """The share of one input from the rule's own program, run on arrays; None where the rule itself must run.
-
-        The program is the rule, recorded once: there is no second definition.
-        """
-        places = self._places[position]
-        if places is None or cotangent.__class__ is not Tensor:
-            return None
-        arrays = [cotangent._data]
-        saved = record.saved
-        for place in places:
-            value = saved[place]
-            if value.__class__ is not _ndarray:
-                if not isinstance(value, Tensor):
-                    return None  # a number: rules may branch on it
-                value = value._data
-            arrays.append(value)
-        key = (position, *[array.dtype for array in arrays])
-        function = self._on_arrays.get(key)
-        if function is None:
-            function = self._on_arrays[key] = _array_function(self.rules[position], arrays)
-        if function is False:
-            self._places[position] = None  # do not look again
-            return None
-        (out,) = function(*arrays)
-        return Tensor(out if out.__class__ is _ndarray else np.asarray(out))
-
-    def _fitted(self, shares: list[Any], record: Any, cotangent: Any) -> list[Any]:
-        """Shares summed to the shapes, and converted to the dtypes, of the inputs."""
-        for i, share in enumerate(shares):
-            if share is None:
-                continue
-            parent = record.parents[i]
-            if share.__class__ is Tensor:
-                data = share._data
-                if data.dtype is parent.dtype and data.shape == parent.shape:
-                    continue
-            elif not isinstance(share, Tensor):
-                share = shares[i] = self._from_array(share, record, cotangent)
-            if share.shape != parent.shape:
-                shares[i] = share = sum_to(share, parent.shape)
-            if share.dtype != parent.dtype:
-                shares[i] = share.astype(parent.dtype)
-        return shares
-
-    def _from_array(self, share: Any, record: Any, cotangent: Any) -> Tensor:
-        """What a rule that left the tape returned: a value whose own derivative is unknown, not zero."""
-        value = asarray(share)
-        if not isinstance(share, np.ndarray) or not _STATE.get().enabled:
-            return value
-        candidates = [*(cotangent if cotangent.__class__ is list else [cotangent]), *record.saved[:-1]]
-        candidates += [_saved_output(record)] if self.saves_out else []
-        origins = [t for t in candidates if isinstance(t, Tensor) and t.dtype.kind == "f"]
-        return opaque.bind((value, *origins), {"who": self.name})
-
-    def _complete(self, record: Any, cotangents: list[Any]) -> list[Any]:
-        """Zeros in place of the absent cotangents of a record with several outputs."""
-        return [
-            zeros(aval) if cotangent is None else cotangent
-            for cotangent, aval in zip(cotangents, record.output_avals, strict=True)
-        ]
-
-
-_OUT_NAMES = ("out", "ans", "output", "y_out")
-
-
-def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:
-    """(names of the array arguments, any number of them?, names of the keyword-only parameters)."""
-    leaf = LEAVES.get(getattr(function, "__name__", ""))
-    if leaf is not None and getattr(_expressions, leaf.name) is function:
-        return list("xyz"[: leaf.arity]), False, []  # a bare leaf: its arguments are x, y, z
-    arguments, variadic, parameters = [], False, []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            arguments.append(parameter.name)
-            variadic = True
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            parameters.append(parameter.name)
-        else:
-            arguments.append(parameter.name)
-    return arguments, variadic, parameters
-
-
-def _saved_output(values: Any) -> Any:
-    """The output (a tuple of several) as a tensor that is linked to its record, for second derivatives."""
-    out = values.saved[-1]
-    if out.__class__ is np.ndarray:
-        tensor = Tensor(out, True)
-        tensor._node = values
-        return tensor
-    if out.__class__ is tuple and out and out[0].__class__ is np.ndarray:
-        tensors = tuple(Tensor(array, True) for array in out)
-        for index, tensor in enumerate(tensors):
-            tensor._node = Output(values, index, tensor.shape, tensor.dtype)
-        return tensors
-    return out
-
 
 def aval_of(value: Any) -> Aval:
     return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
-
-
-def _array_function(rule: Rule | None, arrays: Sequence[np.ndarray]) -> Any:
-    """The rule as a function on arrays, or False where it is more than elementwise arithmetic of what it reads."""
-    from tinygrad_lstm.trace import trace
-
-    traced = trace(lambda *values: [rule(*values)], [Aval((2,), a.dtype) for a in arrays], flat=True)  # type: ignore[misc]
-    program = traced.program
-    plain = all(e.primitive.is_elementwise and e.primitive.explains for e in program.equations)
-    if not program.equations or not plain or traced.captures:
-        return False
-    return program.function()
 
 
 def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Operands of other kinds as tensors, and as Python numbers where a tensor is beside them."""
     converted = tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args)
     return converted if any(isinstance(c, Tensor) for c in converted) else tuple(asarray(a) for a in args)
-
-
-def sum_to(t: Any, shape: tuple[int, ...]) -> Any:
-    """Sum over the axes along which ``shape`` was broadcast to ``t.shape``."""
-    return REGISTRY["sum_to"].bind((t,), {"shape": tuple(shape)})
-
-
-def zeros(aval: Any) -> Any:
-    """A tensor of zeros of an aval's shape and dtype."""
-    if _STATE.get().trace is not None:
-        return REGISTRY["full"].bind((), {"shape": tuple(aval.shape), "dtype": np.dtype(aval.dtype), "value": 0})
-    return Tensor(np.zeros(aval.shape, aval.dtype))
 
 
 def _unknown(*_: Any, who: str = "", **params: Any) -> Any:

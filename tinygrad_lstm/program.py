@@ -15,12 +15,13 @@ import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, GraphError
 from tinygrad_lstm.primitive import Aval, Primitive
+from tinygrad_lstm.record import Place
 from tinygrad_lstm.tape import Output, Record
 
 if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Equation", "Literal", "Program", "content", "lower"]
+__all__ = ["Equation", "Literal", "Program", "content", "lower", "sourced"]
 
 
 class Literal(NamedTuple):
@@ -53,6 +54,17 @@ class Equation(NamedTuple):
     def reads(self) -> list[int]:
         """The slots among the operands."""
         return [operand for operand in self.operands if operand.__class__ is int]
+
+
+def sourced(value: Any, source: Source | None) -> None:
+    """Give the record that made a value the source of the equation that it repeats."""
+    node = getattr(value, "_node", None)
+    if source is None or node is None:
+        return
+    record = node.record if node.__class__ is Output else node
+    if isinstance(record, Record):
+        record.code, record.lasti = source.code, source.lasti
+        record.place = Place(source.where, source.step)
 
 
 def content(value: Any) -> str:
@@ -169,14 +181,20 @@ class Program:
 
         lines = [f"def program({', '.join(f'v{slot}' for slot in (*self.inputs, *self.captures))}):"]
         for k, equation in enumerate(self.equations):
-            names[f"f{k}"] = equation.primitive.forward
             arguments = [text(operand, f"c{k}_{i}") for i, operand in enumerate(equation.operands)]
-            for key, value in equation.params.items():
-                names[f"p{k}_{key}"] = value
-                arguments.append(f"{key}=p{k}_{key}")
-            targets = ", ".join(f"v{slot}" for slot in equation.outputs)
-            several = "" if len(equation.outputs) == 1 and not _returns_tuple(equation) else ","
-            lines.append(f"    {targets}{several} = f{k}({', '.join(arguments)})")
+            direct = _METHODS.get(equation.primitive.name)
+            if direct is not None and equation.operands[0].__class__ is int:
+                # Rearrangements are a method of the array; looking the axes up again would cost more than the call.
+                names[f"p{k}"] = direct(self.avals[equation.operands[0]], equation.params)
+                lines.append(f"    v{equation.outputs[0]} = {arguments[0]}.{equation.primitive.name}(p{k})")
+            else:
+                names[f"f{k}"] = equation.primitive.forward
+                for key, value in equation.params.items():
+                    names[f"p{k}_{key}"] = value
+                    arguments.append(f"{key}=p{k}_{key}")
+                targets = ", ".join(f"v{slot}" for slot in equation.outputs)
+                several = "" if len(equation.outputs) == 1 and not _returns_tuple(equation) else ","
+                lines.append(f"    {targets}{several} = f{k}({', '.join(arguments)})")
             dead = [slot for slot in {*equation.reads()} if last[slot] == k and slot not in keep]
             dead += [slot for slot in equation.outputs if slot not in last and slot not in keep]
             if dead:
@@ -195,7 +213,9 @@ class Program:
 
         for equation in self.equations:
             out = equation.primitive.bind(tuple(read(o) for o in equation.operands), dict(equation.params))
-            for slot, value in zip(equation.outputs, out if isinstance(out, tuple) else (out,), strict=True):
+            values = out if isinstance(out, tuple) else (out,)
+            sourced(values[0], equation.source)
+            for slot, value in zip(equation.outputs, values, strict=True):
                 environment[slot] = value
                 if slot in self.labels and value._node is not None:
                     from tinygrad_lstm.tape import name
@@ -242,6 +262,17 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program {len(self.inputs)} inputs, {len(self.captures)} captures, {len(self.equations)} equations>"
+
+
+def _axes(aval: Aval, params: Mapping[str, Any]) -> tuple[int, ...]:
+    rank, axes = len(aval.shape), params["axes"]
+    return (*range(rank - len(axes)), *(axis + rank for axis in axes))
+
+
+_METHODS: dict[str, Callable[[Aval, Mapping[str, Any]], Any]] = {
+    "transpose": _axes,
+    "reshape": lambda aval, params: params["shape"],
+}
 
 
 def _returns_tuple(equation: Equation) -> bool:

@@ -71,10 +71,18 @@ class State:
 
     def replaced(self, **changes: Any) -> State:
         """This state with some fields changed."""
-        return State(**{**{field: getattr(self, field) for field in _FIELDS}, **changes})
+        return State(
+            **{
+                "enabled": self.enabled, "tapes": self.tapes, "trace": self.trace, "where": self.where,
+                "step": self.step, "names": self.names, "eager": self.eager, **changes,
+            }
+        )  # fmt: skip
+
+    def at(self, where: str) -> State:
+        """This state at another module path."""
+        return State(self.enabled, self.tapes, self.trace, where, self.step, self.names, self.eager)
 
 
-_FIELDS = tuple(field for field in State.__slots__ if field != "place")
 _STATE: ContextVar[State] = ContextVar("tinygrad_lstm_recording", default=State())  # noqa: B039 - a State is never changed
 _serials = itertools.count(1)
 
@@ -247,7 +255,9 @@ class no_grad(ContextDecorator):
     """
 
     def __enter__(self) -> no_grad:
-        self._tokens = [*getattr(self, "_tokens", ()), _STATE.set(_STATE.get().replaced(enabled=False))]
+        current = _STATE.get()
+        silenced = State(False, current.tapes, current.trace, current.where, current.step, current.names, current.eager)
+        self._tokens = [*getattr(self, "_tokens", ()), _STATE.set(silenced)]
         return self
 
     def __exit__(self, *exc: object) -> None:

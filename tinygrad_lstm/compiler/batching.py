@@ -125,8 +125,10 @@ class TimeSum:
         value_of: Callable[[Any], Value],
         changes: Callable[[int], bool],
         steps: int,
+        totals: dict[int, Tensor],
     ) -> None:
         self.program = program
+        self.totals = totals  # what the loop itself has added up
         self.definitions = behind  # the equations that run behind the loop, by the slots they assign
         self.value_of = value_of
         self.changes = changes  # whether a slot changes from step to step
@@ -134,8 +136,10 @@ class TimeSum:
 
     def of(self, operand: Any) -> Tensor:
         """The sum over time of an operand."""
+        if operand.__class__ is int and operand in self.totals:
+            return self.totals[operand]
         equation = self.definitions.get(operand) if operand.__class__ is int else None
-        value = self._through(equation) if equation is not None else None
+        value = self._through(equation, operand) if equation is not None else None
         if value is not None:
             return value
         tensor, has_time = self.value_of(operand)
@@ -146,19 +150,23 @@ class TimeSum:
     def _stacked(self, operand: Any) -> bool:
         return operand.__class__ is int and self.changes(operand)
 
-    def _through(self, equation: Equation) -> Tensor | None:
-        stacked = [k for k, operand in enumerate(equation.operands) if self._stacked(operand)]
+    def _through(self, equation: Equation, operand: int) -> Tensor | None:
+        stacked = [k for k, o in enumerate(equation.operands) if self._stacked(o)]
         primitive: Primitive = equation.primitive
+        if primitive.name == "split" and stacked:
+            parts = primitive.bind((self.of(equation.operands[0]),), dict(equation.params))
+            return parts[equation.outputs.index(operand)]
         if len(equation.outputs) != 1 or not stacked:
             return None
+        if primitive.name in ("getitem", "put") and stacked == [0] and len(equation.operands) == 1:
+            return primitive.bind((self.of(equation.operands[0]),), dict(equation.params))
         if primitive.name == "matmul" and len(stacked) == 2:
             return self._contracted(equation)
         if (primitive.linear == "each" and stacked == [0] and len(equation.operands) == 1) or (
             primitive.name == "matmul" and len(stacked) == 1
         ):
             operands = [
-                self.of(operand) if k in stacked else self.value_of(operand)[0]
-                for k, operand in enumerate(equation.operands)
+                self.of(o) if k in stacked else self.value_of(o)[0] for k, o in enumerate(equation.operands)
             ]
             return primitive.bind(tuple(operands), dict(equation.params))
         if primitive.name == "add" and all(self._same_shape(equation, operand) for operand in equation.operands):

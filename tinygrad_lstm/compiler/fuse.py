@@ -1,4 +1,4 @@
-"""Fuse elementwise equations of one shape into one loop over the elements.
+"""Fuse elementwise equations of one shape, and reductions of their rows, into one loop over the elements.
 
 Every equation gets a level: one more than what it reads whenever something stands between them that cannot
 be fused (or has another shape).  Elementwise equations of one level and one shape then have no path between
@@ -39,17 +39,27 @@ def worth_compiling(program: Program, equations: Iterable[Equation], steps: int)
     return steps * total >= COMPILE_FROM
 
 
+REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum}
+
+
 class FusedKernel:
     """The scalar expression of a fused chain; runs on NumPy or, where it pays, natively."""
 
-    def __init__(self, expression: Expression, avals: Sequence[Aval], operands: Sequence[Aval | None]) -> None:
+    def __init__(
+        self, expression: Expression, avals: Sequence[Aval], operands: Sequence[Aval | None],
+        shape: tuple[int, ...] = (), reductions: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.expression = expression
-        self.avals = list(avals)
+        self.avals = list(avals)  # of the outputs
+        self.shape = tuple(shape)  # of the loop
+        # What is done with each output along the last axis: nothing (""), or "sum", "max", "min".
+        self.reductions = tuple(reductions) or ("",) * len(self.avals)
         self.dtypes = [None if a is None else np.dtype(a.dtype) for a in operands]
         self.native: Any = None
 
     def __repr__(self) -> str:
-        return self.expression.key
+        folded = [f"{k}:{kind}" for k, kind in enumerate(self.reductions) if kind]
+        return self.expression.key + (f" {' '.join(folded)}" if folded else "")
 
     def compile(self) -> Any:
         """The native loop: a function (inputs, outputs)."""
@@ -61,9 +71,13 @@ class FusedKernel:
         """Every output by NumPy, in the shape of the chain."""
         out = self.expression.numpy(*arrays)
         out = out if isinstance(out, tuple) else (out,)
-        return tuple(
-            o if np.shape(o) == a.shape else np.broadcast_to(o, a.shape) for o, a in zip(out, self.avals, strict=True)
-        )
+        results = []
+        for o, aval, kind in zip(out, self.avals, self.reductions, strict=True):
+            if kind:
+                keep = len(aval.shape) == len(self.shape)
+                o = REDUCTIONS[kind].reduce(np.broadcast_to(o, self.shape), axis=-1, keepdims=keep)
+            results.append(o if np.shape(o) == aval.shape else np.broadcast_to(o, aval.shape))
+        return tuple(results)
 
 
 def _no_rule(*args: Any) -> Any:
@@ -81,24 +95,39 @@ FUSED: Primitive = Primitive(
 )
 
 
-def fuse(program: Program, at_least: int = 2) -> Program:
-    """Fuse chains of ``at_least`` elementwise equations."""
+def _is_elementwise(equation: Equation) -> bool:
+    return equation.primitive.is_elementwise and equation.primitive.expression is not None
+
+
+def _folds(program: Program, equation: Equation) -> bool:
+    """Whether the equation reduces the last axis of a floating value."""
+    if equation.primitive.name not in REDUCTIONS or equation.params["axis"] != (-1,):
+        return False
+    return np.dtype(program.aval(equation.operands[0]).dtype).kind == "f"
+
+
+def fuse(program: Program, at_least: int = 2, reductions: bool = False) -> Program:
+    """Fuse chains of ``at_least`` elementwise equations; with ``reductions`` also sums and extrema of the last axis."""
     made = program.definitions()
     level: dict[int, int] = {}
     groups: dict[tuple[int, tuple[int, ...]], list[Equation]] = {}
     rest: dict[int, list[Equation]] = {}
 
+    def folds(equation: Equation) -> bool:
+        return reductions and _folds(program, equation)
+
     def fusible(equation: Equation) -> bool:
-        return equation.primitive.is_elementwise and equation.primitive.expression is not None
+        return _is_elementwise(equation) or folds(equation)
 
     for equation in program.equations:
-        shape = program.avals[equation.outputs[0]].shape
+        # A reduction belongs to the loop over what it reduces.
+        shape = program.aval(equation.operands[0] if folds(equation) else equation.outputs[0]).shape
         own = 0
         for slot in equation.reads():
             if slot not in made:
                 continue
             source = made[slot]
-            together = fusible(source) and fusible(equation) and program.avals[slot].shape == shape
+            together = _is_elementwise(source) and fusible(equation) and program.avals[slot].shape == shape
             step = 0 if together or (not fusible(equation) and not fusible(source)) else 1
             # A plain equation runs behind the groups of its level, so it may read them at the same level.
             if not fusible(equation):
@@ -141,16 +170,23 @@ def _fused(program: Program, members: Sequence[Equation], uses: dict[int, set[in
             if slot not in own and slot not in operands:
                 operands.append(slot)
 
+    folded = {e.outputs[0]: e.primitive.name for e in members if not _is_elementwise(e)}
+    loop = next(program.aval(e.operands[0] if e.outputs[0] in folded else e.outputs[0]).shape for e in members)
+
     def chain(*scalars: Any) -> Any:
         values: dict[int, Any] = dict(zip(operands, scalars, strict=True))
         for equation in members:
             arguments = [values[o] if o.__class__ is int else o.value for o in equation.operands]
+            if equation.outputs[0] in folded:  # what is reduced; the loop does the rest
+                values[equation.outputs[0]] = arguments[0]
+                continue
             value = equation.primitive.expression(*arguments, **equation.params)  # type: ignore[misc]
             goal = np.dtype(program.avals[equation.outputs[0]].dtype)
             values[equation.outputs[0]] = value if isinstance(value, e.Expr) else e.cast(e.constant(value), goal)
         return tuple(values[slot] for slot in results)
 
     kernel = FusedKernel(
-        build(chain, len(operands)), [program.avals[s] for s in results], [program.avals[s] for s in operands]
-    )
+        build(chain, len(operands)), [program.avals[s] for s in results], [program.avals[s] for s in operands],
+        loop, [folded.get(s, "") for s in results],
+    )  # fmt: skip
     return Equation(FUSED, tuple(operands), {"kernel": kernel}, tuple(results), members[0].source)

@@ -7,6 +7,7 @@ and one product with K = T * B of each weight gradient; nothing here knows that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ import numpy as np
 from tinygrad_lstm.compiler.batching import TimeSum, can_batch, run_batched
 from tinygrad_lstm.compiler.constants import fill
 from tinygrad_lstm.compiler.fuse import fuse, worth_compiling
+from tinygrad_lstm.compiler.merge import merge_matmuls
+from tinygrad_lstm.compiler.native import NativeLoop, native_loop, wanted, work_of
+from tinygrad_lstm.compiler.report import Report, loop_report
+from tinygrad_lstm.compiler.rows import mixing
 from tinygrad_lstm.compiler.simplify import dead_code, simplify
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Equation, Program, lower
@@ -47,7 +52,35 @@ class LoopPlan:
     stacked: list[Aval]  # per step
     sums: list[Aval]
     carry: list[Aval]
+    inner: Program  # the body before it was fused: what native code is made from
+    steps: int
     runner: Any = None  # the loop as a Python function, generated on first use
+    native: Any = None  # a NativeLoop, or what speaks against one (Unsupported), or None: not worth it
+
+    @functools.cached_property
+    def borrowed(self) -> list[int]:
+        """Which of the results may be views of what the loop was given (or of a constant)."""
+        behind = self.behind
+        made = behind.definitions()
+        fresh = set(behind.inputs[: len(self.stacked) + len(self.sums)])
+        found = []
+        for k, output in enumerate(behind.outputs):
+            while output.__class__ is int and output in made and made[output].primitive.view:
+                if made[output].primitive.name == "broadcast_to":
+                    break
+                output = made[output].operands[0]
+            if output.__class__ is not int or not (output in fresh or (output in made and not made[output].primitive.view)):
+                found.append(k)
+        return found
+
+    @functools.cached_property
+    def compiled(self) -> bool:
+        """Whether the loop runs as native code."""
+        return isinstance(self.native, NativeLoop)
+
+    def report(self) -> Report:
+        """What was moved, fused and lowered, and what was not."""
+        return loop_report(self)
 
     def __str__(self) -> str:
         parts = (("before the loop", self.before), ("in the loop", self.body), ("behind the loop", self.behind))
@@ -82,9 +115,19 @@ _CHEAP = frozenset(
 )
 
 
+# What is one large operation in front of the loop or behind it, and many small ones in it.
+_APART = frozenset(
+    {"matmul", "einsum", "take", "untake", "take_along_axis", "untake_along_axis", "scatter_add", "one_hot", "scan"}
+)
+# Linear, of one operand, and without a value of their own at every step: they may follow the sum over time.
+_SUMMING = frozenset({"sum", "sum_to", "reshape", "transpose", "negative", "alias", "broadcast_to"})
+
+
 class _Planner:
-    def __init__(self, body: Program, n_carry: int, n_ys: int, steps: int) -> None:
-        self.body = simplify(body)
+    def __init__(self, body: Program, n_carry: int, n_ys: int, steps: int, native: bool) -> None:
+        self.body = body
+        self.native = native  # in native code what stays in the loop is free, and what leaves it goes through memory
+        self.mapped: set[int] = set(body.inputs)  # what has a row for every row of the batch
         self.n_carry = n_carry
         self.n_ys = n_ys
         self.steps = steps
@@ -117,13 +160,42 @@ class _Planner:
             elif LOOP not in kinds:
                 place = SEQUENCE if can_batch(body, equation, changing) else LOOP
             elif not any(slot in carried for slot in equation.outputs) and can_batch(body, equation, changing):
-                place = BEHIND
+                place = LOOP if self._stays(equation) else BEHIND
             else:
                 place = LOOP
             for slot in equation.outputs:
                 self.kind[slot] = place
-        if worth_compiling(body, (e for e in body.equations if self.kind[e.outputs[0]] == LOOP), self.steps):
+        in_loop = (e for e in body.equations if self.kind[e.outputs[0]] == LOOP)
+        if self.native:
+            self._keep_what_stays()
+        elif worth_compiling(body, in_loop, self.steps):
             self._keep_cheap_ones()
+
+    def _stays(self, equation: Equation) -> bool:
+        """Whether native code does this in passing, row by row: anything but products and gathers."""
+        if not self.native:
+            return False
+        mixes = mixing(self.body, equation, self.mapped)
+        if not mixes:
+            self.mapped.update(equation.outputs)
+        return not mixes and equation.primitive.name not in _APART
+
+    def _keep_what_stays(self) -> None:
+        """Leave in the loop what only the loop reads."""
+        self.mapped = set(self.body.inputs)
+        stays = {}
+        for equation in self.body.equations:
+            stays[equation.outputs[0]] = any(slot in self.mapped for slot in equation.reads()) and self._stays(equation)
+        outside: set[Any] = set(self.body.outputs)
+        for equation in reversed(self.body.equations):
+            if (
+                self.kind[equation.outputs[0]] == SEQUENCE
+                and stays[equation.outputs[0]]
+                and not any(slot in outside for slot in equation.outputs)
+            ):
+                self.kind.update(dict.fromkeys(equation.outputs, LOOP))
+            if self.kind[equation.outputs[0]] != LOOP:
+                outside.update(equation.reads())
 
     def _keep_cheap_ones(self) -> None:
         """Leave cheap elementwise operations in the loop: fused there they are free, in front a pass over memory."""
@@ -157,8 +229,10 @@ class _Planner:
         behind = [e for e in body.equations if kind[e.outputs[0]] == BEHIND]
         # Sums of values made in the loop by something that cannot run behind it are accumulated in it.
         loop_sums = [o for o in sums if self._kind(o) == LOOP and self._made_here(o)]
+        summing = self._summing(behind)
+        loop_sums += [s for s in summing.values() if s not in loop_sums]
         stacked = sorted(
-            {s for e in behind for s in e.reads() if kind[s] == LOOP}
+            {s for e in behind for s in e.reads() if kind[s] == LOOP and e.outputs[0] not in summing}
             | {o for o in ys if o.__class__ is int and kind[o] == LOOP}
             | {o for o in sums if self._kind(o) == LOOP and o not in loop_sums}
         )
@@ -189,7 +263,34 @@ class _Planner:
             stacked=[body.avals[s] for s in stacked],
             sums=[body.aval(o) for o in loop_sums],
             carry=[body.avals[s] for s in body.inputs[: self.n_carry]],
+            inner=simplify(inner),
+            steps=self.steps,
         )
+
+    def _summing(self, behind: Sequence[Equation]) -> dict[int, int]:
+        """Equations behind the loop that only a sum over time reads, by what they assign, and what they start from.
+
+        They are linear, so the loop can add up what they start from, row by row, and they run once.
+        """
+        if not self.native:
+            return {}
+        sums = set(self.body.outputs[self.n_carry + self.n_ys :])
+        other: set[Any] = set(self.body.outputs[: self.n_carry + self.n_ys])
+        start: dict[int, int] = {}
+        linear: list[Equation] = []
+        for equation in reversed(behind):
+            only = equation.outputs[0] in sums and equation.outputs[0] not in other
+            if only and equation.primitive.name in _SUMMING and len(equation.operands) == 1:
+                linear.append(equation)
+                sums.add(equation.operands[0])
+            else:
+                other.update(equation.reads())
+        for equation in linear:
+            slot = equation.operands[0]
+            floating = np.dtype(self.body.avals[slot].dtype).kind == "f"
+            if self._kind(slot) == LOOP and self._made_here(slot) and slot in self.mapped and floating:
+                start[equation.outputs[0]] = slot
+        return start
 
     def _made_here(self, operand: Any) -> bool:
         return operand.__class__ is int and operand not in self.body.inputs
@@ -269,7 +370,7 @@ class _Planner:
 
                     tensor = broadcast_to(asarray(tensor), (steps, *aval.shape))
                 outputs.append(tensor)
-            adder = TimeSum(body, made, value, lambda slot: self.kind[slot] != INVARIANT, steps)
+            adder = TimeSum(body, made, value, lambda slot: self.kind[slot] != INVARIANT, steps, totals)
             for operand in sums:
                 outputs.append(totals[operand] if operand in totals else adder.of(operand))
             program, extra = lower(
@@ -280,9 +381,18 @@ class _Planner:
 
 
 def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int) -> LoopPlan:
-    """Hoist and sink; the loop's own program is then fused.
+    """Hoist and sink; the loop's own program is then fused, or lowered to native code.
 
     ``body`` maps (carry..., x...; captures...) to (carry..., y..., s...): of the last ones the sum over all
     steps is wanted.
     """
-    return _Planner(body, n_carry, n_ys, steps).plan()
+    body = merge_matmuls(simplify(body), n_carry=n_carry)
+    why: Any = None
+    if wanted(steps * work_of(body)):
+        plan = _Planner(body, n_carry, n_ys, steps, native=True).plan()
+        plan.native = why = native_loop(plan.inner, n_carry, len(plan.stacked))
+        if plan.compiled:
+            return plan
+    plan = _Planner(body, n_carry, n_ys, steps, native=False).plan()
+    plan.native = why
+    return plan

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.compiler.fuse import FUSED, worth_compiling
 from tinygrad_lstm.compiler.loop import LoopPlan
+from tinygrad_lstm.compiler.report import publish
 from tinygrad_lstm.kernels.pool import empty
 
 __all__ = ["run_loop"]
@@ -21,25 +22,39 @@ def run_loop(
     """Returns (final carry, [ys..., sums...]); nothing that is returned shares memory with the arguments' carry."""
     if steps == 0:
         return [np.array(c) for c in carry], _empty(plan)
-    values = [np.asarray(v) for v in plan.before.function()(*xs, *captures)]
-    sequence, invariant = values[: plan.n_sequence], values[plan.n_sequence :]
-    stacks = [empty((steps, *aval.shape), aval.dtype) for aval in plan.stacked]
-    sums = [np.zeros(aval.shape, aval.dtype) for aval in plan.sums]
-    native = worth_compiling(plan.body, plan.body.equations, steps)
-    loop = _runner(plan, native)
-    final = loop(
-        range(steps - 1, -1, -1) if reverse else range(steps),
-        *carry,
-        *[sequence[k] for k in plan.loop_sequence],
-        *[invariant[k] for k in plan.loop_invariant],
-        *stacks,
-        *sums,
-    )
-    # A carry value may live in a row of a stack, or be the caller's own array where no step changed it.
-    final = [np.array(c) for c in final]
-    outs = plan.behind.function()(*stacks, *sums, *sequence, *invariant)
-    arguments = (*carry, *xs, *captures)
-    return final, [_own(np.asarray(o), arguments) for o in outs]
+    publish(plan.report)
+    values = plan.before.function()(*xs, *captures)
+    n = plan.n_sequence
+    sequence, invariant = values[:n], values[n:]
+    loop_xs, loop_captures = [sequence[k] for k in plan.loop_sequence], [invariant[k] for k in plan.loop_invariant]
+    done = _natively(plan, carry, loop_xs, loop_captures, steps, reverse)
+    if done is not None:
+        final, stacks, sums = done
+    else:
+        stacks = [empty((steps, *aval.shape), aval.dtype) for aval in plan.stacked]
+        sums = [np.zeros(aval.shape, aval.dtype) for aval in plan.sums]
+        loop = _runner(plan, worth_compiling(plan.body, plan.body.equations, steps))
+        times = range(steps - 1, -1, -1) if reverse else range(steps)
+        # A carry value may live in a row of a stack, or be the caller's own array where no step changed it.
+        final = [np.array(c) for c in loop(times, *carry, *loop_xs, *loop_captures, *stacks, *sums)]
+    outs = list(plan.behind.function()(*stacks, *sums, *values))
+    for k in plan.borrowed:
+        outs[k] = _own(np.asarray(outs[k]), (*carry, *xs, *captures))
+    return final, outs
+
+
+def _natively(
+    plan: LoopPlan, carry: Sequence[np.ndarray], xs: Sequence[np.ndarray], captures: Sequence[np.ndarray],
+    steps: int, reverse: bool,
+) -> Any:  # fmt: skip
+    """The loop in native code, or None where it is not made for that (or not worth compiling)."""
+    if not plan.compiled:
+        return None
+    rows = carry[0].shape[0] if carry and carry[0].ndim else 1
+    if not rows:
+        return None
+    xs, captures = map(np.asarray, xs), map(np.asarray, captures)  # type: ignore[assignment]
+    return plan.native.run(carry, list(xs), list(captures), plan.stacked, plan.sums, rows, steps, reverse)
 
 
 def _own(out: np.ndarray, arguments: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,13 +1,15 @@
-"""Dead code and common subexpressions: what is not used goes, what is computed twice is computed once."""
+"""What is not used goes, what is computed twice is computed once, and what cancels is not computed at all."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import heapq
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from tinygrad_lstm.compiler.algebra import algebra
 from tinygrad_lstm.program import Equation, Program, content
 
-__all__ = ["dead_code", "simplify"]
+__all__ = ["common", "dead_code", "in_order", "simplify"]
 
 
 def dead_code(program: Program) -> Program:
@@ -51,5 +53,51 @@ def common(program: Program, fixed: Collection[int] = ()) -> Program:
 
 
 def simplify(program: Program) -> Program:
-    """Both passes.  Exact: the remaining equations compute the same floating-point numbers."""
-    return dead_code(common(program))
+    """:func:`dead_code`, :func:`common` and :func:`~tinygrad_lstm.compiler.algebra.algebra`, until nothing changes.
+
+    Exact: the remaining equations compute the same floating-point numbers, up to the sign of a zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from tinygrad_lstm import ops
+    >>> from tinygrad_lstm.primitive import Aval
+    >>> from tinygrad_lstm.trace import trace
+    >>> def f(x):
+    ...     a, b = ops.split(x.T.T * 1.0, 2, axis=-1)
+    ...     return [ops.concatenate([a, b], axis=-1) + -ops.exp(x)]
+    >>> program = trace(f, [Aval((2, 4), np.dtype("f4"))], flat=True).program
+    >>> len(program), len(simplify(program))
+    (8, 2)
+    >>> print(simplify(program))
+    program(%0 float32[2,4])
+      %7 float32[2,4] = exp(%0)
+      %9 float32[2,4] = subtract(%0, %7)
+      return %9
+    """
+    while True:
+        before = len(program.equations)
+        program = dead_code(common(algebra(program)))
+        if len(program.equations) == before:
+            return program
+
+
+def in_order(equations: Sequence[Equation]) -> tuple[Equation, ...] | None:
+    """An order in which every slot is assigned before it is read, near the given one; None where there is none."""
+    maker = {slot: k for k, equation in enumerate(equations) for slot in equation.outputs}
+    waits = [{maker[slot] for slot in equation.reads() if slot in maker} for equation in equations]
+    followers: dict[int, list[int]] = {}
+    for k, before in enumerate(waits):
+        for other in before:
+            followers.setdefault(other, []).append(k)
+    missing = [len(before) for before in waits]
+    ready = [k for k, count in enumerate(missing) if not count]
+    order: list[Equation] = []
+    while ready:
+        k = heapq.heappop(ready)
+        order.append(equations[k])
+        for other in followers.get(k, ()):
+            missing[other] -= 1
+            if not missing[other]:
+                heapq.heappush(ready, other)
+    return tuple(order) if len(order) == len(equations) else None

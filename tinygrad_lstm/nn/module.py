@@ -7,7 +7,7 @@ attributes, also inside lists and dicts; nothing is registered, the tree is read
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -83,6 +83,10 @@ class LoadResult(NamedTuple):
     unexpected: list[str]
 
 
+# What most attributes are: nothing that the tree is made of, told apart by one look-up.
+_PLAIN = frozenset({type(None), bool, int, float, str, type, np.ndarray, Tensor})
+
+
 def _is_parameter(value: Any) -> bool:
     return isinstance(value, Parameter) or (isinstance(value, Tensor) and id(value) in _stand_ins)
 
@@ -90,11 +94,35 @@ def _is_parameter(value: Any) -> bool:
 def _contents(holder: Any, prefix: str = "") -> Iterator[tuple[Place, Any]]:
     """Parameters and Modules in an attribute dict, with those in nested lists and dicts."""
     for key, value in list(holder.items()) if isinstance(holder, dict) else enumerate(holder):
-        name = f"{prefix}{key}"
-        if isinstance(value, (Module, Parameter)) or (isinstance(value, Tensor) and _is_parameter(value)):
-            yield Place(name, holder, key), value
+        kind = value.__class__
+        if kind in _PLAIN and not (_stand_ins and id(value) in _stand_ins):
+            continue
+        if kind is Parameter or isinstance(value, (Module, Parameter)) or _is_parameter(value):
+            yield Place(f"{prefix}{key}", holder, key), value
         elif isinstance(value, (list, dict, tuple)):
-            yield from _contents(value, name + ".")
+            yield from _contents(value, f"{prefix}{key}.")
+
+
+def _forget_gradients(values: Iterable[Any], seen: set[int]) -> None:
+    """Set the gradient of every parameter among the values, and in what they hold, to None."""
+    for value in values:
+        kind = value.__class__
+        if kind is Parameter:
+            if value._meta is not None:
+                value._meta.grad = None
+        elif kind in _PLAIN and not (_stand_ins and id(value) in _stand_ins):
+            continue
+        elif isinstance(value, Module):
+            if id(value) not in seen:
+                seen.add(id(value))
+                _forget_gradients(list(value.__dict__.values()), seen)
+        elif isinstance(value, Tensor):
+            if _is_parameter(value):
+                value.grad = None
+        elif isinstance(value, (list, tuple)):
+            _forget_gradients(value, seen)
+        elif isinstance(value, dict):
+            _forget_gradients(list(value.values()), seen)
 
 
 class Module:
@@ -139,7 +167,7 @@ class Module:
         if label is None:
             return self.forward(*args, **kwargs)
         current = _STATE.get()
-        token = _STATE.set(current.replaced(where=f"{current.where}.{label}" if current.where else label))
+        token = _STATE.set(current.at(f"{current.where}.{label}" if current.where else label))
         try:
             return self.forward(*args, **kwargs)
         finally:
@@ -233,7 +261,7 @@ class Module:
     def _all_places(self, prefix: str = "", above: tuple[int, ...] = ()) -> Iterator[Place]:
         """Every name of every parameter; a shared one comes once for each of its names."""
         for place in self._places():
-            yield place._replace(name=prefix + place.name)
+            yield Place(prefix + place.name, place.holder, place.key) if prefix else place
         for name, child in self.named_children():
             if id(child) not in above:
                 yield from child._all_places(f"{prefix}{name}.", (*above, id(self)))
@@ -322,6 +350,10 @@ class Module:
 
     def zero_grad(self) -> None:
         """Set the gradient of every parameter to None."""
+        kind = type(self)
+        if kind.parameters is Module.parameters and kind.named_parameters is Module.named_parameters:
+            _forget_gradients(list(self.__dict__.values()), {id(self)})  # once a step: without names
+            return
         for parameter in self.parameters():
             parameter.grad = None
 

@@ -15,12 +15,12 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import TraceError
-from tinygrad_lstm.nn.module import Module
+from tinygrad_lstm.nn.module import Module, Parameter
 from tinygrad_lstm.ops.control import Recorded, record_body
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
@@ -48,6 +48,7 @@ _SEEN = (
     FunctionType,
     BuiltinFunctionType,
 )
+_KNOWN = frozenset({type(None), bool, int, float, str, type, Tensor, Parameter, np.ndarray})  # the same, at one look
 
 
 def _known_of(cell: Module) -> dict[Any, Any]:
@@ -64,6 +65,33 @@ def _has_opaque_state(cell: Module) -> bool:
     return any(_is_opaque(value) for module in cell.modules() for value in module.__dict__.values())
 
 
+def _quick_state(cell: Module) -> tuple[Any, ...] | None:
+    """Versions and modes of the cell's modules in one pass; None where only a closer look tells.
+
+    A cell is recorded anew when this changes.  Lists, dicts and unknown objects can change without it.
+    """
+    found: list[Any] = []
+    seen = {id(cell)}
+    pending = [cell]
+    while pending:
+        module = pending.pop()
+        found += (module._version, module.training)
+        for value in module.__dict__.values():
+            kind = value.__class__
+            if kind in _KNOWN:
+                continue
+            if isinstance(value, Module):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    pending.append(value)
+            elif kind is tuple:
+                if not all(item.__class__ in _KNOWN for item in value):
+                    return None
+            elif not isinstance(value, _SEEN):
+                return None
+    return tuple(found)
+
+
 def _is_opaque(value: Any) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
         return any(_is_opaque(item) for item in value)
@@ -72,27 +100,36 @@ def _is_opaque(value: Any) -> bool:
     return value is not None and not isinstance(value, _SEEN)
 
 
-class _Entry(NamedTuple):
-    recorded: Recorded
-    places: list[list[tuple[Any, Any]]]  # all (holder, key) of every capture: a shared parameter has several
+class _Entry:
+    """A recorded body, and where what it captures stands in the module."""
+
+    __slots__ = ("expected", "places", "recorded")
+
+    def __init__(self, recorded: Recorded, places: list[list[tuple[Any, Any]]]) -> None:
+        self.recorded = recorded
+        self.places = places  # all (holder, key) of every capture: a shared parameter has several
+        program = recorded.program
+        avals = [program.avals[slot] for slot in program.captures]
+        self.expected = [(aval.shape, np.dtype(aval.dtype)) for aval in avals]
 
     def captures(self) -> list[Any] | None:
         """What stands in the places now; None where that is not what was recorded.
 
         A list or dict of Parameters may be changed without the module knowing, also to other shapes.
         """
-        program = self.recorded.program
+        found = []
         try:
-            everywhere = [[holder[at] for holder, at in places] for places in self.places]
+            for places, (shape, dtype) in zip(self.places, self.expected, strict=True):
+                holder, at = places[0]
+                tensor = holder[at]
+                for holder, at in places[1:]:
+                    if holder[at] is not tensor:
+                        return None  # what was shared is no longer
+                if tensor.shape != shape or tensor.dtype != dtype:
+                    return None
+                found.append(tensor)
         except LookupError:
             return None
-        found = [held[0] for held in everywhere]
-        if any(other is not held[0] for held in everywhere for other in held):
-            return None  # what was shared is no longer
-        for tensor, slot in zip(found, program.captures, strict=True):
-            aval = program.avals[slot]
-            if tensor.shape != aval.shape or tensor.dtype != aval.dtype:
-                return None
         return found
 
 
@@ -105,22 +142,24 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
         return record_body
 
     def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded:
-        if _has_opaque_state(cell):
-            return record_body(body, carry, carry_tree, xs, x_tree)
-        known = _known_of(cell)
+        structure: Any = _quick_state(cell)
+        if structure is None:
+            if _has_opaque_state(cell):
+                return record_body(body, carry, carry_tree, xs, x_tree)
+            structure = (cell.version, tuple(module.training for module in cell.modules()))
+        known = _programs.get(id(cell)) or _known_of(cell)
         key = (
             variant,
             type(cell).forward,
-            cell.version,
-            tuple(module.training for module in cell.modules()),
+            structure,
             Primitive.generation,
             carry_tree,
             x_tree,
-            tuple((t.shape, t.dtype) for t in carry),
-            tuple((t.shape[1:], t.dtype) for t in xs),
+            tuple([(t.shape, t.dtype) for t in carry]),
+            tuple([(t.shape[1:], t.dtype) for t in xs]),
         )
-        if key in known:
-            entry = known[key]
+        entry = known.get(key)
+        if entry is not None:
             if isinstance(entry, str):
                 raise TraceError(entry)
             captures = entry.captures()

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.compiler.schedule import check_memory
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
-from tinygrad_lstm.nn.module import Module, Parameter
+from tinygrad_lstm.nn.module import Parameter
 from tinygrad_lstm.nn.programs import recorder_for
 from tinygrad_lstm.ops.control import check_lengths, scan_with
 from tinygrad_lstm.tape import recording, state
@@ -27,13 +29,14 @@ Trajectories = dict[str, Tensor]
 
 def run_cell(
     cell: Any, x: Any, init: Any, *, lengths: Any = None, reverse: bool = False, states: bool = False,
-    gates: bool = False, noise: Any = None,
+    gates: bool = False, noise: Any = None, memory: int | float | None = None,
 ) -> tuple[Any, Any, Trajectories]:  # fmt: skip
     """Run a cell over a sequence: ``(outputs, final state, trajectories)``, all of them time-major.
 
     ``x`` is a tree of ``(T, B, ...)``, ``init`` a state.  With ``states`` the trajectories hold every part of the
     state at every step, with ``gates`` also every other value that the cell names with ``tg.name``; each
-    is ``(T, B, ...)``.  ``noise``: a tree of ``(T, ...)`` handed to the cell as third argument.
+    is ``(T, B, ...)``.  ``noise``: a tree of ``(T, ...)`` handed to the cell as third argument.  ``memory``: as in
+    :func:`~tinygrad_lstm.ops.scan`.
     """
 
     def body(carry: Any, xs: Any) -> Any:
@@ -48,7 +51,7 @@ def run_cell(
 
     xs = x if noise is None else (x, noise)
     variant = (lengths is not None, states, gates)
-    final, ys = scan_with(recorder_for(cell, variant), body, init, xs, lengths=lengths, reverse=reverse)
+    final, ys = scan_with(recorder_for(cell, variant), body, init, xs, lengths=lengths, reverse=reverse, memory=memory)
     return (*((ys, final) if not (states or gates) else (ys[0], final)), ys[1] if states or gates else {})
 
 
@@ -105,7 +108,7 @@ def check_cell(cell: Any, who: str) -> None:
         )
 
 
-class Recurrent(Module):
+class Recurrent(Budgeted):
     """Run a cell over a sequence.
 
     Parameters
@@ -122,6 +125,9 @@ class Recurrent(Module):
         Train the initial state: one Parameter ``learned_state.k (1, ...)`` per part, the same for every sequence.
     return_states, return_gates : bool
         Return a third result, see :meth:`forward`.
+    memory : int or float, optional
+        The most that is kept for the backward pass, see :func:`~tinygrad_lstm.ops.scan`; an attribute that may be
+        changed between calls.  :meth:`memory_plan` says what it costs.
 
     Examples
     --------
@@ -137,12 +143,13 @@ class Recurrent(Module):
 
     def __init__(
         self, cell: Any, reverse: bool = False, batch_first: bool = False, *, learn_state: bool = False,
-        return_states: bool = False, return_gates: bool = False,
+        return_states: bool = False, return_gates: bool = False, memory: int | float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         check_cell(cell, "Recurrent")
         self.cell, self.reverse, self.batch_first = cell, reverse, batch_first
         self.return_states, self.return_gates = return_states, return_gates
+        self.memory = check_memory(memory, "Recurrent")
         self.learned_state = None
         if learn_state:
             self.learned_state = [Parameter(asarray(leaf)._data[:1]) for leaf in flatten(cell.initial_state(1))[0]]
@@ -166,7 +173,7 @@ class Recurrent(Module):
 
     def forward(
         self, x: Any, state: Any = None, lengths: Any = None, *, return_states: bool | None = None,
-        return_gates: bool | None = None,
+        return_gates: bool | None = None, memory: int | float | None = None,
     ) -> Any:  # fmt: skip
         """Outputs of all steps and the final state.
 
@@ -180,6 +187,8 @@ class Recurrent(Module):
         return_states, return_gates : bool, optional
             Add a third result: a dict of ``(1, T, B, ...)`` with every part of the state, and with
             ``return_gates`` every value that the cell names with ``tg.name`` as well.
+        memory : int or float, optional
+            In place of the layer's own.
 
         Returns
         -------
@@ -203,6 +212,7 @@ class Recurrent(Module):
         outputs, final, trajectories = run_cell(
             self.cell, x, self.start(batch, state), lengths=lengths,
             reverse=self.reverse, states=want_states, gates=want_gates, noise=draw_noise(self.cell, steps, batch),
+            memory=self.budget(memory),
         )  # fmt: skip
         if self.batch_first:
             outputs = flipped(outputs)
@@ -212,8 +222,8 @@ class Recurrent(Module):
 
     def extra_repr(self) -> str:
         """The arguments that differ from their defaults."""
-        flags = [flag for flag in ("reverse", "batch_first") if getattr(self, flag)]
-        return ", ".join(f"{flag}=True" for flag in flags)
+        flags = [f"{flag}=True" for flag in ("reverse", "batch_first") if getattr(self, flag)]
+        return ", ".join(flags if self.memory is None else [*flags, f"memory={self.memory}"])
 
 
 def draw_noise(cell: Any, steps: int, batch: int) -> Any:
@@ -243,13 +253,15 @@ def _as_layer(part: Any, who: str, reverse: bool = False) -> Any:
     return Recurrent(part, reverse=reverse)
 
 
-class Bidirectional(Module):
+class Bidirectional(Budgeted):
     """Two directions over one sequence, their outputs concatenated (Schuster & Paliwal 1997).
 
     Parameters
     ----------
     fwd, bwd : cells, or Recurrent layers (``bwd`` with ``reverse=True``)
         Two objects: one cell cannot run in both directions.
+    memory : int or float, optional
+        As in :class:`Recurrent`, in place of what ``fwd`` and ``bwd`` say; bytes are shared out evenly.
 
     The state is a pair (of ``fwd``, of ``bwd``).
 
@@ -269,8 +281,9 @@ class Bidirectional(Module):
 
     returns_state = True
 
-    def __init__(self, fwd: Any, bwd: Any) -> None:
+    def __init__(self, fwd: Any, bwd: Any, *, memory: int | float | None = None) -> None:
         super().__init__()
+        self.memory = check_memory(memory, "Bidirectional")
         first, second = _as_layer(fwd, "Bidirectional"), _as_layer(bwd, "Bidirectional", reverse=True)
         if {id(m) for m in first.modules()} & {id(m) for m in second.modules()}:
             raise ArgumentError(
@@ -285,13 +298,14 @@ class Bidirectional(Module):
     def forward(self, x: Any, state: Any = None, lengths: Any = None, **wanted: Any) -> Any:
         """As :meth:`Recurrent.forward`; the outputs of both directions concatenated on the last axis."""
         one, two = (None, None) if state is None else state
+        wanted = self.sharing(wanted, 2)
         first, second = self.fwd(x, one, lengths, **wanted), self.bwd(x, two, lengths, **wanted)
         outputs = tree_map(lambda a, b: ops.concatenate([a, b], axis=-1), first[0], second[0])
         final = (first[1], second[1])
         return (outputs, final) if len(first) == 2 else (outputs, final, joined([first[2], second[2]]))
 
 
-class Stack(Module):
+class Stack(Budgeted):
     """Recurrent layers one on top of the other; cells in the list are wrapped in :class:`Recurrent`.
 
     Parameters
@@ -299,6 +313,8 @@ class Stack(Module):
     layers : list of cells and layers
     dropout : float
         On the outputs between layers, in training (Zaremba et al. 2014).
+    memory : int or float, optional
+        As in :class:`Recurrent`, in place of what the layers say; bytes are shared out evenly.
 
     The state is a list, one per layer.
 
@@ -314,8 +330,9 @@ class Stack(Module):
 
     returns_state = True
 
-    def __init__(self, layers: Sequence[Any], dropout: float = 0.0) -> None:
+    def __init__(self, layers: Sequence[Any], dropout: float = 0.0, *, memory: int | float | None = None) -> None:
         super().__init__()
+        self.memory = check_memory(memory, "Stack")
         if not layers:
             raise ArgumentError("Stack: at least one layer is needed, found an empty list")
         if not 0.0 <= dropout <= 1.0:
@@ -327,6 +344,7 @@ class Stack(Module):
         """As :meth:`Recurrent.forward`."""
         if state is not None and len(state) != len(self.layers):
             raise ShapeError(f"Stack: {len(state)} states for {len(self.layers)} layers")
+        wanted = self.sharing(wanted, len(self.layers))
         finals, trajectories = [], []
         for k, layer in enumerate(self.layers):
             if k:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tinygrad_lstm import ops
 from tinygrad_lstm.errors import ArgumentError, ShapeError
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.nn.recurrent import check_cell
-from tinygrad_lstm.ops.random import dropout_mask
+from tinygrad_lstm.ops.random import drawn, dropout_mask
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import flatten, tree_map, unflatten
@@ -105,9 +107,13 @@ class Zoneout(Module):
         """For all steps, where each part of the state stays as it was: bool ``(T, B, ...)``; None in evaluation."""
         if not self.training:
             return None
-        drawn = self.generator or default_generator()
+        generator = self.generator or default_generator()
         leaves = flatten(self.cell.initial_state(batch))[0]
-        return [Tensor(~drawn.keep_mask(rate, (steps, *leaf.shape))) for rate, leaf in zip(self.p, leaves, strict=True)]
+        shapes = [(steps, *leaf.shape) for leaf in leaves]
+        return [
+            drawn(lambda rate=rate, shape=shape: ~generator.keep_mask(rate, shape), shape, np.bool_)  # type: ignore[misc]
+            for rate, shape in zip(self.p, shapes, strict=True)
+        ]
 
     def forward(self, x: Any, state: Any, stays: Any = None) -> tuple[Any, Any]:
         """One step; ``stays`` is one step of :meth:`noise` (drawn here without it)."""

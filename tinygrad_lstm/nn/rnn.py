@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.compiler.schedule import check_memory
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, GRUCell, LSTMCell, RNNCell, check_input, describe, positive
 from tinygrad_lstm.nn.module import Module, Parameter, Place
 from tinygrad_lstm.nn.recurrent import joined, run_cell
@@ -21,10 +23,11 @@ __all__ = ["GRU", "LSTM", "RNN"]
 
 _DEFAULTS = {
     "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0,
+    "memory": None,
 }  # fmt: skip
 
 
-class RecurrentLayers(Module):
+class RecurrentLayers(Budgeted):
     """What RNN, LSTM and GRU share.
 
     The cells hold the parameters and the equations; the layer shows the parameters under PyTorch's flat
@@ -37,7 +40,7 @@ class RecurrentLayers(Module):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, *, return_states: bool = False, return_gates: bool = False,
-        dtype: Any = np.float32, generator: Generator | None = None, **options: Any,
+        dtype: Any = np.float32, generator: Generator | None = None, memory: int | float | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         who = type(self).__name__
@@ -47,7 +50,7 @@ class RecurrentLayers(Module):
         self.input_size, self.hidden_size, self.num_layers = int(input_size), int(hidden_size), int(num_layers)
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
         self.return_states, self.return_gates = return_states, return_gates
-        self.generator = generator
+        self.generator, self.memory = generator, check_memory(memory, who)
         self.proj_size = options.get("proj_size", 0)
         width = (self.proj_size or hidden_size) * self.directions
         self._cells = [
@@ -76,7 +79,7 @@ class RecurrentLayers(Module):
     def _places(self) -> Iterator[Place]:
         for cell, suffix in zip(self._cells, self._suffixes, strict=True):
             for place in cell._places():
-                yield place._replace(name=f"{place.name}_{suffix}")
+                yield Place(f"{place.name}_{suffix}", place.holder, place.key)
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """None: the cells are shown as this layer's own parameters."""
@@ -108,7 +111,7 @@ class RecurrentLayers(Module):
 
     def forward(
         self, x: Any, state: Any = None, lengths: Any = None, *, return_states: bool | None = None,
-        return_gates: bool | None = None,
+        return_gates: bool | None = None, memory: int | float | None = None,
     ) -> Any:  # fmt: skip
         """Outputs of the last layer at all steps, and the final state of every layer and direction.
 
@@ -125,6 +128,8 @@ class RecurrentLayers(Module):
         return_states, return_gates : bool, optional
             Add a third result: a dict name -> ``(num_layers * directions, T, B, H)``, time-major, with every state
             ("h", "c") and with ``return_gates`` every gate too ("i", "f", "g", "o"; "r", "z", "n").
+        memory : int or float, optional
+            In place of the layer's own.
 
         Returns
         -------
@@ -154,6 +159,7 @@ class RecurrentLayers(Module):
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, who)
         starts = self._split_state(state, batch, unbatched, who)
+        share = self.budget(memory, len(self._cells))
         finals, trajectories = [], []
         for layer in range(self.num_layers):
             if layer:
@@ -162,7 +168,7 @@ class RecurrentLayers(Module):
             for k in range(layer * self.directions, (layer + 1) * self.directions):
                 y, final, trajectory = run_cell(
                     self._cells[k], x, starts[k], lengths=lengths, reverse=k % self.directions == 1,
-                    states=want_states, gates=want_gates,
+                    states=want_states, gates=want_gates, memory=share,
                 )  # fmt: skip
                 outputs.append(y)
                 finals.append(final)
@@ -206,7 +212,8 @@ class RecurrentLayers(Module):
         """The state in PyTorch's form from that of every cell."""
 
         def stacked(parts: list[Tensor]) -> Tensor:
-            whole = ops.stack(parts)
+            # One part only gets another axis: a view, which `reshape` makes with the least ado.
+            whole = ops.stack(parts) if len(parts) > 1 else ops.reshape(parts[0], (1, *parts[0].shape))
             return ops.squeeze(whole, 1) if unbatched else whole
 
         if self.state_parts == 1:
@@ -232,6 +239,9 @@ class RNN(RecurrentLayers):
         On the outputs between layers, in training.
     return_states, return_gates : bool
         See :meth:`forward`.
+    memory : int or float, optional
+        The most that is kept for the backward pass, in bytes or as a fraction of everything, see
+        :func:`~tinygrad_lstm.ops.scan`; bytes are shared out evenly among layers and directions.  An attribute.
     dtype : floating dtype of the parameters
     generator : Generator, optional
         For initial values and dropout.
@@ -274,6 +284,9 @@ class LSTM(RecurrentLayers):
         Width of h (Sak et al. 2014); 0 for hidden_size.
     return_states, return_gates : bool
         See :meth:`forward`.
+    memory : int or float, optional
+        The most that is kept for the backward pass, in bytes or as a fraction of everything, see
+        :func:`~tinygrad_lstm.ops.scan`; bytes are shared out evenly among layers and directions.  An attribute.
     dtype : floating dtype of the parameters
     generator : Generator, optional
         For initial values and dropout.

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.compiler.schedule import check_memory
+from tinygrad_lstm.compiler.report import publish, stepwise
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.ops.elementwise import where
+from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tape import recording, state
 from tinygrad_lstm.tensor import Tensor, asarray
-from tinygrad_lstm.tree import TreeDef, describe, flatten, leaf_paths, unflatten
+from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
 
-__all__ = ["scan", "stop_gradient"]
+__all__ = ["memory_plan", "scan", "stop_gradient"]
 
 Body = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -53,8 +57,12 @@ def scan(
         body sees zeros there, so it should be finite at ``x = 0``).
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
-    memory : None
-        Reserved for a budget of what is kept for the backward pass.
+    memory : int or float, optional
+        The most that is kept for the backward pass, in bytes (int) or as a fraction in (0, 1] of what keeping
+        everything takes (float); None keeps everything.  It covers the residuals of the steps and the carries
+        between segments, not xs, ys and their cotangents, which stay whole.  The backward pass runs segments of
+        the loop again; :func:`memory_plan` says how many steps that is.  A gradient that is itself differentiated,
+        and a scan inside of a body, keep everything.
 
     Returns
     -------
@@ -65,6 +73,8 @@ def scan(
     ------
     ShapeError
         Leaves of different length, or a carry that changes its structure, shape or dtype.
+    ArgumentError
+        A memory budget that cannot be met (the message says what the least is), or one for a body that needs values.
 
     Examples
     --------
@@ -74,19 +84,19 @@ def scan(
     >>> total.item(), partial.tolist()
     (6.0, [0.0, 1.0, 3.0, 6.0])
     """
-    if memory is not None:
-        raise ArgumentError("scan: memory= is not supported yet; leave it out (None keeps all residuals)")
-    return scan_with(record_body, body, init, xs, length=length, lengths=lengths, reverse=reverse)
+    return scan_with(record_body, body, init, xs, length=length, lengths=lengths, reverse=reverse, memory=memory)
 
 
 def scan_with(
     record: Callable[..., Recorded], body: Body, init: Any, xs: Any, *, length: Any = None, lengths: Any = None,
-    reverse: bool = False,
+    reverse: bool = False, memory: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """:func:`scan` with a way to record the body that may know it already."""
     carry_leaves, carry_tree = _leaves(init, "init")
     x_leaves, x_tree = _leaves(xs, "xs")
-    steps = _steps(x_leaves, leaf_paths(xs), length)
+    steps = _steps(x_leaves, xs, length)
+    if memory is not None:
+        memory = check_memory(memory, "scan")
     full_body = body
     if lengths is not None:
         valid = _valid_steps(lengths, steps, carry_leaves, x_leaves)
@@ -95,19 +105,36 @@ def scan_with(
         x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
     if not state().eager:
         try:
-            return _recorded(record, full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
-        except TraceError:
+            return _recorded(record, full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse, memory)
+        except TraceError as error:
             if state().trace is not None:
                 raise  # the enclosing recording needs the value as well
+            if memory is not None and state().enabled:
+                raise ArgumentError(
+                    f"scan: memory={memory} needs a body that is recorded once, and this one runs step by step "
+                    f"({error}); leave memory out, or use ops.where instead of values"
+                ) from None
+            publish(functools.partial(stepwise, error.with_traceback(None), steps))  # no frames are kept
     return _stepwise(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
 
 
 def _leaves(tree: Any, what: str) -> tuple[list[Tensor], TreeDef]:
+    if tree.__class__ is Tensor:
+        return [tree], LEAF
     leaves, treedef = flatten(tree)
     return [leaf if isinstance(leaf, Tensor) else asarray(leaf) for leaf in leaves], treedef
 
 
-def _steps(leaves: list[Tensor], paths: list[str], length: int | None) -> int:
+def _rebuilt(treedef: TreeDef, leaves: list[Any]) -> Any:
+    """The tree of these leaves; the usual ones without a walk."""
+    if treedef.kind == "leaf":
+        return leaves[0]
+    if treedef.kind is tuple and not any(child.children or child.kind != "leaf" for child in treedef.children):
+        return tuple(leaves)
+    return unflatten(treedef, leaves)
+
+
+def _steps(leaves: list[Tensor], xs: Any, length: int | None) -> int:
     if length is not None:
         try:
             length = operator.index(length)
@@ -115,13 +142,14 @@ def _steps(leaves: list[Tensor], paths: list[str], length: int | None) -> int:
             raise DTypeError(f"scan: length is an int, found {length!r}") from None
         if length < 0:
             raise ArgumentError(f"scan: length is not negative, found {length}")
-    for leaf, path in zip(leaves, paths, strict=True):
-        if not leaf.ndim:
-            raise ShapeError(f"scan: xs{path} is 0-d; time is axis 0 of every leaf")
+    for k, leaf in enumerate(leaves):
+        shape = leaf.shape
+        if not shape:
+            raise ShapeError(f"scan: xs{leaf_paths(xs)[k]} is 0-d; time is axis 0 of every leaf")
         if length is None:
-            length = leaf.shape[0]
-        elif leaf.shape[0] != length:
-            raise ShapeError(f"scan: xs{path} has {leaf.shape[0]} steps, expected {length}")
+            length = shape[0]
+        elif shape[0] != length:
+            raise ShapeError(f"scan: xs{leaf_paths(xs)[k]} has {shape[0]} steps, expected {length}")
     if length is None:
         raise ArgumentError("scan: xs=None needs length=")
     return length
@@ -215,15 +243,16 @@ class Recorded:
         self.y_tree = y_tree
 
     def run(
-        self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool
-    ) -> list[Any]:
+        self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool,
+        memory: int | float | None = None,
+    ) -> list[Any]:  # fmt: skip
         """The leaves of (carry, ys)."""
         from tinygrad_lstm.ops.loop import bind_scan
 
         if not self.program.outputs:
             return []
         n_ys = len(self.program.outputs) - self.n_carry
-        return list(bind_scan(self.program, [*carry, *xs, *captures], self.n_carry, n_ys, steps, reverse))
+        return list(bind_scan(self.program, [*carry, *xs, *captures], self.n_carry, n_ys, steps, reverse, memory))
 
 
 def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> Recorded:
@@ -257,10 +286,11 @@ def _recorded(
     x_tree: TreeDef,
     steps: int,
     reverse: bool,
+    memory: int | float | None,
 ) -> tuple[Any, Any]:
     recorded = record(body, carry, carry_tree, xs, x_tree)
-    outs = recorded.run(carry, xs, recorded.captures, steps, reverse)
-    return unflatten(carry_tree, outs[: len(carry)]), unflatten(recorded.y_tree, outs[len(carry) :])
+    outs = recorded.run(carry, xs, recorded.captures, steps, reverse, memory)
+    return _rebuilt(carry_tree, outs[: len(carry)]), _rebuilt(recorded.y_tree, outs[len(carry) :])
 
 
 # ---------------------------------------------------------------------------- step by step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -55,7 +56,8 @@ def _derived(program: Program, key: tuple[Any, ...], make: Callable[[], Any]) ->
 def _plan(body: Program, n_carry: int, n_ys: int, steps: int) -> Any:
     from tinygrad_lstm.compiler.loop import plan_loop
 
-    return _derived(body, ("plan", n_carry, n_ys, steps), lambda: plan_loop(body, n_carry, n_ys, steps))
+    key = ("plan", n_carry, n_ys, steps, os.environ.get("TINYGRAD_LSTM_COMPILE"))
+    return _derived(body, key, lambda: plan_loop(body, n_carry, n_ys, steps))
 
 
 def _adjoint(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> Any:
@@ -66,13 +68,93 @@ def _adjoint(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], 
     )
 
 
+class Site:
+    """What the calls of one scan (a program, its number of steps, a direction) need and would look up each time.
+
+    It holds no values, and is valid until some rule is declared anew.
+    """
+
+    def __init__(
+        self, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]
+    ) -> None:
+        self.body, self.n_carry, self.n_ys, self.length, self.reverse = body, n_carry, n_ys, length, reverse
+        self.wanted = wanted  # the xs and captures that are differentiated
+        self.present = _float_outputs(body, n_carry)
+        self.generation = Primitive.generation
+        self._forward: Any = None
+        self._backward: dict[Any, Backward] = {}
+
+    def forward(self) -> tuple[Any, Any]:
+        """The adjoint pair, and the plan of its forward loop."""
+        if self._forward is None:
+            pair = _adjoint(self.body, self.n_carry, self.n_ys, self.present, self.wanted)
+            plan = _plan(pair.forward, self.n_carry, self.n_ys + len(pair.residuals), self.length)
+            self._forward = pair, plan
+        return self._forward
+
+    def backward(self, present: tuple[bool, ...], asked: tuple[bool, ...]) -> Backward | None:
+        """The adjoint loop for these cotangents and inputs; None where rules changed after the forward ran."""
+        if self.generation != Primitive.generation:
+            return None
+        found = self._backward.get((present, asked))
+        if found is None:
+            found = self._backward[present, asked] = Backward(self, present, asked)
+        return found
+
+
+class Backward:
+    """The adjoint loop on arrays: what a backward runs that is not itself recorded."""
+
+    def __init__(self, site: Site, present: tuple[bool, ...], asked: tuple[bool, ...]) -> None:
+        body, n_carry = site.body, site.n_carry
+        pair = _adjoint(body, n_carry, site.n_ys, present, asked)
+        self.n_carry, self.n_inputs, self.length, self.reverse = n_carry, len(body.inputs), site.length, not site.reverse
+        self.floats = _float_carries(body, n_carry)
+        # The loop only reads what it starts from.
+        self.zeros = [np.zeros(body.avals[slot].shape, body.avals[slot].dtype) for slot in body.inputs[:n_carry]]
+        self.slots, self.residuals = pair.residuals, set(pair.residuals)
+        self.reads = [n_carry + k for k in pair.reads]
+        given = [n_carry + k for k, yes in enumerate(present) if yes]
+        self.y_seeds = [k for k in given if k < n_carry + site.n_ys]
+        self.s_seeds = [k for k in given if k >= n_carry + site.n_ys]
+        self.positions = [*self.floats, *(n_carry + k for k, yes in enumerate(asked) if yes)]
+        n_ys = sum(asked[: len(body.inputs) - n_carry])
+        self.body, self.n_ys = pair.backward, n_ys
+        self.plan = _plan(pair.backward, len(self.floats), n_ys, site.length)
+
+    def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: dict[int, np.ndarray]) -> list[Any]:
+        """Cotangents of the operands, None where they are not asked for."""
+        from tinygrad_lstm.compiler.runner import run_loop
+
+        carry = [self.zeros[k] if g[k] is None else g[k]._data for k in self.floats]
+        xs = [kept[slot] for slot in self.slots]
+        xs += [inputs[k]._data for k in self.reads]
+        xs += [g[k]._data for k in self.y_seeds]
+        captures = [t._data for t in inputs[self.n_inputs :]]
+        captures += [g[k]._data for k in self.s_seeds]
+        try:
+            final, outs = run_loop(self.plan, carry, xs, captures, self.length, self.reverse)
+        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+            params = {
+                "body": self.body, "n_carry": len(carry), "n_ys": self.n_ys, "length": self.length,
+                "reverse": self.reverse,
+            }  # fmt: skip
+            operands = [Tensor(array) for array in (*carry, *xs, *captures)]
+            raise scan_primitive._explained(error, operands, params) from None
+        shares: list[Any] = [None] * len(inputs)
+        for position, array in zip(self.positions, (*final, *_apart(outs)), strict=True):
+            shares[position] = Tensor(array)
+        return shares
+
+
 class Residuals:
     """What a forward scan keeps for its backward: arrays in a layout that nobody else sees."""
 
-    def __init__(self, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> None:
-        self.present = present
-        self.wanted = wanted
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.present, self.wanted = site.present, site.wanted
         self.arrays: dict[int, np.ndarray] = {}  # by slot of the body
+        self.segments: Any = None  # within a memory budget: what runs the loop piece by piece instead
 
 
 def _forward(
@@ -83,6 +165,7 @@ def _forward(
     length: int,
     reverse: bool,
     keep: Residuals | None = None,
+    memory: Any = None,
 ) -> tuple[np.ndarray, ...]:
     from tinygrad_lstm.compiler.runner import run_loop
 
@@ -90,16 +173,19 @@ def _forward(
     carry, xs, captures = operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:]
     if keep is None:
         final, outs = run_loop(_plan(body, n_carry, n_ys, length), carry, xs, captures, length, reverse)
-        return (*final, *outs)
-    pair = _adjoint(body, n_carry, n_ys, keep.present, keep.wanted)
+        return (*final, *_apart(outs))
+    if keep.segments is not None:
+        return keep.segments.forward(operands)
+    pair, plan = keep.site.forward()
     more = len(pair.residuals)
-    plan = _plan(pair.forward, n_carry, n_ys + more, length)
     final, outs = run_loop(plan, carry, xs, captures, length, reverse)
     keep.arrays = dict(zip(pair.residuals, outs[n_ys : n_ys + more], strict=True))
-    return (*final, *outs[:n_ys], *outs[n_ys + more :])
+    return (*final, *_apart([*outs[:n_ys], *outs[n_ys + more :]]))
 
 
-def _aval(*operands: Aval, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool) -> tuple[Aval, ...]:
+def _aval(
+    *operands: Aval, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, memory: Any = None
+) -> tuple[Aval, ...]:
     avals = body.output_avals()
     ys = [Aval((length, *a.shape), a.dtype) for a in avals[n_carry : n_carry + n_ys]]
     return (*(Aval(a.shape, a.dtype) for a in avals[:n_carry]), *ys, *avals[n_carry + n_ys :])
@@ -110,27 +196,35 @@ def _vjp(
     record: Any, wanted: Sequence[bool],
 ) -> list[Any]:  # fmt: skip
     """Scan the adjoint body in the other direction."""
-    present = tuple(cotangent is not None for cotangent in g[n_carry:])
+    present = tuple([cotangent is not None for cotangent in g[n_carry:]])
     asked = tuple(wanted[n_carry:])
+    kept = record.saved[-1]
+    if kept.__class__ is Residuals and kept.segments is None and not state().enabled:
+        back = kept.site.backward(present, asked)
+        if back is not None and kept.arrays.keys() >= back.residuals:
+            return back.run(g, inputs, kept.arrays)
     pair = _adjoint(body, n_carry, n_ys, present, asked)
-    residuals = _residuals(pair, inputs, body, n_carry, n_ys, length, reverse, record)
+    segments = kept.segments if isinstance(kept, Residuals) and not state().enabled else None
     n_inputs = len(body.inputs)
-    floats = [k for k in range(n_carry) if np.dtype(body.avals[body.inputs[k]].dtype).kind == "f"]
+    floats = _float_carries(body, n_carry)
     seeds = [zeros(body.avals[body.inputs[k]]) if g[k] is None else g[k] for k in floats]
     xs = inputs[n_carry:n_inputs]
     y_seeds = [c for c in g[n_carry : n_carry + n_ys] if c is not None]
     s_seeds = [c for c in g[n_carry + n_ys :] if c is not None]
-    backward = pair.backward
-    results = scan_primitive.bind(
-        (*seeds, *residuals, *(xs[k] for k in pair.reads), *y_seeds, *inputs[n_inputs:], *s_seeds),
-        {
-            "body": backward,
-            "n_carry": len(seeds),
-            "n_ys": sum(asked[: len(xs)]),
-            "length": length,
-            "reverse": not reverse,
-        },
-    )
+    if segments is not None:
+        results = segments.backward(pair, inputs, seeds, y_seeds, s_seeds, sum(asked[: len(xs)]))
+    else:
+        residuals = _residuals(pair, inputs, body, n_carry, n_ys, length, reverse, record)
+        results = scan_primitive.bind(
+            (*seeds, *residuals, *(xs[k] for k in pair.reads), *y_seeds, *inputs[n_inputs:], *s_seeds),
+            {
+                "body": pair.backward,
+                "n_carry": len(seeds),
+                "n_ys": sum(asked[: len(xs)]),
+                "length": length,
+                "reverse": not reverse,
+            },
+        )
     shares: list[Any] = [None] * len(inputs)
     for k, share in zip(floats, results, strict=False):
         shares[k] = share
@@ -156,12 +250,13 @@ def _residuals(
 
 
 def _jvp(
-    tangents: Sequence[Any], *values: Any, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool
-) -> list[Any]:
+    tangents: Sequence[Any], *values: Any, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool,
+    memory: Any = None,
+) -> list[Any]:  # fmt: skip
     """A scan over (carry, tangent)."""
     inputs = values[:-1]
     n_inputs = len(body.inputs)
-    floats = [k for k in range(n_carry) if np.dtype(body.avals[body.inputs[k]].dtype).kind == "f"]
+    floats = _float_carries(body, n_carry)
     moving = [k for k in range(n_carry, len(inputs)) if tangents[k] is not None]
     program, n_moving = _derived(
         body, ("tangent", n_carry, n_ys, tuple(moving)), lambda: _tangent_body(body, n_carry, n_ys, floats, moving)
@@ -240,16 +335,26 @@ scan_primitive: Primitive = Primitive(
 
 
 def bind_scan(
-    body: Program, operands: Sequence[Tensor], n_carry: int, n_ys: int, length: int, reverse: bool
-) -> tuple[Tensor, ...]:
-    """Run a scan, keeping residuals where somebody may ask for gradients."""
+    body: Program, operands: Sequence[Tensor], n_carry: int, n_ys: int, length: int, reverse: bool,
+    memory: int | float | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Run a scan, keeping residuals (within ``memory``) where somebody may ask for gradients."""
     params: dict[str, Any] = {"body": body, "n_carry": n_carry, "n_ys": n_ys, "length": length, "reverse": reverse}
     current = state()
-    needs = current.enabled and current.trace is None and (current.tapes or any(t.requires_grad for t in operands))
+    needs = current.enabled and current.trace is None
+    if needs and not current.tapes:
+        needs = True in [t._rg for t in operands]
     if not needs:
+        if memory is not None and current.trace is not None:
+            params["memory"] = memory  # part of what is recorded
         return scan_primitive.bind(tuple(operands), params)
-    linked = tuple(t.dtype.kind == "f" and (t.requires_grad or bool(current.tapes)) for t in operands[n_carry:])
-    kept = Residuals(_float_outputs(body, n_carry), linked)
+    every = bool(current.tapes)
+    linked = tuple([(t._rg or every) and t.dtype.kind == "f" for t in operands[n_carry:]])
+    kept = Residuals(_site(body, n_carry, n_ys, length, reverse, linked))
+    if memory is not None:
+        from tinygrad_lstm.ops.segments import segmented
+
+        kept.segments = segmented(body, n_carry, n_ys, length, reverse, kept.present, linked, memory)
     outs = scan_primitive.bind(tuple(operands), {**params, "keep": kept})
     node: Any = outs[0]._node
     if node is not None:
@@ -257,13 +362,38 @@ def bind_scan(
         record = node.record
         record.params = params
         record.saved = (*record.saved[:-1], kept)
-        # An output may be a residual too: then a write to it must be noticed.
-        residuals = {id(array) for array in kept.arrays.values()}
+        # An output may share its memory with a residual: then a write to it must be noticed.
+        residuals = {id(_owner(array)) for array in kept.arrays.values()}
         for out in outs:
-            if id(out._data) in residuals:
+            if id(_owner(out._data)) in residuals:
                 out._used = True
                 watch_output(record, out._store(), always=True)
     return outs
+
+
+def _site(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]) -> Site:
+    key = ("site", n_carry, n_ys, length, reverse, wanted)
+    return _derived(body, key, lambda: Site(body, n_carry, n_ys, length, reverse, wanted))
+
+
+def _owner(array: np.ndarray) -> Any:
+    """The object that holds the memory of an array."""
+    return array if array.base is None else array.base
+
+
+def _apart(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Copies of those arrays that share their memory with an earlier one."""
+    owners: set[int] = set()
+    result = []
+    for array in arrays:
+        owner = id(_owner(array))
+        result.append(array.copy() if owner in owners else array)
+        owners.add(owner)
+    return result
+
+
+def _float_carries(body: Program, n_carry: int) -> list[int]:
+    return [k for k in range(n_carry) if np.dtype(body.avals[body.inputs[k]].dtype).kind == "f"]
 
 
 def _float_outputs(body: Program, n_carry: int) -> tuple[bool, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, TraceError
 from tinygrad_lstm.ops.elementwise import multiply
+from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -35,18 +37,31 @@ def dropout(x: Any, p: float, generator: Generator | None = None, training: bool
     x = asarray(x)
     if not training or p == 0.0:
         return x
-    if state().trace is not None:
+    return multiply(x, dropout_mask(x.shape, p, x.dtype, generator))
+
+
+def drawn(make: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: Any) -> Tensor:
+    """What ``make()`` draws; in a function that is being recorded, a value that is drawn anew at every call."""
+    recorder = state().trace
+    if recorder is None:
+        return Tensor(make())
+    draw = getattr(recorder, "draw", None)
+    if draw is None:
         raise TraceError(
             "dropout draws numbers, which a recorded body would draw only once; draw the masks before the loop"
         )
-    return multiply(x, dropout_mask(x.shape, p, x.dtype, generator))
+    return draw(Aval(tuple(shape), np.dtype(dtype)), make)
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, dtype: Any, generator: Generator | None = None) -> Tensor:
     """What dropout multiplies by: 0 with probability p, else 1 / (1 - p)."""
-    keep = (generator or default_generator()).keep_mask(p, shape)
-    scale = np.asarray(0.0 if p == 1.0 else 1.0 / (1.0 - p), dtype)
-    return Tensor(np.where(keep, scale, np.zeros((), dtype)) if p < 1.0 else np.zeros(shape, dtype))
+
+    def make() -> np.ndarray:
+        keep = (generator or default_generator()).keep_mask(p, shape)
+        scale = np.asarray(0.0 if p == 1.0 else 1.0 / (1.0 - p), dtype)
+        return np.where(keep, scale, np.zeros((), dtype)) if p < 1.0 else np.zeros(shape, dtype)
+
+    return drawn(make, shape, dtype)
 
 
 __all__ = ["dropout"]

@@ -1,0 +1,388 @@
+"""What tg.compile refuses, with the line of the user's code; random numbers; the warning; tg.explain."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinygrad_lstm as tg
+from tinygrad_lstm import nn, ops, optim
+from tinygrad_lstm.compiler import report
+from tinygrad_lstm.compiler.recording import CompileWarning
+from tinygrad_lstm.primitive import Aval
+from tinygrad_lstm.tape import state
+
+X = np.float32([0.5, 1.5])
+LIST: list[Any] = []
+DICT: dict[str, Any] = {}
+TOTAL: Any = 0.0
+
+
+def line_of(f: Callable[..., Any], mark: str = "# here") -> str:
+    """``file:line`` of the line of a function that carries the mark."""
+    code = f.__code__
+    with open(code.co_filename, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    for number in range(code.co_firstlineno, len(lines) + 1):
+        if mark in lines[number - 1]:
+            return f"{code.co_filename}:{number}"
+    raise AssertionError("no such line")
+
+
+def refused(f: Callable[..., Any], *args: Any, where: Any = None) -> str:
+    """The message of the TraceError at the first call, which must name the marked line; no state is left behind."""
+    before = state()
+    with pytest.raises(tg.TraceError) as caught:
+        tg.compile(f)(*args)
+    message = str(caught.value)
+    expected = line_of(where or f)
+    assert expected in message, f"{expected} is not in: {message}"
+    assert state() is before
+    return message
+
+
+# ---------------------------------------------------------------------------- values
+
+
+def asks_if(x: Any) -> Any:
+    y = x * 2.0
+    if y[0] > 0.0:  # here
+        return y
+    return -y
+
+
+def asks_float(x: Any) -> Any:
+    y = ops.sum(x)
+    return x * float(y)  # here
+
+
+def asks_item(x: Any) -> Any:
+    return x / ops.max(x).item()  # here
+
+
+def asks_array(x: Any) -> Any:
+    y = x + 1.0
+    return np.asarray(y) * 2.0  # here
+
+
+def asks_numpy(x: Any) -> Any:
+    return x + (x * 2.0).numpy()  # here
+
+
+def asks_mask(x: Any) -> Any:
+    return ops.sum(x[x > 1.0])  # here
+
+
+def helper_that_asks(x: Any) -> Any:
+    return bool(ops.sum(x) > 0.0)  # here
+
+
+def asks_in_helper(x: Any) -> Any:
+    return x if helper_that_asks(x) else -x
+
+
+def asks_in_scan(x: Any) -> Any:
+    def body(h: Any, t: Any) -> Any:
+        return (h + t if t > 0.0 else h), None  # here
+
+    return ops.scan(body, x[0], x)[0]
+
+
+@pytest.mark.parametrize("f", [asks_if, asks_float, asks_item, asks_array, asks_numpy, asks_mask, asks_in_scan])
+def test_values(f: Any) -> None:
+    assert f.__name__ in refused(f, X)
+    f(tg.tensor(X))  # the plain function takes it
+
+
+def test_values_asked_for_in_another_function() -> None:
+    refused(asks_in_helper, X, where=helper_that_asks)
+
+
+# ---------------------------------------------------------------------------- gradients and steps
+
+
+def test_backward() -> None:
+    model = nn.Linear(2, 1)
+
+    def of_a_parameter(x: Any) -> Any:
+        loss = ops.sum(model(x))
+        loss.backward()  # here
+        return loss
+
+    assert "value_and_grad" in refused(of_a_parameter, X)
+
+    def of_an_argument(x: Any) -> Any:
+        loss = ops.sum(x)
+        loss.backward()  # here
+        return loss
+
+    assert "backward" in refused(of_an_argument, tg.tensor(X, requires_grad=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_step() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = optim.SGD(model, lr=0.5)
+    for p in model.parameters():
+        p.grad = np.ones(p.shape, np.float32)
+
+    def f(x: Any) -> Any:
+        y = model(x)
+        optimizer.step()  # here
+        return y
+
+    refused(f, X)
+
+
+def test_setting_a_gradient_or_data() -> None:
+    model = nn.Linear(2, 1)
+
+    def gradient(x: Any) -> Any:
+        slope = tg.grad(lambda m: ops.sum(m(x)))(model)
+        model.weight.grad = slope["weight"]  # here
+        return slope
+
+    def values(x: Any) -> Any:
+        model.bias.data = model(x)  # here
+        return x * 2.0
+
+    def numbers(x: Any) -> Any:
+        model.bias.data = np.zeros(1, np.float32)  # here
+        return model(x) * 2.0
+
+    refused(gradient, X)
+    refused(values, X)
+    assert "update parameters outside" in refused(numbers, X)
+
+
+# ---------------------------------------------------------------------------- writing to what is outside
+
+
+def appends(x: Any) -> Any:
+    y = x * 2.0
+    LIST.append(y)  # here
+    return y + 1.0
+
+
+def appends_number(x: Any) -> Any:
+    LIST.append(3)  # here
+    return x + 1.0
+
+
+def sets_item(x: Any) -> Any:
+    y = x * 2.0
+    DICT["y"] = y  # here
+    return y
+
+
+def sets_global(x: Any) -> Any:
+    global TOTAL
+    TOTAL = TOTAL + ops.sum(x)  # here
+    return x * 2.0
+
+
+def in_a_helper(x: Any) -> Any:
+    appends(x)
+    return x
+
+
+@pytest.mark.parametrize("f", [appends, appends_number, sets_item, sets_global])
+def test_writing_outside(f: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LIST", []), ("DICT", {}), ("TOTAL", 0.0)):
+        monkeypatch.setitem(globals(), name, value)
+    assert "return" in refused(f, X)
+
+
+def test_writing_outside_in_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "LIST", [])
+    refused(in_a_helper, X, where=appends)
+
+
+def test_setting_an_attribute() -> None:
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter([1.0, 2.0])
+            self.last = None
+            self.calls = 0
+
+    def keeps(model: Any, x: Any) -> Any:
+        y = model.w * x
+        model.last = y  # here
+        return y * 2.0
+
+    def counts(model: Any, x: Any) -> Any:
+        model.calls += 1  # here
+        return model.w * x
+
+    class Plain:
+        last: Any = None
+
+        def __call__(self, x: Any) -> Any:
+            y = x * 2.0
+            self.last = y  # here
+            return y
+
+    refused(keeps, Stateful(), X)
+    refused(counts, Stateful(), X)
+    refused(Plain(), X, where=Plain.__call__)
+
+
+def test_a_tensor_that_escapes_to_where_nobody_looks() -> None:
+    bin_of_tensors: Any = threading.local()
+
+    def f(x: Any) -> Any:
+        y = x * 2.0
+        bin_of_tensors.y = y
+        return y + 1.0
+
+    with pytest.raises(tg.TraceError, match=r"shape \(2,\) that f computes was stored outside"):
+        tg.compile(f)(X)
+
+
+def test_reference_cycles_are_no_escape() -> None:
+    def f(x: Any) -> Any:
+        cycle: list[Any] = [x * 2.0]
+        cycle.append(cycle)
+        return cycle[0] + 1.0
+
+    assert tg.compile(f)(X).tolist() == [2.0, 4.0]
+
+
+def test_lists_of_its_own_are_fine() -> None:
+    def f(x: Any) -> Any:
+        rows, table = [], {}
+        for k in range(3):
+            rows.append(x * k)
+            table[k] = rows[-1]
+        return ops.stack([*rows, table[2]])
+
+    assert tg.compile(f)(X).shape == (4, 2)
+
+
+def test_errors_of_operations_are_the_plain_ones_with_the_line() -> None:
+    def f(x: Any) -> Any:
+        return x @ np.ones((3, 2), np.float32)
+
+    with pytest.raises(tg.ShapeError, match="matmul"):
+        tg.compile(f)(X)
+    fast = tg.compile(lambda table, index: ops.take(table, index))
+    with pytest.raises(tg.OutOfRangeError, match="index 7"):
+        fast(X, np.array([7]))
+    assert fast(X, np.array([1])).tolist() == [1.5]
+
+
+def test_a_function_that_raises_leaves_nothing_behind() -> None:
+    model = nn.Linear(2, 1)
+
+    def f(model: Any, x: Any) -> Any:
+        raise KeyError("mine")
+
+    fast = tg.compile(tg.grad(f))
+    for _ in range(2):
+        with pytest.raises(KeyError, match="mine"):
+            fast(model, X)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    assert fast.__wrapped__ is not None and repr(fast).endswith("0 signatures>")
+
+
+# ---------------------------------------------------------------------------- random numbers
+
+
+def test_drawing_outside_of_ops_is_refused_before_anything_is_drawn() -> None:
+    generator = tg.Generator(3)
+    before = generator.get_state()
+
+    def f(x: Any) -> Any:
+        return x * generator.uniform(size=2)  # here
+
+    refused(f, X)
+    assert generator.get_state() == before
+
+
+def test_what_the_recording_draws_is_drawn_anew_at_each_call() -> None:
+    generator = tg.Generator(3)
+
+    def noise(shape: tuple[int, ...]) -> Any:
+        recorder = state().trace
+        if recorder is None:
+            return tg.asarray(generator.normal(size=shape))
+        return recorder.draw(Aval(shape, np.dtype(np.float64)), lambda: generator.normal(size=shape))
+
+    def f(x: Any) -> Any:
+        return x * noise((2,)) + noise((1,))
+
+    fast = tg.compile(f)
+    start = generator.get_state()
+    expected = [f(X).tolist() for _ in range(4)]
+    generator.set_state(start)
+    assert [fast(X).tolist() for _ in range(4)] == expected
+    # The backward pass sees the numbers of its own forward pass.
+    for _ in range(2):
+        x = tg.tensor(X.astype(np.float64), requires_grad=True)
+        at = generator.get_state()
+        out = fast(x)
+        fast(x)
+        ops.sum(out).backward()
+        generator.set_state(at)
+        assert x.grad.tolist() == generator.normal(size=2).tolist()
+
+
+# ---------------------------------------------------------------------------- the warning, and explain
+
+
+def test_an_unrolled_loop_is_warned_about() -> None:
+    def unrolled(x: Any) -> Any:
+        for _ in range(1001):
+            x = x * 1.5 - x
+        return x
+
+    fast = tg.compile(unrolled)
+    with pytest.warns(CompileWarning, match=r"2002 operations.*ops\.scan") as caught:
+        fast(X)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(X)
+
+
+def test_explain_shows_the_last_compiled_call_of_this_thread() -> None:
+    first, second = tg.compile(lambda x: ops.tanh(x) * 2.0), tg.compile(lambda x: ops.exp(-x))
+    first(X)
+    second(X)
+    assert tg.explain().fused == ("negative, exp -> float32[2]",)
+    first(X)
+    assert tg.explain().fused == first.explain().fused == ("tanh, multiply -> float32[2]",)
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.append(tg.explain()))
+    thread.start()
+    thread.join()
+    assert "nothing was compiled yet" in seen[0].title
+
+
+def test_reports_are_made_when_somebody_looks() -> None:
+    made: list[int] = []
+
+    def source() -> report.Report:
+        made.append(1)
+        return report.Report("a call", notes=["done"], parts=[report.Report("inside", fused=["a, b"])])
+
+    report.publish(source)
+    assert not made
+    assert str(tg.explain()) == "a call\n  notes\n    done\n  inside\n    fused\n      a, b"
+    assert tg.explain() is tg.explain() and len(made) == 1
+    with report.collected() as parts:
+        report.publish(source)
+    assert parts == [source] and tg.explain().title == "a call"
+    with pytest.raises(AttributeError):
+        tg.explain().title = "other"  # type: ignore[misc]
+
+
+def test_the_report_of_a_body_that_needs_values() -> None:
+    text = str(report.stepwise(tg.TraceError("the value of a tensor is needed (model.py:3)"), 7))
+    assert "scan of 7 steps: not compiled" in text and "model.py:3" in text

@@ -1,0 +1,186 @@
+"""The text of a compiled loop: a module with one function (table, part), which Numba compiles.
+
+Neither the number of steps nor the number of rows occurs in it (unless the rows mix), so another length of
+sequence or batch finds the same machine code.
+"""
+
+from __future__ import annotations
+
+from tinygrad_lstm.compiler.lowering import Lowered
+from tinygrad_lstm.compiler.stages import Product, Writer, grouped
+
+__all__ = ["FIELDS", "generate", "roots_of", "scratch_bytes"]
+
+# The head of the table: what every part of a launch reads.
+FIELDS = ("rows", "chunk", "start", "stop", "steps", "reverse", "scratch", "scratch_size", "g_float32", "g_float64",
+          "h_float32", "h_float64", "pack_float32", "pack_float64")  # fmt: skip
+
+
+def roots_of(lowered: Lowered) -> list[str]:
+    """The buffers that the operations name, in the order of the table; scratch is not among them."""
+    names: set[str] = set()
+    for operation in lowered.operations:
+        for view in (*operation.reads(), *operation.writes()):
+            names.add(view.root.name)
+    # The rows of a carry before and after the step are one buffer.
+    return sorted({name.replace("o", "i") for name in names if not name.startswith("t")})
+
+
+def generate(lowered: Lowered, split: bool, title: str) -> str:
+    """The module's text."""
+    writer = Writer()
+    roots = roots_of(lowered)
+    used = {v.root.name for op in lowered.operations for v in (*op.reads(), *op.writes())}
+    for k, name in enumerate(FIELDS):
+        writer.line(f"{name} = load64(table + {8 * k})")
+    base = len(FIELDS)
+    for k, name in enumerate(roots):
+        _locate(writer, name, 8 * (base + k), lowered, split)
+    base += len(roots)
+    for k in range(len(lowered.packs)):
+        writer.line(f"p{k} = load64(table + {8 * (base + k)})")
+    writer.line("r0 = part * chunk")
+    writer.line("r1 = min(rows, r0 + chunk)")
+    crossing = _crossing(lowered)
+    _scratch(lowered, used, crossing, writer)
+    writer.line("for step in range(start, stop):")
+    writer.indent += 1
+    for name in roots:
+        if name[0] == "i":
+            kept = lowered.kept[int(name[1:])]
+            if kept:
+                writer.line(f"b_{name} = a_{name} + step * s_{name}")
+                writer.line(f"b_o{name[1:]} = b_{name} + s_{name}")
+            else:
+                writer.line(f"b_{name} = a_{name} + (step & 1) * s_{name}")
+                writer.line(f"b_o{name[1:]} = a_{name} + (1 - (step & 1)) * s_{name}")
+            writer.line(f"r_o{name[1:]} = r_{name}")
+        elif name[0] in "xy":
+            writer.line(f"b_{name} = a_{name} + step * s_{name}")
+        else:
+            writer.line(f"b_{name} = a_{name}")
+    for in_rows, operations in grouped(lowered.operations):
+        if in_rows:
+            writer.line("for r in range(r0, r1):")
+            writer.indent += 1
+        for operation in operations:
+            operation.emit(writer)
+        if in_rows:
+            writer.indent -= 1
+    if not lowered.operations:
+        writer.line("pass")
+    body = "\n".join("    " + line for line in writer.lines)
+    kernels = "\n".join(f"{name} = {text}" for text, name in writer.kernels.items())
+    described = "".join(f"# {line}\n" for line in title.splitlines())
+    return f'''"""A compiled loop."""
+from numba import cfunc, types
+
+from tinygrad_lstm.kernels.memory import call_address, load32, load64
+from tinygrad_lstm.kernels.rows import copy_row, row_kernel
+
+{described}
+{kernels}
+
+
+@cfunc(types.int64(types.int64, types.int64), nopython=True, cache=True)
+def loop(table, part):
+{body}
+    return 0
+
+
+@cfunc(types.int64(types.int64, types.int64), nopython=True, cache=True)
+def prepare(table, part):
+{_prepare(lowered, roots)}
+    return 0
+'''
+
+
+def _locate(writer: Writer, name: str, offset: int, lowered: Lowered, split: bool) -> None:
+    """Where an array is, and its strides: read from the array object, whose address is in the table.
+
+    Asking Python for the same costs a microsecond an array.
+    """
+    writer.line(f"o_{name} = load64(table + {offset})")
+    writer.line(f"a_{name} = load64(o_{name} + {_HEAD})")
+    writer.line(f"d_{name} = load64(o_{name} + {_HEAD + 16})")
+    writer.line(f"t_{name} = load64(o_{name} + {_HEAD + 24})")
+    kind = name[0]
+    stepped = kind in "xyi"
+    if stepped:
+        writer.line(f"s_{name} = load64(t_{name})")
+        if kind != "i" or lowered.kept[int(name[1:])]:
+            last = "steps" if kind == "i" else "steps - 1"
+            writer.line(f"if reverse != 0:\n        a_{name} += ({last}) * s_{name}\n        s_{name} = -s_{name}")
+    shape = lowered.row_shapes[name][0]
+    rows = split and (kind != "v" or len(shape) > 0)
+    axis = 1 if stepped else 0
+    if not rows:
+        writer.line(f"r_{name} = 0")
+    elif kind == "v":
+        writer.line(f"r_{name} = load64(t_{name}) if load64(d_{name}) > 1 else 0")
+    else:
+        writer.line(f"r_{name} = load64(t_{name} + {8 * axis})")
+
+
+_HEAD = object.__basicsize__  # data, ndim, dimensions, strides follow the object header (see kernels/layout.py)
+
+
+def _prepare(lowered: Lowered, roots: list[str]) -> str:
+    """Packs every invariant matrix."""
+    writer = Writer()
+    writer.indent = 1
+    base = len(FIELDS)
+    writer.line("pass")
+    for k, pack in enumerate(lowered.packs):
+        name = f"v{pack.invariant}"
+        writer.line(f"o = load64(table + {8 * (base + len(roots) + len(lowered.packs) + k)})")
+        writer.line(f"t = load64(o + {_HEAD + 24})")
+        row, column = ("load64(t)", "load64(t + 8)") if pack.shape == lowered.row_shapes[name][0] else map(str, pack.strides)
+        field = 8 * FIELDS.index(f"pack_{pack.dtype}")
+        writer.line(
+            f"call_address(load64(table + {field}), {pack.shape[0]}, {pack.shape[1]}, load64(o + {_HEAD}) + {pack.offset}, "
+            f"{row}, {column}, load64(table + {8 * (base + len(roots) + k)}))"
+        )
+    return "\n".join(writer.lines)
+
+
+def _crossing(lowered: Lowered) -> set[str]:
+    """Scratch that lives longer than one loop over rows."""
+    where: dict[str, set[int]] = {}
+    for k, (_, operations) in enumerate(grouped(lowered.operations)):
+        for operation in operations:
+            for view in (*operation.reads(), *operation.writes()):
+                if view.root.kind == "t":
+                    where.setdefault(view.root.name, set()).add(k)
+    products = {
+        v.root.name for op in lowered.operations if isinstance(op, Product) for v in (*op.reads(), *op.writes())
+    }
+    return {name for name, runs in where.items() if len(runs) > 1 or name in products}
+
+
+def _scratch(lowered: Lowered, used: set[str], crossing: set[str], writer: Writer) -> None:
+    """Addresses of scratch: buffers of one row first, then those with a row for every row of the part."""
+    offset = 0
+    for k, nbytes in enumerate(lowered.scratch):
+        if f"t{k}" in used and f"t{k}" not in crossing:
+            writer.line(f"b_t{k} = scratch + part * scratch_size + {offset}")
+            writer.line(f"r_t{k} = 0")
+            offset += nbytes
+    per_row = 0
+    for k, nbytes in enumerate(lowered.scratch):
+        if f"t{k}" in crossing:
+            # Address of row 0 of the batch, as for every other buffer: rows of the part start at r0.
+            writer.line(f"b_t{k} = scratch + part * scratch_size + {offset} + {per_row} * chunk - r0 * {nbytes}")
+            writer.line(f"r_t{k} = {nbytes}")
+            per_row += nbytes
+
+
+def scratch_bytes(lowered: Lowered, chunk: int) -> int:
+    """Bytes of scratch of one part with so many rows."""
+    crossing = _crossing(lowered)
+    used = {v.root.name for op in lowered.operations for v in (*op.reads(), *op.writes())}
+    total = 0
+    for k, nbytes in enumerate(lowered.scratch):
+        if f"t{k}" in used:
+            total += nbytes * (chunk if f"t{k}" in crossing else 1)
+    return -(-max(total, 64) // 4096) * 4096

@@ -1,0 +1,220 @@
+"""What a function can reach besides its arguments: closed-over values, globals it names, modules and what is in them.
+
+A compiled function is recorded once, so whatever it read while it was recorded must be the same at the next call,
+or be read again.  A :class:`Reach` looks through an object and gives
+
+* a *key*: equal keys mean that recording again would give the same program.  Tensors count by shape and dtype (and
+  by which of them are the same object), numbers and strings by value, modules by what is in them, everything
+  else by identity;
+* the *places* of all tensors, from which they are read again at every call;
+* a *guard*, a short list of comparisons that tells cheaply that nothing was rebound since.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import weakref
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.primitive import Primitive
+from tinygrad_lstm.random import Generator
+from tinygrad_lstm.tensor import Tensor
+
+__all__ = ["Reach", "is_scalar", "scalar_key"]
+
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
+_MOST = 20_000  # objects looked at: what lies behind is taken as it is
+_FOREIGN = frozenset(sys.stdlib_module_names) | {"numpy", "numba", "scipy", "torch", "jax"}
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a value counts by what it is: a number, a string, None, a slice."""
+    return isinstance(value, _SCALARS)
+
+
+def scalar_key(value: Any) -> Any:
+    """A number or string as a part of a key: 1, 1.0 and True differ, and so do 0.0 and -0.0; NaN equals itself."""
+    return value.__class__, repr(value) if isinstance(value, (float, complex, slice, np.generic)) else value
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The globals that a function names, also in functions and comprehensions inside of it."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names.update(_global_names(constant))
+    return tuple(sorted(names))
+
+
+class _Cell:
+    """A closure cell read like a dict with one entry."""
+
+    __slots__ = ("cell",)
+
+    def __init__(self, cell: CellType) -> None:
+        self.cell = cell
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.cell.cell_contents
+
+
+class Reach:
+    """What can be reached from one object.
+
+    Attributes
+    ----------
+    key : tuple
+        Hashable; see the module.
+    tensors : list of (holder, place)
+        One for every tensor that was found, in a fixed order: ``holder[place]`` is the tensor now.
+    modules : list of weak references
+        The modules that stand in no other module: those that a gradient may swap variables into.
+    number : int
+        Set by whoever keeps reaches: equal numbers, equal keys.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.tensors: list[tuple[Any, Any]] = []
+        self.modules: list[Any] = []
+        self._inside = 0  # how many modules we are in
+        self.number = -1
+        self.number_of: dict[int, int] = {}  # index into tensors, by the tensor's id at the time of looking
+        self._seen: dict[int, int] = {}
+        self._key: list[Any] = []
+        self._identities: list[tuple[Any, Any, Any]] = []  # holder, place, object
+        self._modules: list[tuple[dict[str, Any], int, Any]] = []  # attributes, version, training
+        self._lengths: list[tuple[Any, int]] = []
+        self._keep: list[Any] = []  # what counts by identity: nothing else may get its id
+        self._visit(root, None, None)
+        self.key = tuple(self._key)
+        del self._key
+
+    def unchanged(self) -> bool:
+        """Whether every place still holds the object that was found there.  False only means: look again."""
+        for attributes, version, training in self._modules:
+            if attributes.get("_version") != version or attributes.get("training") is not training:
+                return False
+        for container, length in self._lengths:
+            if len(container) != length:
+                return False
+        try:
+            for holder, place, found in self._identities:
+                if holder[place] is not found:
+                    return False
+        except (LookupError, ValueError):  # ValueError: a cell that was emptied
+            return False
+        return True
+
+    # ------------------------------------------------------------------ looking
+
+    def _visit(self, value: Any, holder: Any, place: Any) -> None:
+        key = self._key
+        if isinstance(value, _SCALARS):
+            key.append(scalar_key(value))
+            return
+        known = self._seen.get(id(value))
+        if known is not None:
+            key.append(("again", known))
+            return
+        number = self._seen[id(value)] = len(self._seen)
+        if isinstance(value, Tensor):
+            key.append(("tensor", value.shape, value.dtype))
+            self.number_of[id(value)] = len(self.tensors)
+            self.tensors.append((holder, place))
+        elif hasattr(value, "__tree_swap__"):
+            self._module(value)
+        elif number > _MOST:
+            self._opaque(value)
+        elif isinstance(value, tuple):
+            key.append((type(value), len(value)))
+            for k, item in enumerate(value):
+                self._visit(item, value, k)
+        elif isinstance(value, list):
+            key.append((type(value), len(value)))
+            self._container(value, list(enumerate(value)))
+        elif isinstance(value, dict):
+            key.append((type(value), tuple(scalar_key(k) if isinstance(k, _SCALARS) else id(k) for k in value)))
+            self._container(value, list(value.items()))
+        elif isinstance(value, FunctionType):
+            self._function(value)
+        elif isinstance(value, MethodType):
+            key.append("method")
+            self._visit(value.__func__, None, None)
+            self._visit(value.__self__, None, None)
+            self._keep.append(value)
+        elif isinstance(value, functools.partial):
+            key.append("partial")
+            for part in (value.func, value.args, value.keywords):
+                self._visit(part, None, None)
+        elif hasattr(value, "__compiled_function__"):
+            self._visit(value.__wrapped__, None, None)
+        elif _is_plain_object(value):
+            key.append((type(value), tuple(vars(value))))
+            self._keep.append(type(value))
+            self._container(vars(value), list(vars(value).items()))
+        else:
+            self._opaque(value)
+
+    def _opaque(self, value: Any) -> None:
+        self._key.append(("object", id(value)))
+        self._keep.append(value)
+
+    def _entry(self, holder: Any, place: Any, value: Any) -> None:
+        self._identities.append((holder, place, value))
+        self._visit(value, holder, place)
+
+    def _container(self, container: Any, items: list[tuple[Any, Any]]) -> None:
+        self._lengths.append((container, len(container)))
+        for place, value in items:
+            self._entry(container, place, value)
+
+    def _module(self, module: Any) -> None:
+        attributes = module.__dict__
+        self._key.append((type(module), type(module).forward, module.training))
+        self._keep.append(type(module).forward)
+        if not self._inside:
+            self.modules.append(weakref.ref(module))
+        self._modules.append((attributes, attributes.get("_version"), attributes.get("training")))
+        self._inside += 1
+        for name, value in list(attributes.items()):
+            if name in ("_version", "_label", "training"):
+                continue
+            self._key.append(name)
+            self._visit(value, attributes, name)  # the version tells when an attribute is set
+        self._inside -= 1
+
+    def _function(self, function: FunctionType) -> None:
+        self._key.append(("function", id(function.__code__)))
+        self._keep.append(function.__code__)
+        for cell in function.__closure__ or ():
+            held = _Cell(cell)
+            try:
+                value = held[0]
+            except ValueError:
+                self._key.append("empty cell")
+                continue
+            self._entry(held, 0, value)
+        for default in (function.__defaults__, function.__kwdefaults__):
+            self._visit(default, None, None)
+        names = function.__globals__
+        home = str(names.get("__name__", "")).partition(".")[0]
+        if home in _FOREIGN or home == __name__.partition(".")[0]:
+            return  # not the user's: its globals are its own business
+        for name in _global_names(function.__code__):
+            if name in names:
+                self._key.append(name)
+                self._entry(names, name, names[name])
+
+
+def _is_plain_object(value: Any) -> bool:
+    """An instance of a class that the user wrote in Python; its attributes are looked at."""
+    if isinstance(value, (type, Primitive, Generator)) or not hasattr(value, "__dict__"):
+        return False
+    home = type(value).__module__.partition(".")[0]
+    return home not in _FOREIGN and home != __name__.partition(".")[0]

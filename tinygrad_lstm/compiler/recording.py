@@ -1,0 +1,251 @@
+"""One recording of a function for tg.compile: its program, its captures and their places, and its purity."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tinygrad_lstm.compiler import report as _report
+from tinygrad_lstm.compiler.blame import explained, line_where, user_line
+from tinygrad_lstm.compiler.reach import Reach, is_scalar
+from tinygrad_lstm.compiler.whole import bind_program, executable, optimised
+from tinygrad_lstm.errors import Error, TraceError
+from tinygrad_lstm.primitive import Aval, Primitive
+from tinygrad_lstm.program import Program, lower
+from tinygrad_lstm.random import _WITNESS
+from tinygrad_lstm.tape import recording
+from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.trace import Trace, TracedTensor
+from tinygrad_lstm.tree import TreeDef, flatten, unflatten
+
+__all__ = ["CompileWarning", "Entry", "FunctionTrace", "Recording"]
+
+MANY_RECORDS = 2_000
+
+
+class CompileWarning(UserWarning):
+    """A function was compiled that is better written another way."""
+
+
+class _NoDraws(dict):
+    """Stands where draws from generators are witnessed: the first one is an error, before it happens."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TraceError(
+            f"random numbers were drawn while {self.name} was recorded ({user_line()}); every later call would see the "
+            "same ones: draw them before the call and pass them as an argument, or use ops.dropout"
+        )
+
+
+class FunctionTrace(Trace):
+    """A recording of a whole function: also knows what was made, and what is to be drawn anew at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Any] = []  # weak: what is alive when the recording is over has escaped
+        self.draws: list[tuple[Callable[[], Any], TracedTensor]] = []
+
+    def new(self, aval: Aval, requires_grad: bool = False) -> TracedTensor:
+        """A fresh input of the program."""
+        tensor = super().new(aval, requires_grad)
+        self.made.append(weakref.ref(tensor))
+        return tensor
+
+    def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
+        """Record an application without running it."""
+        outs = super().bind(prim, args, params)
+        self.made.extend(weakref.ref(out) for out in (outs if isinstance(outs, tuple) else (outs,)))
+        return outs
+
+    def draw(self, aval: Aval, make: Callable[[], Any]) -> TracedTensor:
+        """An input that ``make()`` (an array of the aval's shape and dtype) gives anew at every call, in this order."""
+        tensor = self.new(aval)
+        self.draws.append((make, tensor))
+        return tensor
+
+
+class Entry:
+    """One recorded signature."""
+
+    def __init__(
+        self, name: str, program: Program, n_recorded: int, draws: Sequence[Callable[[], Any]], captures: Sequence[Any],
+        outs: Sequence[tuple[str, Any]], out_tree: TreeDef,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.program = program  # inputs: arguments, draws, captures
+        self.n_recorded = n_recorded
+        self.draws = tuple(draws)
+        self.captures = tuple(captures)  # a Tensor, or (which reach, which of its tensors)
+        self.capture_avals = [program.avals[s] for s in program.inputs[len(program.inputs) - len(captures) :]]
+        self.outs = tuple(outs)  # ("value", which result), ("same", which operand) or ("static", anything)
+        self.out_tree = out_tree
+        self.parts: list[Any] | None = None  # what the scans inside published at the first call
+
+    def captured(self, reaches: Sequence[Reach]) -> list[Tensor] | None:
+        """The captured tensors as they are now; None where one is not what was recorded."""
+        found = []
+        for source, aval in zip(self.captures, self.capture_avals, strict=True):
+            if source.__class__ is tuple:
+                holder, place = reaches[source[0]].tensors[source[1]]
+                source = holder[place]
+                if source.__class__ is TracedTensor:
+                    return None  # another thread is recording with this module
+                data = source._data
+                if data.shape != aval.shape or data.dtype != aval.dtype:
+                    return None
+            found.append(source)
+        return found
+
+    def run(self, tensors: list[Tensor], captured: list[Tensor]) -> Any:
+        operands = [*tensors, *(asarray(make()) for make in self.draws), *captured]
+        if self.parts is None:
+            with _report.collected() as parts:
+                results = bind_program(self.program, operands)
+            self.parts = parts
+        else:
+            results = bind_program(self.program, operands)
+        _report.publish(self.report)
+        leaves = [
+            results[what] if kind == "value" else operands[what] if kind == "same" else what for kind, what in self.outs
+        ]
+        return unflatten(self.out_tree, leaves)
+
+    def report(self) -> _report.Report:
+        made = executable(self.program)
+        return _report.program_report(self.name, self.n_recorded, self.program, made.program, self.parts or [])
+
+
+class Recording:
+    """One recording of a function, and the checks that it was pure."""
+
+    def __init__(self, name: str, f: Any, leaves: list[Any], treedef: TreeDef | int, reaches: list[Reach]) -> None:
+        self.name = name
+        self.f = f
+        self.leaves = leaves
+        self.treedef = treedef  # of (args, kwargs), or how many positional arguments that are leaves
+        self.reaches = reaches
+
+    def _call(self, recorder: FunctionTrace) -> tuple[list[TracedTensor], Any]:
+        inputs: list[TracedTensor] = []
+
+        def stand_in(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            inputs.append(recorder.new(Aval(leaf.shape, leaf.dtype)))
+            return inputs[-1]
+
+        stand_ins = [stand_in(leaf) for leaf in self.leaves]
+        args, kwargs = (stand_ins, {}) if isinstance(self.treedef, int) else unflatten(self.treedef, stand_ins)
+        token = _WITNESS.set(_NoDraws(self.name))
+        try:
+            with recording(enabled=True, tapes=(), names=None, trace=recorder):
+                return inputs, self.f(*args, **kwargs)
+        finally:
+            _WITNESS.reset(token)
+
+    def entry(self) -> Entry:
+        """Record the function; raises TraceError where it is not pure."""
+        recorder = FunctionTrace()
+        versions = [(t, t.version) for t in self._reached()]
+        try:
+            made = self._lowered(recorder)
+        except Error as error:
+            raise explained(error, self.name) from None
+        finally:
+            recorder.close()
+            recorder.draws = []
+        if not all(reach.unchanged() for reach in self.reaches):
+            raise TraceError(
+                f"{self.name} changes something outside of itself ({self._culprit()}): an attribute, a list, a dict or "
+                "a global; a compiled function runs only once as Python, so return the value instead"
+            )
+        if any(t.version != version for t, version in versions):
+            raise TraceError(
+                f"{self.name} changes the value of a parameter or of a tensor that it closes over ({self._culprit()}); "
+                "update parameters outside of the compiled function"
+            )
+        self._check_escapes(recorder)
+        if made.n_recorded > MANY_RECORDS:
+            warnings.warn(
+                f"{self.name}: {made.n_recorded} operations were recorded; a Python loop over time is unrolled, so "
+                "write it with ops.scan (or a recurrent layer), which records one step",
+                CompileWarning,
+                stacklevel=3,
+            )
+        return made
+
+    def _reached(self) -> list[Tensor]:
+        return [holder[place] for reach in self.reaches for holder, place in reach.tensors]
+
+    def _lowered(self, recorder: FunctionTrace) -> Entry:
+        inputs, result = self._call(recorder)
+        draws = [tensor for _, tensor in recorder.draws]
+        leaves, out_tree = flatten(result, open_modules=False)
+        values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        program, captures = lower(recorder.entries, [*inputs, *draws], values)
+        n_recorded = len(program)
+        operands = (*program.inputs, *program.captures)
+        results: list[Any] = []
+        outs: list[tuple[str, Any]] = []
+        slots = iter(program.outputs)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                outs.append(("static", leaf))
+                continue
+            slot = next(slots)
+            if slot in operands:  # as in a plain call: the very tensor that was given
+                outs.append(("same", operands.index(slot)))
+            else:
+                outs.append(("value", len(results)))
+                results.append(slot)
+        program = program.replaced(inputs=operands, captures=(), outputs=tuple(results))
+        return Entry(
+            self.name, optimised(program), n_recorded, [make for make, _ in recorder.draws],
+            [self._source(t) for t in captures], outs, out_tree,
+        )  # fmt: skip
+
+    def _source(self, tensor: Tensor) -> Any:
+        """Where a captured tensor is found again; the tensor itself where no place of it is known."""
+        for which, reach in enumerate(self.reaches):
+            number = reach.number_of.get(id(tensor))
+            if number is not None:
+                return which, number
+        return tensor
+
+    # ------------------------------------------------------------------ purity
+
+    def _check_escapes(self, recorder: FunctionTrace) -> None:
+        if not any(reference() is not None for reference in recorder.made):
+            return
+        gc.collect()  # a cycle in the function's own objects is no escape
+        for reference in recorder.made:
+            tensor = reference()
+            if tensor is not None:
+                raise TraceError(
+                    f"a tensor of shape {tensor.shape} that {self.name} computes was stored outside of it "
+                    f"({self._culprit()}); a compiled function runs only once as Python, so return the tensor instead"
+                )
+
+    def _culprit(self) -> str:
+        """``file:line`` of the statement that changes something: found by running the function once more."""
+        before = [Reach(root) for root in self._roots()]
+        tensors = [holder[place] for reach in before for holder, place in reach.tensors]
+        versions = [t.version for t in tensors]
+
+        def happened() -> bool:
+            return not all(r.unchanged() for r in before) or [t.version for t in tensors] != versions
+
+        recorder = FunctionTrace()
+        where = line_where(lambda: self._call(recorder), happened)
+        recorder.close()
+        return where
+
+    def _roots(self) -> list[Any]:
+        return [self.f, *(leaf for leaf in self.leaves if not isinstance(leaf, Tensor) and not is_scalar(leaf))]

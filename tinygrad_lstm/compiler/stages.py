@@ -1,0 +1,356 @@
+"""Operations of a compiled loop on views, and the text of each.
+
+An operation either works on one row (and shares a loop over the rows with its neighbours), or is a matrix
+product over all rows of a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.compiler.views import View
+from tinygrad_lstm.kernels import Expression
+
+__all__ = ["Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer"]
+
+
+class Writer:
+    """Collects the text of a module: kernels by content, and lines."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, str] = {}
+        self.lines: list[str] = []
+        self.indent = 0
+        self._names = 0
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.indent + text)
+
+    def kernel(self, text: str) -> str:
+        """The name of a kernel with this definition."""
+        return self.kernels.setdefault(text, f"k{len(self.kernels)}")
+
+    def fresh(self, prefix: str) -> str:
+        self._names += 1
+        return f"{prefix}{self._names}"
+
+    def address(self, view: View, row: str) -> str:
+        """The address of a view's first element in a row."""
+        parts = [f"b_{view.root.name}"]
+        if view.rowed:
+            parts.append(f"{row} * r_{view.root.name}")
+        if view.offset:
+            parts.append(str(view.offset))
+        return " + ".join(parts)
+
+
+def nested(
+    writer: Writer, shape: Sequence[int], addresses: Sequence[str], strides: Sequence[Sequence[int]],
+    body: Callable[[list[str]], None],
+) -> None:  # fmt: skip
+    """Loops over ``shape``; the body gets every address moved to where the loops are."""
+    indices = []
+    start = writer.indent
+    for n in shape:
+        index = writer.fresh("j")
+        indices.append((index, n))
+        if n != 1:
+            writer.line(f"for {index} in range({n}):")
+            writer.indent += 1
+    moved = []
+    for address, steps in zip(addresses, strides, strict=True):
+        terms = [address]
+        terms += [f"{index} * {step}" for (index, n), step in zip(indices, steps, strict=True) if step and n != 1]
+        moved.append(" + ".join(terms))
+    body(moved)
+    writer.indent = start
+
+
+def collapsed(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], last_fixed: bool = False
+) -> tuple[list[int], list[list[int]]]:
+    """Neighbouring axes that lie one behind the other in every operand, as one axis."""
+    axes = [(n, [s[k] for s in strides]) for k, n in enumerate(shape) if n != 1 or (last_fixed and k == len(shape) - 1)]
+    merged: list[tuple[int, list[int]]] = []
+    for k in range(len(axes) - 1, -1, -1):
+        n, steps = axes[k]
+        may = merged and not (last_fixed and len(merged) == 1)
+        if may and all(step == inner * merged[0][0] for step, inner in zip(steps, merged[0][1], strict=True)):
+            merged[0] = (n * merged[0][0], merged[0][1])
+        else:
+            merged.insert(0, (n, steps))
+    if not merged:
+        merged = [(1, [0] * len(strides))]
+    return [n for n, _ in merged], [[steps[k] for _, steps in merged] for k in range(len(strides))]
+
+
+def _literal(value: Any) -> str:
+    return f'float.fromhex("{value.hex()}")' if isinstance(value, float) else repr(value)
+
+
+@dataclass
+class Operation:
+    """Reads and writes views of one row."""
+
+    def reads(self) -> list[View]:
+        raise NotImplementedError
+
+    def writes(self) -> list[View]:
+        raise NotImplementedError
+
+    def emit(self, writer: Writer) -> None:
+        """The text, inside a loop over rows ``r``."""
+        raise NotImplementedError
+
+
+@dataclass
+class Chain(Operation):
+    """A fused kernel over ``shape``; ``targets`` are (view, index of the output)."""
+
+    expression: Expression
+    shape: tuple[int, ...]
+    inputs: list[View]
+    reductions: tuple[str, ...]
+    targets: list[tuple[View, int]]
+
+    def reads(self) -> list[View]:
+        return self.inputs
+
+    def writes(self) -> list[View]:
+        return [view for view, _ in self.targets]
+
+    def emit(self, writer: Writer) -> None:
+        shape = self.shape or (1,)
+        inputs = [v.broadcast(shape) for v in self.inputs]
+        outputs = []
+        for view, k in self.targets:
+            whole = (*shape[:-1], 1) if self.reductions[k] else shape
+            found = view.reshaped(whole)
+            assert found is not None, (view, whole)
+            outputs.append(found)
+        folded = any(self.reductions)
+        views = [*inputs, *outputs]
+        lengths, strides = collapsed(shape, [v.strides for v in views], last_fixed=folded)
+        columns = lengths[-1]
+        along = tuple(s[-1] != 0 for s in strides[: len(inputs)])
+        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {_literal(n.param)})" for n in self.expression.nodes)
+        dtypes = tuple(v.dtype.name for v in inputs)
+        places = tuple(k for _, k in self.targets)
+        name = writer.kernel(
+            f"row_kernel({self.expression.n_inputs}, ({nodes},), {self.expression.outputs!r}, {dtypes!r}, "
+            f"{along!r}, {self.reductions!r}, {places!r}, {columns})"
+        )
+        addresses = [writer.address(v, "r") for v in views]
+        nested(
+            writer, lengths[:-1], addresses, [s[:-1] for s in strides],
+            lambda moved: writer.line(f"{name}({', '.join(moved)})"),
+        )  # fmt: skip
+
+
+@dataclass
+class Copy(Operation):
+    """The elements of one view to another of the same shape."""
+
+    source: View
+    target: View
+
+    def reads(self) -> list[View]:
+        return [self.source]
+
+    def writes(self) -> list[View]:
+        return [self.target]
+
+    def emit(self, writer: Writer) -> None:
+        source, itemsize = self.source.broadcast(self.target.shape), self.target.dtype.itemsize
+        lengths, strides = collapsed(self.target.shape, [source.strides, self.target.strides])
+        nbytes = itemsize
+        if strides[0][-1] == itemsize == strides[1][-1]:
+            nbytes = itemsize * lengths.pop()
+            strides = [s[:-1] for s in strides]
+        name = writer.kernel(f"copy_row({nbytes})")
+        addresses = [writer.address(v, "r") for v in (source, self.target)]
+        nested(writer, lengths, addresses, strides, lambda moved: writer.line(f"{name}({', '.join(moved)})"))
+
+
+@dataclass
+class Fold(Operation):
+    """A sum or extremum along one axis that is not the last."""
+
+    kind: str
+    axis: int  # from the front, within a row
+    source: View
+    target: View  # with length 1 there
+    combine: Expression = field(repr=False)
+
+    def reads(self) -> list[View]:
+        return [self.source]
+
+    def writes(self) -> list[View]:
+        return [self.target]
+
+    def emit(self, writer: Writer) -> None:
+        first = list(self.source.shape)
+        first[self.axis] = 1
+        start = self.source.moved(0, tuple(first), self.source.strides)
+        Copy(start, self.target).emit(writer)
+        step = self.source.strides[self.axis]
+        if self.source.shape[self.axis] == 1:
+            return
+        index = writer.fresh("j")
+        writer.line(f"for {index} in range(1, {self.source.shape[self.axis]}):")
+        writer.indent += 1
+        here = writer.fresh("a")
+        writer.line(f"{here} = {writer.address(self.source, 'r')} + {index} * {step}")
+        views = [self.target, start, self.target]
+        lengths, strides = collapsed(tuple(first), [v.strides for v in views])
+        along = tuple(s[-1] != 0 for s in strides[:2])
+        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {_literal(n.param)})" for n in self.combine.nodes)
+        dtype = self.source.dtype.name
+        name = writer.kernel(
+            f"row_kernel(2, ({nodes},), {self.combine.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), {lengths[-1]})"
+        )
+        there = writer.address(self.target, "r")
+        nested(
+            writer, lengths[:-1], [there, here, there], [s[:-1] for s in strides],
+            lambda moved: writer.line(f"{name}({', '.join(moved)})"),
+        )  # fmt: skip
+        writer.indent -= 1
+
+
+@dataclass
+class Gather(Operation):
+    """Rows of a table at an index per row."""
+
+    table: View
+    index: View
+    target: View
+
+    def reads(self) -> list[View]:
+        return [self.table, self.index]
+
+    def writes(self) -> list[View]:
+        return [self.target]
+
+    def emit(self, writer: Writer) -> None:
+        shape = self.index.shape
+        nbytes = self.target.dtype.itemsize
+        for n in self.table.shape[1:]:
+            nbytes *= n
+        name = writer.kernel(f"copy_row({nbytes})")
+        load = f"load{8 * self.index.dtype.itemsize}"
+
+        def body(moved: list[str]) -> None:
+            row = writer.fresh("n")
+            writer.line(f"{row} = {load}({moved[0]})")
+            writer.line(f"if {row} < 0:")
+            writer.line(f"    {row} += {self.table.shape[0]}")
+            writer.line(f"if {row} < 0 or {row} >= {self.table.shape[0]}:")
+            writer.line("    return 1")
+            writer.line(f"{name}({writer.address(self.table, 'r')} + {row} * {self.table.strides[0]}, {moved[1]})")
+
+        outer = self.target.strides[: len(shape)]
+        addresses = [writer.address(self.index, "r"), writer.address(self.target, "r")]
+        nested(writer, shape, addresses, [self.index.strides, outer], body)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An invariant matrix that is packed once per call: which invariant, where in it, K, N, strides in bytes."""
+
+    invariant: int
+    offset: int
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    dtype: str
+
+
+@dataclass
+class Product(Operation):
+    """All rows of a thread times a packed matrix: ``(rows, K) @ (K, N)``."""
+
+    left: View
+    packed: int
+    pack: Packed
+    target: View
+
+    def reads(self) -> list[View]:
+        return [self.left]
+
+    def writes(self) -> list[View]:
+        return [self.target]
+
+    def emit(self, writer: Writer) -> None:
+        k, n = self.pack.shape
+        a, c = self.left, self.target
+        writer.line(
+            f"call_address(g_{self.pack.dtype}, r1 - r0, {n}, {k}, {writer.address(a, 'r0')}, r_{a.root.name}, "
+            f"{a.strides[-1]}, p{self.packed}, {writer.address(c, 'r0')}, r_{c.root.name}, 0)"
+        )
+
+
+@dataclass
+class RowProduct(Operation):
+    """Within a row: ``(..., M, K) @ (..., K, N)``; the right side a packed invariant or a view."""
+
+    left: View
+    right: View | None
+    target: View
+    packed: int = -1
+
+    def reads(self) -> list[View]:
+        return [self.left] if self.right is None else [self.left, self.right]
+
+    def writes(self) -> list[View]:
+        return [self.target]
+
+    def emit(self, writer: Writer) -> None:
+        c = self.target
+        lead = c.shape[:-2]
+        m, n = c.shape[-2:]
+        k = self.left.shape[-1]
+        dtype = c.dtype.name
+        a = self.left.broadcast((*lead, m, k))
+        views = [a, c]
+        if self.right is not None:
+            views.append(self.right.broadcast((*lead, k, n)))
+        addresses = [writer.address(v, "r") for v in views]
+
+        def body(moved: list[str]) -> None:
+            left = f"{moved[0]}, {a.strides[-2]}, {a.strides[-1]}"
+            out = f"{moved[1]}, {c.strides[-2]}"
+            if self.right is None:
+                writer.line(f"call_address(g_{dtype}, {m}, {n}, {k}, {left}, p{self.packed}, {out}, 0)")
+            else:
+                b = views[2]
+                right = f"{moved[2]}, {b.strides[-2]}, {b.strides[-1]}"
+                writer.line(f"call_address(h_{dtype}, {m}, {n}, {k}, {left}, {right}, {out}, 0)")
+
+        nested(writer, lead, addresses, [v.strides[: len(lead)] for v in views], body)
+
+
+def grouped(operations: Sequence[Operation]) -> Iterator[tuple[bool, list[Operation]]]:
+    """Runs of operations that share a loop over rows (True), and products by themselves (False)."""
+    run: list[Operation] = []
+    for operation in operations:
+        if isinstance(operation, Product):
+            if run:
+                yield True, run
+            yield False, [operation]
+            run = []
+        else:
+            run.append(operation)
+    if run:
+        yield True, run
+
+
+def combine(kind: str, dtype: np.dtype) -> Expression:
+    """The expression that adds one more element to a reduction."""
+    from tinygrad_lstm.kernels import build
+    from tinygrad_lstm.kernels import expression as e
+
+    rule: Any = {"sum": lambda a, b: a + b, "max": e.maximum, "min": e.minimum}[kind]
+    return build(rule, 2)
