@@ -72,7 +72,7 @@ class Case:
     backward: str = "split"
     slow: bool = False
 
-    def arrays(self, seed: int, steps: int, rows: int, dtype: str = "float64") -> tuple[Any, Any, dict[str, Any]]:
+    def arrays(self, seed: int, steps: int, rows: int) -> tuple[Any, Any, dict[str, Any]]:
         """(init, xs, captures) of random numbers."""
         rng = np.random.default_rng(seed)
         sizes = {"T": steps, "B": rows}
@@ -81,9 +81,7 @@ class Case:
             shape = [sizes.get(n, n) for n in (*lead, *(leaf if isinstance(leaf, tuple) else leaf.shape))]
             if isinstance(leaf, Ints):
                 return (rng.integers(0, leaf.high, shape) + leaf.shift).astype(leaf.dtype)
-            if isinstance(leaf, Bools):
-                return rng.random(shape) > 0.4
-            return (0.6 * rng.standard_normal(shape)).astype(dtype)
+            return rng.random(shape) > 0.4 if isinstance(leaf, Bools) else np.asarray(0.6 * rng.standard_normal(shape))
 
         def tree(spec: Any, *lead: Any) -> Any:
             return [filled(leaf, *lead) for leaf in spec] if isinstance(spec, list) else filled(spec, *lead)
@@ -110,8 +108,7 @@ def case(
 
 def cases(slow: bool) -> list[Any]:
     """The cases as parameters; the slow ones with their mark."""
-    marks = [pytest.mark.slow] if slow else []
-    return [pytest.param(c, id=c.name, marks=marks) for c in CASES.values() if c.slow == slow]
+    return [pytest.param(c, id=c.name, marks=[pytest.mark.slow] * slow) for c in CASES.values() if c.slow == slow]
 
 
 # ---------------------------------------------------------------------------- native against eager
@@ -139,16 +136,15 @@ def gradients(tensors: Any) -> list[np.ndarray]:
 
 def outcome(make: Any, init: Any, xs: Any, captures: Mapping[str, Any], eager: bool, **options: Any) -> Outcome:
     """Values of a scan, and the gradients of :func:`loss_of` with respect to all that goes in."""
-    flat, structure = flatten((init, xs, dict(captures)))
-    inputs = [leaves_of(a) for a in flat]
-    init, xs, captured = unflatten(structure, inputs)
+    flat, structure = flatten(leaves_of((init, xs, dict(captures))))
+    init, xs, captured = unflatten(structure, flat)
     with tg.eager() if eager else nullcontext():
         out = ops.scan(make(captured), init, xs, **options)
     values = [leaf.numpy().copy() for leaf in flatten(out)[0]]
     loss = loss_of(out)
     if isinstance(loss, tg.Tensor) and loss.requires_grad:
         loss.backward()
-    return values, gradients(inputs)
+    return values, gradients(flat)
 
 
 def assert_same(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
@@ -165,8 +161,8 @@ def check(case: Case, runs: list[bool], seed: int = 0, steps: int = 3, rows: int
     arrays = case.arrays(seed, steps, rows)
     runs.clear()
     found = outcome(case.make, *arrays, eager=False, **options)
-    expected_runs = [how == "split" for how in (case.forward, case.backward) if how != "numpy"]
-    assert runs == (expected_runs if steps and rows else []), f"{case.name} ran as {runs}"
+    native_runs = [how == "split" for how in (case.forward, case.backward) if how != "numpy"]
+    assert runs == native_runs * bool(steps and rows), f"{case.name} ran as {runs}"
     expected = outcome(case.make, *arrays, eager=True, **options)
     assert_same(found[0], expected[0])
     assert_same(found[1], expected[1])
@@ -264,7 +260,8 @@ def carries(c: Any) -> Any:
     def body(carry: Any, x: Any) -> Any:
         p, q, h, same, _ = carry
         new = ops.tanh(h @ c["U"] + x * q + same)
-        return [q, p, new, same, c["M"]], {"old": h, "new": new, "again": new, "x": x, "one": np.ones(3), "q": q}
+        shown = {"old": h, "new": new, "again": new, "x": x, "one": np.ones(3), "q": q, "total": new.sum()}
+        return [q, p, new, same, c["M"]], shown
 
     return body
 
@@ -366,7 +363,7 @@ def gates_upon_gates(c: Any) -> Any:
     return body
 
 
-@case([(), ("B", H), (H, H)], ("B", H), "whole whole", slow=True, U=(H, H))
+@case([(), ("B", H), (H, H)], ("B", H), "whole whole", U=(H, H))
 def no_batch_in_the_carry(c: Any) -> Any:
     """A number and a matrix that all rows share and change."""
 

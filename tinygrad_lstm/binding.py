@@ -64,9 +64,9 @@ def record_plain(
                 (y._node or y) if y.__class__ is Tensor and y._rg else _node_of(y),
             )
         else:
-            parents = tuple([_node_of(arg) for arg in args])
+            parents = tuple([(arg._node or arg) if isinstance(arg, Tensor) and arg._rg else None for arg in args])
     else:
-        parents = tuple([_node_of(arg) for arg in args])
+        parents = tuple([(arg._node or arg) if isinstance(arg, Tensor) and arg._rg else None for arg in args])
         keep, saves_out = prim._saved_inputs, prim.saves_out
         if prim.simple and None in parents:
             keep, saves_out = _kept(prim, parents)
@@ -91,7 +91,10 @@ def record_plain(
         frame = frame.f_back
     code, lasti = (None, -1) if frame is None else (frame.f_code, frame.f_lasti)
     dtype = out.dtype
-    record = Record(prim, params, parents, saved, out.shape, dtype, None, None, current.place, code, lasti)
+    shapes = None
+    if prim._needs_shapes:
+        shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
+    record = Record(prim, params, parents, saved, out.shape, dtype, shapes, None, current.place, code, lasti)
     if guards is not None:
         record.more().guards = guards
     result._node = record
@@ -105,9 +108,13 @@ def record_application(
     """Make the Record of an application and link its outputs to it."""
     keep, keep_from = prim._saved_inputs, prim._saved_from
     saves_out = prim.saves_out
-    every = bool(current.tapes) or current.trace is not None
     guards = None
-    parents = [_node_of(arg, every) if prim.differentiable else None for arg in args]
+    if not prim.differentiable:
+        parents: list[Any] = [None] * len(args)
+    elif current.tapes or current.trace is not None:
+        parents = [_node_of(arg, True) for arg in args]
+    else:
+        parents = [(arg._node or arg) if isinstance(arg, Tensor) and arg._rg else None for arg in args]
     if prim.simple and None in parents:
         keep, saves_out = _kept(prim, parents)
     saved: list[Any] = []
@@ -116,9 +123,10 @@ def record_application(
             saved.append(None)
             continue
         saved.append(arg)
-        guard = guard_of(arg) if isinstance(arg, Tensor) else None
-        if guard is not None:
-            guards = {**(guards or {}), index: guard}
+        if isinstance(arg, Tensor):
+            arg._used = True
+            if arg._storage is not None and (guard := guard_of(arg)) is not None:
+                guards = {**(guards or {}), index: guard}
     if saves_out:
         kept_outputs = tuple([o if current.trace is not None else o._data for o in outputs])
         saved.append(kept_outputs if several else kept_outputs[0])
@@ -129,24 +137,20 @@ def record_application(
     shapes = None
     if prim._needs_shapes:
         shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
-    first = outputs[0]
+    avals = [Aval(output.shape, output.dtype) for output in outputs]
     frame: Any = sys._getframe(2)
     while frame is not None and MARK in frame.f_globals:
         frame = frame.f_back
     record = Record(
-        prim, params, tuple(parents), tuple(saved), first.shape, first.dtype, shapes,
-        tuple([Aval(o.shape, o.dtype) for o in outputs]) if several else None, current.place,
+        prim, params, tuple(parents), tuple(saved), *avals[0], shapes, tuple(avals) if several else None, current.place,
         None if frame is None else frame.f_code, -1 if frame is None else frame.f_lasti,
     )  # fmt: skip
     if guards is not None:
         record.more().guards = guards
-    if several:
-        for index, output in enumerate(outputs):
-            output._node = Output(record, index, output.shape, output.dtype)
-            output._rg = needs and prim.differentiable and output.dtype.kind == "f"
-    else:
-        first._node = record
-        first._rg = needs and prim.differentiable and first.dtype.kind == "f"
+    needs_too = needs and prim.differentiable
+    for index, (output, (shape, dtype)) in enumerate(zip(outputs, avals, strict=True)):
+        output._node = Output(record, index, shape, dtype) if several else record
+        output._rg = needs_too and dtype.kind == "f"
     if current.tapes:
         if not needs:
             record.more().tape_only = True

@@ -16,6 +16,7 @@ import numpy as np
 from tinygrad_lstm.errors import ArgumentError, GraphError
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.record import Place
+from tinygrad_lstm.shortforms import is_small_product, is_turn, short_form
 from tinygrad_lstm.tape import Output, Record
 
 if TYPE_CHECKING:
@@ -179,14 +180,18 @@ class Program:
             names[tag] = operand.value
             return tag
 
+        turned = self._turned()
         lines = [f"def program({', '.join(f'v{slot}' for slot in (*self.inputs, *self.captures))}):"]
         for k, equation in enumerate(self.equations):
             arguments = [text(operand, f"c{k}_{i}") for i, operand in enumerate(equation.operands)]
-            direct = _METHODS.get(equation.primitive.name)
-            if direct is not None and equation.operands[0].__class__ is int:
-                # Rearrangements are a method of the array; looking the axes up again would cost more than the call.
-                names[f"p{k}"] = direct(self.avals[equation.operands[0]], equation.params)
-                lines.append(f"    v{equation.outputs[0]} = {arguments[0]}.{equation.primitive.name}(p{k})")
+            direct = short_form(equation, self.avals, f"p{k}")
+            if k in turned:
+                lines.append(f"    v{equation.outputs[0]} = {arguments[1]}.T.dot({arguments[0]}.T)")
+            elif equation.outputs[0] in turned.values():
+                lines.append(f"    v{equation.outputs[0]} = {arguments[0]}")
+            elif direct is not None:
+                names.update(direct.constants)
+                lines.append(f"    v{equation.outputs[0]} = {direct.text.format(*arguments)}")
             else:
                 names[f"f{k}"] = equation.primitive.forward
                 for key, value in equation.params.items():
@@ -202,6 +207,25 @@ class Program:
         results = ", ".join(text(output, f"o{i}") for i, output in enumerate(self.outputs))
         lines.append(f"    return ({results}{',' if self.outputs else ''})")
         return "\n".join(lines), names
+
+    def _turned(self) -> dict[int, int]:
+        """Small products whose only reader transposes them, by number, and what that assigns: computed transposed.
+
+        A contiguous result need not be copied to become a gradient.
+        """
+        readers: dict[int, list[Equation]] = {}
+        for equation in self.equations:
+            for slot in equation.reads():
+                readers.setdefault(slot, []).append(equation)
+        found = {}
+        for k, equation in enumerate(self.equations):
+            slot = equation.outputs[0]
+            if equation.primitive.name != "matmul" or not is_small_product(equation, self.avals):
+                continue
+            users = readers.get(slot, [])
+            if len(users) == 1 and slot not in self.outputs and is_turn(users[0], self.avals):
+                found[k] = users[0].outputs[0]
+        return found
 
     def apply(self, inputs: Sequence[Any], captures: Sequence[Any] = ()) -> list[Any]:
         """Run on tensors through the ops, so that the run is itself recorded where recording is on."""
@@ -262,17 +286,6 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program {len(self.inputs)} inputs, {len(self.captures)} captures, {len(self.equations)} equations>"
-
-
-def _axes(aval: Aval, params: Mapping[str, Any]) -> tuple[int, ...]:
-    rank, axes = len(aval.shape), params["axes"]
-    return (*range(rank - len(axes)), *(axis + rank for axis in axes))
-
-
-_METHODS: dict[str, Callable[[Aval, Mapping[str, Any]], Any]] = {
-    "transpose": _axes,
-    "reshape": lambda aval, params: params["shape"],
-}
 
 
 def _returns_tuple(equation: Equation) -> bool:

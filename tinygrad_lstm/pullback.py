@@ -49,6 +49,7 @@ class Differentiable:
     argument_names: list[str]
     parameter_names: list[str]
     variadic: bool
+    _saved_inputs: set[int]
     _saves_given: tuple[str, ...] | None
 
     # ------------------------------------------------------------------ declaration
@@ -87,7 +88,7 @@ class Differentiable:
         self.quick = isinstance(self.forward, np.ufunc) and self.is_elementwise
         self.saves_nothing = not self._saved_inputs and self._saved_from == sys.maxsize and not self.saves_out
         self.simple = not self.joint and not self.variadic  # one rule per argument
-        self.plain = not self._needs_shapes and self._saved_from == sys.maxsize
+        self.plain = self._saved_from == sys.maxsize
         self.version = getattr(self, "version", -1) + 1
         Differentiable.generation += 1
 

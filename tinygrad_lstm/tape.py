@@ -118,8 +118,15 @@ def replay(
                     heapq.heappush(heap, (-parent.serial, parent))
             primitive.accumulate(pending[parent]._data, cotangent._data, record)
         for parent, share in zip(record.parents, primitive.pull(record, cotangent, wanted), strict=True):
-            if share is not None:
+            if share is None:
+                continue
+            kind = parent.__class__
+            if kind is Output or parent in pending:
                 add(parent, share)
+                continue
+            pending[parent] = share
+            if kind is Record:
+                heapq.heappush(heap, (-parent.serial, parent))
         if free and not (record.extra is not None and record.extra.tapes):  # a living Tape keeps what it recorded
             record.release()
     if sources is None:

@@ -367,7 +367,7 @@ def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
     array = cotangent._data
     if sole and array.dtype == leaf.dtype:
         flags, base = array.flags, array.base
-        if flags.c_contiguous and flags.writeable and (flags.owndata or base.nbytes == array.nbytes):
+        if flags.c_contiguous and flags.writeable and (base is None or base.nbytes == array.nbytes):
             meta.grad = array
             return
     meta.grad = np.array(array, dtype=leaf.dtype, order="C")

@@ -3,6 +3,7 @@ sums of one axis and elementwise equations, which the fusing pass puts into one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ def expand(program: Program) -> Program:
             operands = tuple(environment[o] if o.__class__ is int else o.value for o in equation.operands)
             rule = _wanted(program, equation)
             if rule is not None:
-                out = rule(operands[0], equation.params)
+                out = rule(*operands, equation.params)
             else:
                 out = equation.primitive.bind(operands, dict(equation.params))
             values = out if isinstance(out, tuple) else (out,)
@@ -50,14 +51,25 @@ def expand(program: Program) -> Program:
     return simplify(fill(expanded, constants))
 
 
-Rule = Callable[[Any, Mapping[str, Any]], Any]
+Rule = Callable[..., Any]
 
 
 def _wanted(program: Program, equation: Any) -> Rule | None:
     name = equation.primitive.name
     if name in {"sum", "max", "min"}:
         return _one_axis_at_a_time(name) if len(equation.params["axis"]) > 1 else None
+    if name == "einsum":
+        return _einsum if _is_product(equation.params["subscripts"]) else None
     return _RULES.get(name)
+
+
+def _is_product(subscripts: str) -> bool:
+    """Whether an einsum has two operands, and sums only over what both of them have."""
+    terms, out = subscripts.split("->")
+    parts = terms.split(",")
+    if len(parts) != 2 or len(out) == 0:
+        return False
+    return all(c in out or (c in parts[0] and c in parts[1]) for c in parts[0] + parts[1])
 
 
 def _one_axis_at_a_time(name: str) -> Rule:
@@ -109,6 +121,30 @@ def _sum_to(x: Any, params: Mapping[str, Any]) -> Any:
     axes = [k - x.ndim for k in range(extra)]
     axes += [k - len(shape) for k, n in enumerate(shape) if n == 1 and x.shape[k + extra] != 1]
     return REGISTRY["reshape"](_reduced("sum", x, {"axis": tuple(axes)}), shape=tuple(shape))
+
+
+def _einsum(a: Any, b: Any, params: Mapping[str, Any]) -> Any:
+    """Two operands as one matrix product: (shared, left, summed) @ (shared, summed, right)."""
+    (first, second), out = params["subscripts"].split("->")[0].split(","), params["subscripts"].split("->")[1]
+    shared = [c for c in out if c in first and c in second]
+    summed = [c for c in first if c in second and c not in out]
+    left = [c for c in first if c not in second]
+    right = [c for c in second if c not in first]
+    sizes = {**dict(zip(first, a.shape, strict=True)), **dict(zip(second, b.shape, strict=True))}
+
+    def arranged(t: Any, term: str, order: list[str], *groups: list[str]) -> Any:
+        axes = tuple(term.index(c) - len(term) for c in order)
+        shape = tuple(math.prod(sizes[c] for c in group) for group in groups)
+        lead = tuple(sizes[c] for c in shared)
+        return REGISTRY["reshape"](REGISTRY["transpose"](t, axes=axes), shape=(*lead, *shape))
+
+    product = REGISTRY["matmul"](
+        arranged(a, first, [*shared, *left, *summed], left, summed),
+        arranged(b, second, [*shared, *summed, *right], summed, right),
+    )
+    found = [*shared, *left, *right]
+    opened = REGISTRY["reshape"](product, shape=tuple(sizes[c] for c in found))
+    return REGISTRY["transpose"](opened, axes=tuple(found.index(c) - len(found) for c in out))
 
 
 _RULES: dict[str, Rule] = {

@@ -8,11 +8,12 @@ each other through anything outside, and become one ``fused`` equation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.compiler.simplify import dead_code
 from tinygrad_lstm.errors import GraphError
 from tinygrad_lstm.kernels import Expression, build, fused
 from tinygrad_lstm.kernels import expression as e
@@ -108,6 +109,7 @@ def _folds(program: Program, equation: Equation) -> bool:
 
 def fuse(program: Program, at_least: int = 2, reductions: bool = False) -> Program:
     """Fuse chains of ``at_least`` elementwise equations; with ``reductions`` also sums and extrema of the last axis."""
+    program = dead_code(program)  # a loop whose results nobody reads has no outputs
     made = program.definitions()
     level: dict[int, int] = {}
     groups: dict[tuple[int, tuple[int, ...]], list[Equation]] = {}
@@ -135,6 +137,10 @@ def fuse(program: Program, at_least: int = 2, reductions: bool = False) -> Progr
             own = max(own, level[slot] + step)
         for slot in equation.outputs:
             level[slot] = own
+    _late(program, level, made, folds)
+    for equation in program.equations:
+        own = level[equation.outputs[0]]
+        shape = program.aval(equation.operands[0] if folds(equation) else equation.outputs[0]).shape
         if fusible(equation):
             groups.setdefault((own, shape), []).append(equation)
         else:
@@ -147,6 +153,21 @@ def fuse(program: Program, at_least: int = 2, reductions: bool = False) -> Progr
                 equations.extend([_fused(program, members, uses)] if len(members) >= at_least else members)
         equations.extend(rest.get(depth, ()))
     return program.replaced(equations=tuple(equations))
+
+
+def _late(program: Program, level: dict[int, int], made: dict[int, Equation], folds: Callable[[Equation], bool]) -> None:
+    """Move what reads inputs alone to the last level that is early enough: it would only wait in memory."""
+    latest: dict[int, int] = {output: 0 for output in program.outputs if output.__class__ is int}
+    for equation in reversed(program.equations):
+        own = [latest[slot] for slot in equation.outputs if slot in latest]
+        if _is_elementwise(equation) and own and not any(slot in made for slot in equation.reads()):
+            level[equation.outputs[0]] = max(level[equation.outputs[0]], min(own))
+        shape = program.aval(equation.operands[0] if folds(equation) else equation.outputs[0]).shape if equation.operands else ()
+        for slot in equation.reads():
+            here = level[equation.outputs[0]]
+            if (_is_elementwise(equation) or folds(equation)) and program.avals[slot].shape != shape:
+                here -= 1  # another loop of the same level may run before
+            latest[slot] = min(latest.get(slot, here), here)
 
 
 def _users(program: Program) -> dict[int, set[int]]:

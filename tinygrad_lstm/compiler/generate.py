@@ -112,7 +112,7 @@ def _locate(writer: Writer, name: str, offset: int, lowered: Lowered, split: boo
             last = "steps" if kind == "i" else "steps - 1"
             writer.line(f"if reverse != 0:\n        a_{name} += ({last}) * s_{name}\n        s_{name} = -s_{name}")
     shape = lowered.row_shapes[name][0]
-    rows = split and (kind != "v" or len(shape) > 0)
+    rows = split and name not in lowered.shared and (kind != "v" or len(shape) > 0)
     axis = 1 if stepped else 0
     if not rows:
         writer.line(f"r_{name} = 0")

@@ -20,7 +20,7 @@ from tinygrad_lstm.compiler.fuse import fuse, worth_compiling
 from tinygrad_lstm.compiler.merge import merge_matmuls
 from tinygrad_lstm.compiler.native import NativeLoop, native_loop, wanted, work_of
 from tinygrad_lstm.compiler.report import Report, loop_report
-from tinygrad_lstm.compiler.rows import mixing
+from tinygrad_lstm.compiler.rows import common_batch, mixing
 from tinygrad_lstm.compiler.simplify import dead_code, simplify
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Equation, Program, lower
@@ -127,11 +127,14 @@ class _Planner:
     def __init__(self, body: Program, n_carry: int, n_ys: int, steps: int, native: bool) -> None:
         self.body = body
         self.native = native  # in native code what stays in the loop is free, and what leaves it goes through memory
-        self.mapped: set[int] = set(body.inputs)  # what has a row for every row of the batch
         self.n_carry = n_carry
         self.n_ys = n_ys
         self.steps = steps
         self.kind: dict[int, str] = {}
+        self.mapped: set[int] = set()
+        self.mixed: set[int] = set()
+        if native:
+            self._trace_rows()
         self._classify()
 
     def _kind(self, operand: Any) -> str:
@@ -171,26 +174,31 @@ class _Planner:
         elif worth_compiling(body, in_loop, self.steps):
             self._keep_cheap_ones()
 
+    def _trace_rows(self) -> None:
+        """Find out what has a row for every row of the batch, and what is computed from several rows at once."""
+        if common_batch(self.body, self.n_carry) is None:
+            self.mixed.update(slot for e in self.body.equations for slot in e.outputs)
+            return
+        self.mapped.update(slot for slot in self.body.inputs if self.body.avals[slot].shape)
+        for equation in self.body.equations:
+            reads = equation.reads()
+            if any(slot in self.mixed for slot in reads):
+                self.mixed.update(equation.outputs)
+            elif any(slot in self.mapped for slot in reads):
+                mixes = mixing(self.body, equation, self.mapped)
+                (self.mixed if mixes else self.mapped).update(equation.outputs)
+
     def _stays(self, equation: Equation) -> bool:
         """Whether native code does this in passing, row by row: anything but products and gathers."""
-        if not self.native:
-            return False
-        mixes = mixing(self.body, equation, self.mapped)
-        if not mixes:
-            self.mapped.update(equation.outputs)
-        return not mixes and equation.primitive.name not in _APART
+        return self.native and equation.primitive.name not in _APART and equation.outputs[0] not in self.mixed
 
     def _keep_what_stays(self) -> None:
-        """Leave in the loop what only the loop reads."""
-        self.mapped = set(self.body.inputs)
-        stays = {}
-        for equation in self.body.equations:
-            stays[equation.outputs[0]] = any(slot in self.mapped for slot in equation.reads()) and self._stays(equation)
-        outside: set[Any] = set(self.body.outputs)
+        """Leave in the loop what nothing in front of it reads; it is stacked where it is a result."""
+        outside: set[Any] = set()
         for equation in reversed(self.body.equations):
             if (
                 self.kind[equation.outputs[0]] == SEQUENCE
-                and stays[equation.outputs[0]]
+                and self._stays(equation)
                 and not any(slot in outside for slot in equation.outputs)
             ):
                 self.kind.update(dict.fromkeys(equation.outputs, LOOP))

@@ -7,7 +7,7 @@ concatenation are computed in their part of it; splits, slices, reshapes and tra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Lowered:
     # Per stacked output: ("y", k) its own buffer, ("i", c) or ("o", c) the rows of carry c before or after a step.
     stacked: list[tuple[str, int]]
     row_shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = field(default_factory=dict)
+    shared: set[str] = field(default_factory=set)  # inputs without a batch axis
 
 
 def lower_body(program: Program, n_carry: int, n_stacked: int, split: bool) -> Lowered:
@@ -71,7 +72,9 @@ class _Lowering:
         self.scratch: list[int] = []
         self.home: dict[int, View] = {}
         self.views: dict[int, View] = {}
-        self.batched: set[int] = set(program.inputs)
+        # One number a step, without a batch axis, is the same for all rows.
+        self.batched: set[int] = {slot for slot in program.inputs if program.avals[slot].shape or not split}
+        self.shared: set[str] = set()
         self.shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
 
     # ------------------------------------------------------------------ views of inputs
@@ -147,9 +150,12 @@ class _Lowering:
         for k, slot in enumerate(self.program.inputs[self.n_carry :]):
             shape, dtype = self._aval(slot)
             self.views[slot] = self._root("x", k, shape, dtype)
+            if slot not in self.batched:
+                self.views[slot] = replace(self.views[slot], rowed=False)
+                self.shared.add(f"x{k}")
         for equation in reversed(self.program.equations):
             self._share_home(equation)
-        return Lowered(self.operations, self.packs, self.scratch, kept, stacked, self.shapes)
+        return Lowered(self.operations, self.packs, self.scratch, kept, stacked, self.shapes, self.shared)
 
     def _share_home(self, equation: Equation) -> None:
         """Operands of a concatenation (or of a reshape) are computed in their part of its home."""
@@ -469,9 +475,10 @@ def _reshape(low: _Lowering, equation: Equation) -> None:
 def _broadcast_to(low: _Lowering, equation: Equation) -> None:
     shape, _ = low._aval(equation.outputs[0])
     source = low.operand(equation, 0, len(shape))
-    if equation.operands[0] not in low.batched:
+    if equation.operands[0] not in low.batched and source.shape:
         raise Unsupported(equation, "broadcasting an invariant to the batch")
     low.define(equation.outputs[0], source.broadcast(shape))
+    low.batched.add(equation.outputs[0])
 
 
 def _transpose(low: _Lowering, equation: Equation) -> None:

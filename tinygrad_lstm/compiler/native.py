@@ -119,7 +119,7 @@ class NativeLoop:
         for k, total in enumerate(totals):
             arrays[f"s{k}"] = total
         for k, value in enumerate(sequence):
-            arrays[f"x{k}"] = _plain(value, 2 if self.split else 1)
+            arrays[f"x{k}"] = _plain(value, 2 if self.split and value.ndim > 1 else 1)
         for k, value in enumerate(invariant):
             arrays[f"v{k}"] = value
         base = len(FIELDS)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tinygrad_lstm.program import Equation, Program
 
-__all__ = ["Mixing", "Rows", "mixing", "row_values"]
+__all__ = ["Mixing", "Rows", "common_batch", "mixing", "row_values"]
 
 
 class Mixing(NamedTuple):
@@ -36,13 +36,13 @@ def row_values(program: Program, n_carry: int, summed: Sequence[int] = ()) -> Ro
     ``summed`` are the outputs that are added up over the steps: they may also be shared values.
     """
     avals = program.avals
-    leading = {avals[slot].shape[0] if avals[slot].shape else None for slot in program.inputs}
-    if len(leading) != 1 or None in leading:
+    batch = common_batch(program, n_carry)
+    if batch is None:
         shapes = sorted({str(avals[slot].shape) for slot in program.inputs})
         nowhere = Equation(_LOOP, (), {}, ())
-        return Rows(0, frozenset(), Mixing(nowhere, f"carry and inputs have no common batch axis 0: {', '.join(shapes)}"))
-    batch = leading.pop()
-    mapped = set(program.inputs)
+        why = f"carry and inputs have no common batch axis 0: {', '.join(shapes)}"
+        return Rows(0, frozenset(), Mixing(nowhere, why))
+    mapped = {slot for slot in program.inputs if avals[slot].shape}
     for equation in program.equations:
         if not any(slot in mapped for slot in equation.reads()):
             continue
@@ -56,6 +56,14 @@ def row_values(program: Program, n_carry: int, summed: Sequence[int] = ()) -> Ro
         if output.__class__ is int and output not in mapped and output in program.definitions():
             return Rows(batch, frozenset(mapped), Mixing(program.definitions()[output], f"carry {place} is shared"))
     return Rows(batch, frozenset(mapped), None)
+
+
+def common_batch(program: Program, n_carry: int) -> int | None:
+    """The length of axis 0 that carry and inputs share; inputs of one number a step are the same for all rows."""
+    avals = program.avals
+    leading = {avals[slot].shape[:1] for k, slot in enumerate(program.inputs) if avals[slot].shape or k < n_carry}
+    found = leading.pop() if len(leading) == 1 else ()
+    return found[0] if found else None
 
 
 class _Loop:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,8 @@ def _natively(
     rows = carry[0].shape[0] if carry and carry[0].ndim else 1
     if not rows:
         return None
-    xs, captures = map(np.asarray, xs), map(np.asarray, captures)  # type: ignore[assignment]
-    return plan.native.run(carry, list(xs), list(captures), plan.stacked, plan.sums, rows, steps, reverse)
+    arrays = [[v if v.__class__ is np.ndarray else np.asarray(v) for v in values] for values in (xs, captures)]
+    return plan.native.run(carry, *arrays, plan.stacked, plan.sums, rows, steps, reverse)
 
 
 def _own(out: np.ndarray, arguments: Sequence[np.ndarray]) -> np.ndarray:

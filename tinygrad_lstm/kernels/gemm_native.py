@@ -65,6 +65,14 @@ def _chunks(code: Code, length: Any) -> Any:
     return code.loop(0, code.most(length, 1), CHUNK)
 
 
+def _following(code: Code, row: Any, n: Any, stop: Any, across: Any, down: Any) -> Any:
+    """Where B is read next: the next panel, or the first one of the next chunk.  It is only prefetched, so it need not
+    be there."""
+    build = code.b
+    last = build.icmp_signed(">=", build.add(n, I64(1)), stop)
+    return build.select(last, build.add(row, down), code.index(row, (build.add(n, I64(1)), across)))
+
+
 def _pack(module: Any, tile: Tile, panel: Any) -> Any:
     code, arguments = define(module, tile, "pack", "K N b b_row b_col out")
     length, columns, b, b_row, b_col, out = arguments
@@ -96,6 +104,8 @@ def _gemm_packed(module: Any, tile: Tile, swept: Any) -> Any:
             c_row,
             build.or_(accumulate, k),
             build.sub(columns, build.mul(n, I64(tile.panel))),
+            _following(code, code.index(packed, (k, width)), n, panels, size, I64(CHUNK * width)),
+            width,
         )
     return code.end()
 
@@ -126,7 +136,11 @@ def _gemm_strided(module: Any, tile: Tile, panel: Any, swept: Any) -> Any:
         right, right_k = build.select(direct, source, scratch), build.select(direct, b_row, I64(width))
         done = build.select(copied, rows, I64(0))
         left, below = code.index(start, (done, a_row)), code.index(target, (done, c_row))
-        code.call(swept, build.sub(total, done), some, left, a_row, a_k, right, right_k, below, c_row, add, rest)
+        across = build.mul(b_col, I64(tile.panel))
+        down = build.mul(b_row, I64(CHUNK))
+        soon = _following(code, code.index(b, (k, b_row)), n, stop, across, down)
+        less = build.sub(total, done)
+        code.call(swept, less, some, left, a_row, a_k, right, right_k, below, c_row, add, rest, soon, b_row)
     return code.end()
 
 
@@ -176,13 +190,17 @@ def _gemm_small(module: Any, tile: Tile, swept: Any) -> Any:
             first, source = code.index(a, (k, a_k)), code.index(b, (k, b_row))
             with code.loop(0, strips, strip.panel) as n:
                 right, target = code.index(source, (n, item)), code.index(c, (n, item))
-                code.call(wide, some, first, a_row, a_k, right, b_row, target, c_row, add, strip.panel)
+                code.call(wide, some, first, a_row, a_k, right, b_row, target, c_row, add, strip.panel, right, 0)
             with code.loop(build.sdiv(strips, I64(tile.panel)), _panels(code, columns)) as n:
                 rest = build.sub(columns, build.mul(n, I64(tile.panel)))
                 right, target = code.index(source, (n, width)), code.index(c, (n, width))
                 whole = build.icmp_signed(">=", rest, I64(tile.panel))
-                function = build.select(whole, swept, inner)
-                code.call(function, total, some, first, a_row, a_k, right, b_row, target, c_row, add, rest)
+                with build.if_else(whole) as (plain, tail):
+                    shared = (total, some, first, a_row, a_k, right, b_row, target, c_row, add, rest)
+                    with plain:
+                        code.call(swept, *shared, build.add(right, I64(width)), b_row)
+                    with tail:
+                        code.call(inner, *shared)
         with other, build.if_else(by_columns) as (dots, general):
             with dots:
                 code.call(dot, total, columns, length, a, a_row, b, b_col, c, c_row, accumulate)

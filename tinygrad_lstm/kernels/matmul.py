@@ -1,26 +1,33 @@
 """The seam through which every eager matrix product goes.
 
-Static rules, each from a measurement (float32, one AVX-512 core pair, NumPy 2.4 with OpenBLAS; microseconds):
+Static rules, each from a measurement (float32, one thread, one AVX-512 core, NumPy 2.4 with OpenBLAS; microseconds):
 
 =====================================================  ==============  =========
 product                                                ``np.matmul``   here
 =====================================================  ==============  =========
-(4, 16) @ (16, 4)                                      1.43            1.05
-(50, 32, 32) @ (32, 256)                               285             128
-(1000, 8, 64) @ (64, 256)                              4310            1235
-(50, 8, 16) @ (16, 64)                                 15.3            10.3
-every second of 50 steps: (25, 32, 64) @ (64, 256)     357             152
-float16 (64, 64) @ (64, 64)                            844             27
+(4, 16) @ (16, 4)                                      .87             .85
+(32, 64) @ (64, 64)                                    3.5             2.8
+(32, 64) @ (64, 256)                                   11.4            6.3
+(32, 64) @ (256, 64).T                                 11.9            6.7
+(64, 256) @ (256, 1024)                                312             155
+(1600, 256).T @ (1600, 1024)                           7284            3950
+(1024, 1024) @ (1024, 1024)                            18470           9610
+(50, 32, 32) @ (32, 256)                               269             114
+(1000, 8, 64) @ (64, 256)                              3945            1181
+every second of 50 steps: (25, 32, 64) @ (64, 256)     357             112
+float16 (64, 64) @ (64, 64)                            844             20
 =====================================================  ==============  =========
 
-- 2-D @ 2-D goes to ``ndarray.dot``: the same BLAS call, .4 us less around it.
+- Large 2-D @ 2-D in float32 and float64 goes to the kernels of :mod:`.gemm`, on all threads that are set.  Twice as
+  fast here means that NumPy's OpenBLAS takes AVX2 kernels on this CPU (its peak is half); with AVX2 alone the
+  two are equal (111 and 109 GFLOP/s).
+- Smaller 2-D @ 2-D goes to ``ndarray.dot``: the same BLAS call as ``np.matmul``, .4 us less around it.
 - N-D @ 2-D is one product of (rows, K) @ (K, N) instead of one BLAS call per matrix of the stack.
 - float16 has no BLAS: computed in float32 and rounded once, which is also the more accurate result.
 
-Batched small products (90 ns for each 8 x 8 x 8, 840 ns for each 32 x 32 x 32), column slices and transposed
-operands are left to NumPy: copying operands first was slower (8.7 against 7.9 for a column slice).  Integer
-products are slow in NumPy (.48 ns a multiply-add) and stay so: nothing here differentiates through them.  No
-Numba kernel is used: plain Numba loop nests reach 40-55 GFLOP/s where OpenBLAS reaches 80-113.
+Batched small products (90 ns for each 8 x 8 x 8, 840 ns for each 32 x 32 x 32) and products with a vector are left
+to NumPy.  Integer products are slow in NumPy (.48 ns a multiply-add) and stay so: nothing here differentiates
+through them.  ``TINYGRAD_LSTM_NATIVE=0``, read once, leaves everything to NumPy.
 """
 
 from __future__ import annotations

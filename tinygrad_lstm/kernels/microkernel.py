@@ -17,6 +17,8 @@ from .address_code import I32, I64, Code, Tile, define
 
 __all__ = ["dot_products", "micro_kernel", "pack_panel", "sweep"]
 
+LINE = 64  # bytes of a line of the cache
+
 
 def micro_kernel(module: Any, tile: Tile, rows: int, *, kind: str = "whole") -> Any:
     """``C[rows x P] (=|+=) sum over k of A[row, k] * B[k, :]``; K may be 0.
@@ -24,13 +26,19 @@ def micro_kernel(module: Any, tile: Tile, rows: int, *, kind: str = "whole") -> 
     ``columns`` of the tile exist in C: nothing else is read or written there.  Of B whole rows are read, or only
     those columns if ``kind`` is "masked"; "packing" also copies them to ``out[K][P]``, while they are in
     registers.  The sum starts from zero and is added to C at the end.
+
+    Of "whole", each step prefetches one line at ``ahead + k * ahead_k``: what is read next of B comes from beyond the
+    second cache, faster than the first tile could wait for it.
     """
-    names = "K a a_row a_k b b_k c c_row accumulate columns" + (" out" if kind == "packing" else "")
-    code, arguments = define(module, tile, f"micro_{kind}_{rows}x{tile.vectors}", names)
-    length, a, a_row, a_k, b, b_k, c, c_row, accumulate, columns, *out = arguments
+    names = "K a a_row a_k b b_k c c_row accumulate columns"
+    more = {"whole": " ahead ahead_k", "packing": " out", "masked": ""}[kind]
+    code, arguments = define(module, tile, f"micro_{kind}_{rows}x{tile.vectors}", names + more)
+    length, a, a_row, a_k, b, b_k, c, c_row, accumulate, columns, *rest = arguments
+    out, ahead = (rest, []) if kind == "packing" else ([], rest)
     build, step = code.b, tile.lanes * tile.itemsize
     masks = code.masks(columns)
     starts = [code.index(a, (row, a_row)) for row in range(rows)]
+    below = code.index(a, (LINE // tile.itemsize, a_row))
     zeros = [code.constant(0.0)] * (rows * tile.vectors)
     for row in range(rows):
         for v in range(tile.vectors):
@@ -43,6 +51,11 @@ def micro_kernel(module: Any, tile: Tile, rows: int, *, kind: str = "whole") -> 
             code.vector(build.add(here, I64(v * step)), masks[v] if kind == "masked" else None)
             for v in range(tile.vectors)
         ]
+        if kind != "masked":
+            # The tile below reads the next line where A is transposed.
+            code.prefetch(build.add(below, along))
+        if ahead:
+            code.prefetch(code.index(ahead[0], (k, ahead[1])))
         for place in out:
             for v in range(tile.vectors):
                 code.put_vector(right[v], code.index(place, (k, tile.vectors * step), (v, step)))
@@ -78,14 +91,15 @@ def micro_kernel(module: Any, tile: Tile, rows: int, *, kind: str = "whole") -> 
 def sweep(module: Any, tile: Tile, *, kind: str = "whole", narrow: Any = None) -> Any:
     """All rows of C for one panel of B and one chunk of K: a micro-kernel for each tile of rows.
 
+    At ``ahead`` lies the panel that comes next: each tile prefetches one line of each of its rows.
     Few rows are wanted of the masked kind, so it has low tiles only: less to compile.
     ``narrow`` is the sweep that takes over where half of the panel is empty.
     """
     most = 2 if kind == "masked" else tile.rows
     kernels = [micro_kernel(module, tile, rows, kind=kind) for rows in range(1, most + 1)]
-    names = "M K a a_row a_k b b_k c c_row accumulate columns"
+    names = "M K a a_row a_k b b_k c c_row accumulate columns" + (" ahead ahead_k" if kind == "whole" else "")
     code, arguments = define(module, tile, f"sweep_{kind}_{tile.vectors}", names)
-    total, length, a, a_row, a_k, b, b_k, c, c_row, accumulate, columns = arguments
+    total, length, a, a_row, a_k, b, b_k, c, c_row, accumulate, columns, *ahead = arguments
     build = code.b
     if narrow is not None:
         with build.if_then(build.icmp_signed("<=", columns, I64(tile.panel // 2))):
@@ -94,7 +108,7 @@ def sweep(module: Any, tile: Tile, *, kind: str = "whole", narrow: Any = None) -
     inside, following, after = (build.append_basic_block(name) for name in ("body", "next", "after"))
     build.branch(head)
     build.position_at_end(head)
-    row = build.phi(I64)
+    row, line = build.phi(I64), build.phi(I64)
     rest = build.sub(total, row)
     build.cbranch(build.icmp_signed(">", rest, I64(0)), inside, after)
     build.position_at_end(inside)
@@ -110,10 +124,13 @@ def sweep(module: Any, tile: Tile, *, kind: str = "whole", narrow: Any = None) -
         if rows != most:
             switch.add_case(I64(rows), block)
         build.position_at_end(block)
-        code.call(kernel, length, here, a_row, a_k, b, b_k, there, c_row, accumulate, columns)
+        soon = [build.add(ahead[0], line), ahead[1]] if ahead else []
+        code.call(kernel, length, here, a_row, a_k, b, b_k, there, c_row, accumulate, columns, *soon)
         build.branch(following)
     build.position_at_end(following)
     row.add_incoming(I64(0), entry)
+    line.add_incoming(I64(0), entry)
+    line.add_incoming(code.least(build.add(line, I64(LINE)), max(tile.panel * tile.itemsize - LINE, 0)), following)
     row.add_incoming(build.add(row, count), following)
     build.branch(head)
     build.position_at_end(after)

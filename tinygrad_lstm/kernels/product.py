@@ -15,6 +15,7 @@ TALL = 384  # rows of A that one part takes: with a chunk of K they fit the seco
 LOW = 24
 PART = 1 << 20  # multiply-adds of a part: less is not worth another thread
 PARTS = 16
+STRIP = 8  # panels
 
 
 @njit(types.int64(*[types.int64] * 16), nogil=True, cache=True)
@@ -70,7 +71,8 @@ def product(function: int, panel: int, item: int, table: int, a: int, b: int, ou
         down = min((wanted + across - 1) // across, max(rows // LOW, 1))
         height = ((rows + down - 1) // down + 5) // 6 * 6
         down = (rows + height - 1) // height
-    panels = min(max(down * across // max(wanted, 1), 1), across)
+    # One row of A is a matter of reading B, which is better done in long pieces.
+    panels = min(max(down * across // max(wanted, 1), STRIP if rows == 1 else 1), across)
     store64(table + 96, height)
     store64(table + 104, panels)
     parts = down * ((across + panels - 1) // panels)

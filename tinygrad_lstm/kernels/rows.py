@@ -95,16 +95,20 @@ class _Row:
     def write(self, inputs: Sequence[Any], addresses: Sequence[Any], targets: tuple[int, ...]) -> None:
         b = self.builder
         splats = [None if a else self._splat(x, d) for x, a, d in zip(inputs, self.along, self.dtypes, strict=True)]
-        folds: list[Any] = []
+        # Additions that wait for one another cost their latency: short chains get several sums side by side.
+        full, rest = divmod(self.columns, self.count)
+        side = min(full, 4 if len(self.expression.nodes) <= 16 else 1) if any(self.reductions) else 1
+        side = max(side, 1)
+        folds: list[list[Any]] = []
         for kind, dtype in zip(self.reductions, self.results, strict=True):
-            if kind:
+            cells = []
+            for _ in range(side if kind else 0):
                 cell = cgutils.alloca_once(b, self._vector(dtype))
                 b.store(ir.Constant(self._vector(dtype), [_NEUTRAL[kind]] * self.count), cell)
-                folds.append(cell)
-            else:
-                folds.append(None)
+                cells.append(cell)
+            folds.append(cells)
 
-        def chunk(column: Any, mask: Any) -> None:
+        def chunk(column: Any, mask: Any, lane: int = 0) -> None:
             values = [
                 self._load(b.add(x, b.mul(column, _I64(_ITEMSIZE[d]))), d, mask) if s is None else s
                 for x, s, d in zip(inputs, splats, self.dtypes, strict=True)
@@ -112,24 +116,29 @@ class _Row:
             results = emit(self.expression, values)
             for k, value in enumerate(results):
                 if self.reductions[k]:
-                    self._fold(k, folds[k], value, mask)
+                    self._fold(k, folds[k][lane], value, mask)
             for address, k in zip(addresses, targets, strict=True):
                 if not self.reductions[k]:
                     place = b.add(address, b.mul(column, _I64(_ITEMSIZE[self.results[k]])))
                     self._store(results[k], place, mask)
 
-        full, rest = divmod(self.columns, self.count)
-        if full == 1:
-            chunk(_I64(0), None)
-        elif full:
-            with cgutils.for_range_slice(b, _I64(0), _I64(full * self.count), _I64(self.count), _I64) as (column, _):
-                chunk(column, None)
+        whole = full // side * side
+        if whole == side:
+            for lane in range(side):
+                chunk(_I64(lane * self.count), None, lane)
+        elif whole:
+            stop, step = _I64(whole * self.count), _I64(side * self.count)
+            with cgutils.for_range_slice(b, _I64(0), stop, step, _I64) as (column, _):
+                for lane in range(side):
+                    chunk(b.add(column, _I64(lane * self.count)), None, lane)
+        for lane in range(full - whole):
+            chunk(_I64((whole + lane) * self.count), None, lane)
         if rest:
             lanes = ir.VectorType(ir.IntType(1), self.count)
             chunk(_I64(full * self.count), ir.Constant(lanes, [k < rest for k in range(self.count)]))
         for address, k in zip(addresses, targets, strict=True):
             if self.reductions[k]:
-                total = self._across(Value(self.lanes, b.load(folds[k]), self.results[k]), self.reductions[k])
+                total = self._across(self._gathered(folds[k], k), self.reductions[k])
                 b.store(total, b.inttoptr(address, self._scalar(self.results[k]).as_pointer()))
 
     def _fold(self, k: int, cell: Any, value: Value, mask: Any) -> None:
@@ -140,6 +149,16 @@ class _Row:
         before = Value(self.lanes, b.load(cell), self.results[k])
         after = apply(_COMBINE[kind], [before, Value(self.lanes, raw, self.results[k])], [None, None])
         b.store(after.ir, cell)
+
+    def _gathered(self, cells: list[Any], k: int) -> Value:
+        """The sums side by side as one, pairwise."""
+        values = [Value(self.lanes, self.builder.load(cell), self.results[k]) for cell in cells]
+        while len(values) > 1:
+            pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+            values = [
+                apply(_COMBINE[self.reductions[k]], pair, [None, None]) if len(pair) == 2 else pair[0] for pair in pairs
+            ]
+        return values[0]
 
     def _across(self, value: Value, kind: str) -> Any:
         """The lanes of a vector combined pairwise, the halves first."""

@@ -27,7 +27,7 @@ __all__ = ["get_num_threads", "run", "set_num_threads"]
 
 VARIABLE = "TINYGRAD_LSTM_NUM_THREADS"
 MOST = 1024  # threads
-SPIN = 100e-6  # seconds that an idle worker stays awake; see benchmarks/threads.py
+SPIN = 200e-6  # seconds that an idle worker stays awake; see benchmarks/threads.py
 STOPPING = 2.0  # seconds that the end of the interpreter waits for parts that are still running
 
 _lock = threading.Lock()
@@ -61,35 +61,46 @@ class _Team:
     threads is another team, while launches that are under way finish with this one."""
 
     def __init__(self, threads: int) -> None:
+        self._locks: list[int] = []
         native = _load()
-        line = native["SLOT"]
-        slots, self._locks = native["SLOTS"], []
+        line, slots = native["SLOT"], native["SLOTS"]
         self._memory = ctypes.create_string_buffer(slots + line * threads)
         self.control = -(-ctypes.addressof(self._memory) // line) * line
         self.threads = threads
         self._free = _c_lock("PyThread_free_lock", None, ctypes.c_void_p)
         # Spinning helps only where every thread has a CPU to spin on.
-        spins = int(SPIN / _pause_seconds()) if threads <= _available() else 0
-        self._write(native["SPINS"], spins)
+        self._write(native["SPINS"], int(SPIN / _pause_seconds()) if 1 < threads <= _available() else 0)
         self._members: list[threading.Thread] = []
+        try:
+            self._start(threads - 1)
+        except BaseException:  # Ctrl-C: nobody will ever see this team, nor stop it
+            self._count(len(self._members))
+            self.stop()
+            raise
+        self._count(len(self._members))
+
+    def _start(self, workers: int) -> None:
         allocate = _c_lock("PyThread_allocate_lock", ctypes.c_void_p)
         acquire = _c_lock("PyThread_acquire_lock", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-        for index in range(threads - 1):
+        for index in range(workers):
             lock = allocate()
             if not lock:
-                break
+                return
             self._locks.append(lock)
             acquire(lock, 0)
-            self._write(slots + line * index + native["LOCK"], lock)
-            self._write(slots + line * index + native["SEEN"], -1)
+            slot = _native["SLOTS"] + _native["SLOT"] * index
+            self._write(slot + _native["LOCK"], lock)
+            self._write(slot + _native["SEEN"], -1)
             member = threading.Thread(target=self._work, args=(index,), name=f"tinygrad_lstm-{index}", daemon=True)
             try:
                 member.start()
             except RuntimeError:  # the system allows no more: the parts are shared by fewer
-                break
+                return
             self._members.append(member)
-        self.workers = len(self._members)
-        self._write(native["WORKERS"], self.workers)
+
+    def _count(self, workers: int) -> None:
+        self.workers = workers
+        self._write(_native["WORKERS"], workers)
 
     def _write(self, offset: int, value: int) -> None:
         ctypes.c_int64.from_address(self.control + offset).value = value
@@ -233,6 +244,15 @@ def run(function: int, argument: int, parts: int) -> int:
     -------
     int
         The bitwise or of what the parts returned.
+
+    Examples
+    --------
+    >>> from numba import cfunc, types
+    >>> @cfunc(types.int64(types.int64, types.int64), nopython=True)
+    ... def shifted(argument, part):
+    ...     return argument << part
+    >>> run(shifted.address, 1, 4)
+    15
     """
     team = _team
     if parts > 1:

@@ -185,7 +185,7 @@ class LayerNorm(Module):
         axes = tuple(range(-len(self.normalized_shape), 0))
         centred: Any = x - ops.mean(x, axes, keepdims=True)
         variance = ops.mean(ops.square(centred), axes, keepdims=True)
-        y = centred / ops.sqrt(variance + self.eps)
+        y = centred * (1.0 / ops.sqrt(variance + self.eps))  # one division a row instead of one an element
         if self.weight is not None:
             y = y * self.weight
         return y if self.bias is None else y + self.bias

@@ -15,12 +15,14 @@ from tinygrad_lstm.nn.cells import GatedCell, GRUCell, LSTMCell, RNNCell, check_
 from tinygrad_lstm.nn.module import Module, Parameter, Place
 from tinygrad_lstm.nn.recurrent import joined, run_cell
 from tinygrad_lstm.ops.control import check_lengths
+from tinygrad_lstm.primitive import REGISTRY
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor, asarray
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
+_reshape = REGISTRY["reshape"]
 _DEFAULTS = {
     "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0,
     "memory": None,
@@ -159,7 +161,7 @@ class RecurrentLayers(Budgeted):
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, who)
         starts = self._split_state(state, batch, unbatched, who)
-        share = self.budget(memory, len(self._cells))
+        share = None if memory is None and self.memory is None else self.budget(memory, len(self._cells))
         finals, trajectories = [], []
         for layer in range(self.num_layers):
             if layer:
@@ -212,8 +214,8 @@ class RecurrentLayers(Budgeted):
         """The state in PyTorch's form from that of every cell."""
 
         def stacked(parts: list[Tensor]) -> Tensor:
-            # One part only gets another axis: a view, which `reshape` makes with the least ado.
-            whole = ops.stack(parts) if len(parts) > 1 else ops.reshape(parts[0], (1, *parts[0].shape))
+            # One part only gets another axis, by the primitive itself: there is nothing to check.
+            whole = ops.stack(parts) if len(parts) > 1 else _reshape(parts[0], shape=(1, *parts[0].shape))
             return ops.squeeze(whole, 1) if unbatched else whole
 
         if self.state_parts == 1:

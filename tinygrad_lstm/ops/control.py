@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.schedule import check_memory
 from tinygrad_lstm.compiler.report import publish, stepwise
+from tinygrad_lstm.compiler.schedule import check_memory
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.ops.elementwise import where
+from tinygrad_lstm.ops.loop import bind_scan, canonical
 from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
@@ -22,6 +23,7 @@ from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unf
 
 __all__ = ["memory_plan", "scan", "stop_gradient"]
 
+_TENSOR = frozenset({Tensor})
 Body = Callable[[Any, Any], tuple[Any, Any]]
 
 
@@ -121,15 +123,23 @@ def scan_with(
 def _leaves(tree: Any, what: str) -> tuple[list[Tensor], TreeDef]:
     if tree.__class__ is Tensor:
         return [tree], LEAF
+    if tree.__class__ is tuple and _TENSOR.issuperset(map(type, tree)):
+        return list(tree), _tuple_of(len(tree))
     leaves, treedef = flatten(tree)
     return [leaf if isinstance(leaf, Tensor) else asarray(leaf) for leaf in leaves], treedef
 
 
+@functools.cache
+def _tuple_of(count: int) -> TreeDef:
+    """The structure of a plain tuple of so many leaves."""
+    return TreeDef(tuple, (), (LEAF,) * count)
+
+
 def _rebuilt(treedef: TreeDef, leaves: list[Any]) -> Any:
     """The tree of these leaves; the usual ones without a walk."""
-    if treedef.kind == "leaf":
+    if treedef is LEAF:
         return leaves[0]
-    if treedef.kind is tuple and not any(child.children or child.kind != "leaf" for child in treedef.children):
+    if treedef is _tuple_of(len(leaves)):
         return tuple(leaves)
     return unflatten(treedef, leaves)
 
@@ -247,8 +257,6 @@ class Recorded:
         memory: int | float | None = None,
     ) -> list[Any]:  # fmt: skip
         """The leaves of (carry, ys)."""
-        from tinygrad_lstm.ops.loop import bind_scan
-
         if not self.program.outputs:
             return []
         n_ys = len(self.program.outputs) - self.n_carry
@@ -257,7 +265,6 @@ class Recorded:
 
 def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> Recorded:
     """Record a body on data-free tensors of the given shapes (the time axis of xs removed)."""
-    from tinygrad_lstm.ops.loop import canonical
     from tinygrad_lstm.trace import trace
 
     trees: list[Any] = [None]

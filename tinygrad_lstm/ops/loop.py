@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.binding import record_application
+from tinygrad_lstm.ops.prepared import (
+    Site,
+    _adjoint,
+    _apart,
+    _derived,
+    _float_carries,
+    _loops,
+    _owner,
+    _plan,
+    _site,
+    canonical,
+)  # fmt: skip
+from tinygrad_lstm.ops.prepared import (
+    _known as _known,
+)
 from tinygrad_lstm.primitive import Aval, Primitive, zeros
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.storage import watch_output
@@ -17,134 +30,6 @@ from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor
 
 __all__ = ["bind_scan", "canonical", "scan_primitive"]
-
-# Programs by content, so that what was derived from one (adjoint, plan, native code) is found again when the
-# same body is recorded anew.
-_known: OrderedDict[str, Program] = OrderedDict()
-_MOST_PROGRAMS = 256
-_MOST_DERIVED = 256
-_lock = threading.Lock()
-
-
-def canonical(program: Program) -> Program:
-    """The first program that was seen with this content."""
-    key = program.key
-    with _lock:
-        known = _known.setdefault(key, program)
-        _known.move_to_end(key)
-        if len(_known) > _MOST_PROGRAMS:
-            _known.popitem(last=False)
-    return known
-
-
-def _derived(program: Program, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """A thing derived from a program, made once (until some rule is declared anew)."""
-    key = (*key, Primitive.generation)
-    with _lock:
-        found = program.derived.pop(key, None)
-        if found is not None:
-            program.derived[key] = found  # the one used last is the last to go
-            return found
-    made = make()  # outside of the lock: two threads may both make it, and one of the two stays
-    with _lock:
-        found = program.derived.setdefault(key, made)
-        while len(program.derived) > _MOST_DERIVED:
-            del program.derived[next(iter(program.derived))]
-    return found
-
-
-def _plan(body: Program, n_carry: int, n_ys: int, steps: int) -> Any:
-    from tinygrad_lstm.compiler.loop import plan_loop
-
-    key = ("plan", n_carry, n_ys, steps, os.environ.get("TINYGRAD_LSTM_COMPILE"))
-    return _derived(body, key, lambda: plan_loop(body, n_carry, n_ys, steps))
-
-
-def _adjoint(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> Any:
-    from tinygrad_lstm.compiler.adjoint import adjoint
-
-    return _derived(
-        body, ("adjoint", n_carry, n_ys, present, wanted), lambda: adjoint(body, n_carry, n_ys, present, wanted)
-    )
-
-
-class Site:
-    """What the calls of one scan (a program, its number of steps, a direction) need and would look up each time.
-
-    It holds no values, and is valid until some rule is declared anew.
-    """
-
-    def __init__(
-        self, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]
-    ) -> None:
-        self.body, self.n_carry, self.n_ys, self.length, self.reverse = body, n_carry, n_ys, length, reverse
-        self.wanted = wanted  # the xs and captures that are differentiated
-        self.present = _float_outputs(body, n_carry)
-        self.generation = Primitive.generation
-        self._forward: Any = None
-        self._backward: dict[Any, Backward] = {}
-
-    def forward(self) -> tuple[Any, Any]:
-        """The adjoint pair, and the plan of its forward loop."""
-        if self._forward is None:
-            pair = _adjoint(self.body, self.n_carry, self.n_ys, self.present, self.wanted)
-            plan = _plan(pair.forward, self.n_carry, self.n_ys + len(pair.residuals), self.length)
-            self._forward = pair, plan
-        return self._forward
-
-    def backward(self, present: tuple[bool, ...], asked: tuple[bool, ...]) -> Backward | None:
-        """The adjoint loop for these cotangents and inputs; None where rules changed after the forward ran."""
-        if self.generation != Primitive.generation:
-            return None
-        found = self._backward.get((present, asked))
-        if found is None:
-            found = self._backward[present, asked] = Backward(self, present, asked)
-        return found
-
-
-class Backward:
-    """The adjoint loop on arrays: what a backward runs that is not itself recorded."""
-
-    def __init__(self, site: Site, present: tuple[bool, ...], asked: tuple[bool, ...]) -> None:
-        body, n_carry = site.body, site.n_carry
-        pair = _adjoint(body, n_carry, site.n_ys, present, asked)
-        self.n_carry, self.n_inputs, self.length, self.reverse = n_carry, len(body.inputs), site.length, not site.reverse
-        self.floats = _float_carries(body, n_carry)
-        # The loop only reads what it starts from.
-        self.zeros = [np.zeros(body.avals[slot].shape, body.avals[slot].dtype) for slot in body.inputs[:n_carry]]
-        self.slots, self.residuals = pair.residuals, set(pair.residuals)
-        self.reads = [n_carry + k for k in pair.reads]
-        given = [n_carry + k for k, yes in enumerate(present) if yes]
-        self.y_seeds = [k for k in given if k < n_carry + site.n_ys]
-        self.s_seeds = [k for k in given if k >= n_carry + site.n_ys]
-        self.positions = [*self.floats, *(n_carry + k for k, yes in enumerate(asked) if yes)]
-        n_ys = sum(asked[: len(body.inputs) - n_carry])
-        self.body, self.n_ys = pair.backward, n_ys
-        self.plan = _plan(pair.backward, len(self.floats), n_ys, site.length)
-
-    def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: dict[int, np.ndarray]) -> list[Any]:
-        """Cotangents of the operands, None where they are not asked for."""
-        from tinygrad_lstm.compiler.runner import run_loop
-
-        carry = [self.zeros[k] if g[k] is None else g[k]._data for k in self.floats]
-        xs = [kept[slot] for slot in self.slots]
-        xs += [inputs[k]._data for k in self.reads]
-        xs += [g[k]._data for k in self.y_seeds]
-        captures = [t._data for t in inputs[self.n_inputs :]]
-        captures += [g[k]._data for k in self.s_seeds]
-        try:
-            final, outs = run_loop(self.plan, carry, xs, captures, self.length, self.reverse)
-        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
-            params = {
-                "body": self.body, "n_carry": len(carry), "n_ys": self.n_ys, "length": self.length,
-                "reverse": self.reverse,
-            }  # fmt: skip
-            operands = [Tensor(array) for array in (*carry, *xs, *captures)]
-            raise scan_primitive._explained(error, operands, params) from None
-        shares: list[Any] = [None] * len(inputs)
-        for position, array in zip(self.positions, (*final, *_apart(outs)), strict=True):
-            shares[position] = Tensor(array)
-        return shares
 
 
 class Residuals:
@@ -167,8 +52,7 @@ def _forward(
     keep: Residuals | None = None,
     memory: Any = None,
 ) -> tuple[np.ndarray, ...]:
-    from tinygrad_lstm.compiler.runner import run_loop
-
+    run_loop = _loops().run_loop
     n_inputs = len(body.inputs)
     carry, xs, captures = operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:]
     if keep is None:
@@ -341,60 +225,29 @@ def bind_scan(
     """Run a scan, keeping residuals (within ``memory``) where somebody may ask for gradients."""
     params: dict[str, Any] = {"body": body, "n_carry": n_carry, "n_ys": n_ys, "length": length, "reverse": reverse}
     current = state()
-    needs = current.enabled and current.trace is None
-    if needs and not current.tapes:
-        needs = True in [t._rg for t in operands]
-    if not needs:
+    every, needs = bool(current.tapes), True in [t._rg for t in operands]
+    if not current.enabled or current.trace is not None or not (every or needs):
         if memory is not None and current.trace is not None:
             params["memory"] = memory  # part of what is recorded
         return scan_primitive.bind(tuple(operands), params)
-    every = bool(current.tapes)
     linked = tuple([(t._rg or every) and t.dtype.kind == "f" for t in operands[n_carry:]])
     kept = Residuals(_site(body, n_carry, n_ys, length, reverse, linked))
     if memory is not None:
         from tinygrad_lstm.ops.segments import segmented
 
         kept.segments = segmented(body, n_carry, n_ys, length, reverse, kept.present, linked, memory)
-    outs = scan_primitive.bind(tuple(operands), {**params, "keep": kept})
-    node: Any = outs[0]._node
-    if node is not None:
-        # The residuals are the record's own: released with it, and no parameter of the program.
-        record = node.record
-        record.params = params
-        record.saved = (*record.saved[:-1], kept)
-        # An output may share its memory with a residual: then a write to it must be noticed.
-        residuals = {id(_owner(array)) for array in kept.arrays.values()}
-        for out in outs:
-            if id(_owner(out._data)) in residuals:
-                out._used = True
-                watch_output(record, out._store(), always=True)
+    try:
+        arrays = _forward(*[t._data for t in operands], **params, keep=kept)
+    except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise scan_primitive._explained(error, operands, {**params, "keep": kept}) from None
+    outs = tuple([Tensor(a if a.__class__ is np.ndarray else np.asarray(a)) for a in arrays])
+    # The residuals are the record's own: released with it, and no parameter of the program.
+    record = record_application(scan_primitive, tuple(operands), params, outs, needs, current, True)
+    record.saved = (*record.saved[:-1], kept)  # type: ignore[index]
+    # An output may share its memory with a residual: then a write to it must be noticed.
+    residuals = {id(array if array.base is None else array.base) for array in kept.arrays.values()}
+    for out in outs:
+        if id(_owner(out._data)) in residuals:
+            out._used = True
+            watch_output(record, out._store(), always=True)
     return outs
-
-
-def _site(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]) -> Site:
-    key = ("site", n_carry, n_ys, length, reverse, wanted)
-    return _derived(body, key, lambda: Site(body, n_carry, n_ys, length, reverse, wanted))
-
-
-def _owner(array: np.ndarray) -> Any:
-    """The object that holds the memory of an array."""
-    return array if array.base is None else array.base
-
-
-def _apart(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Copies of those arrays that share their memory with an earlier one."""
-    owners: set[int] = set()
-    result = []
-    for array in arrays:
-        owner = id(_owner(array))
-        result.append(array.copy() if owner in owners else array)
-        owners.add(owner)
-    return result
-
-
-def _float_carries(body: Program, n_carry: int) -> list[int]:
-    return [k for k in range(n_carry) if np.dtype(body.avals[body.inputs[k]].dtype).kind == "f"]
-
-
-def _float_outputs(body: Program, n_carry: int) -> tuple[bool, ...]:
-    return tuple(np.dtype(body.aval(o).dtype).kind == "f" for o in body.outputs[n_carry:])
