@@ -216,7 +216,7 @@ def reductions_of_strided_views(c: Any) -> Any:
     return body
 
 
-@case([("B", H), Ints(("B",))], [("B", H), Ints(("B",))], "split numpy", E=(VOCABULARY, H), U=(H, H))
+@case([("B", H), Ints(("B",))], [("B", H), Ints(("B",))], "split split", E=(VOCABULARY, H), U=(H, H))
 def lookup_in_a_stack(c: Any) -> Any:
     """Yesterday's token is looked up: the table's rows are copied to a place with a stride between its columns."""
 
@@ -299,7 +299,7 @@ def rows_normalised(c: Any) -> Any:
 
 
 @case([("B", H), Ints(("B",), dtype="int32", shift=-VOCABULARY)], Ints(("B",), dtype="int32", shift=-VOCABULARY),
-      "split numpy", slow=True, E=(VOCABULARY, H), U=(H, H))  # fmt: skip
+      "split split", slow=True, E=(VOCABULARY, H), U=(H, H))  # fmt: skip
 def embedding_counted_from_the_end(c: Any) -> Any:
     def body(carry: Any, following: Any) -> Any:
         h, token = carry

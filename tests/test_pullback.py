@@ -15,7 +15,6 @@ from tinygrad_lstm import nn, ops
 from tinygrad_lstm.pullback import ArrayRule
 from tinygrad_lstm.shortforms import short_form
 
-
 FUNCTIONS = {
     "sum": lambda x: (x * x).sum(),
     "sum of an axis": lambda x: (ops.exp(x.sum(axis=0)) * 0.5).sum(),

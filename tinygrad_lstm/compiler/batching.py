@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from tinygrad_lstm.ops import shape as _shape
+from tinygrad_lstm.ops.elementwise import where
 from tinygrad_lstm.ops.linalg import _matmul
 from tinygrad_lstm.ops.reduction import _sum
 from tinygrad_lstm.primitive import Aval, Primitive
@@ -98,6 +101,20 @@ def _take(program: Program, equation: Equation, values: Sequence[Value], steps: 
     return equation.primitive.bind((values[0][0], values[1][0]), dict(equation.params))
 
 
+def _is_scatter(program: Program, equation: Equation, stacked: Sequence[bool]) -> bool:
+    return all(stacked) and equation.params["axis"] == -len(equation.params["shape"])
+
+
+def _untake(program: Program, equation: Equation, values: Sequence[Value], steps: int) -> Any:
+    """A table for every step: the tables one behind the other, and indices that go on counting."""
+    shape = equation.params["shape"]
+    g, indices = (value[0] for value in values)
+    first = np.arange(steps).reshape(-1, *(1,) * (indices.ndim - 1)) * shape[0]
+    indices = where(indices < 0, indices + shape[0], indices) + first
+    out = equation.primitive.bind((g, indices), {"shape": (steps * shape[0], *shape[1:]), "axis": -len(shape)})
+    return _shape.reshape(out, (steps, *shape))
+
+
 _RULES: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
     "reshape": (_always, _with_shape),
     "broadcast_to": (_always, _with_shape),
@@ -105,6 +122,7 @@ _RULES: dict[str, tuple[Callable[..., bool], Callable[..., Any]]] = {
     "getitem": (lambda program, equation, stacked: len(equation.operands) == 1, _indexed),
     "put": (lambda program, equation, stacked: len(equation.operands) == 1, _indexed),
     "take": (_take_is_gather, _take),
+    "untake": (_is_scatter, _untake),
 }
 
 
@@ -160,6 +178,9 @@ class TimeSum:
             return None
         if primitive.name in ("getitem", "put") and stacked == [0] and len(equation.operands) == 1:
             return primitive.bind((self.of(equation.operands[0]),), dict(equation.params))
+        if primitive.name == "untake" and len(stacked) == 2 and can_batch(self.program, equation, (True, True)):
+            operands = [self.value_of(o)[0] for o in equation.operands]  # rows of all steps into one table
+            return primitive.bind(tuple(operands), dict(equation.params))
         if primitive.name == "matmul" and len(stacked) == 2:
             return self._contracted(equation)
         if (primitive.linear == "each" and stacked == [0] and len(equation.operands) == 1) or (
