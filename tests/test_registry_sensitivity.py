@@ -12,7 +12,12 @@ from samples import SAMPLES
 import tinygrad_lstm as tg
 
 ZERO_DERIVATIVE = {"sign"}
-FUNCTIONS_OF_FUNCTIONS = {"scan", "checkpoint", "compiled", "opaque"}  # their rule is another function's gradient, or an error
+FUNCTIONS_OF_FUNCTIONS = {
+    "scan",
+    "checkpoint",
+    "compiled",
+    "opaque",
+}  # another function's gradient, or an error
 
 
 def rules() -> list[Any]:

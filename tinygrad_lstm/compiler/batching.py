@@ -186,9 +186,7 @@ class TimeSum:
         if (primitive.linear == "each" and stacked == [0] and len(equation.operands) == 1) or (
             primitive.name == "matmul" and len(stacked) == 1
         ):
-            operands = [
-                self.of(o) if k in stacked else self.value_of(o)[0] for k, o in enumerate(equation.operands)
-            ]
+            operands = [self.of(o) if k in stacked else self.value_of(o)[0] for k, o in enumerate(equation.operands)]
             return primitive.bind(tuple(operands), dict(equation.params))
         if primitive.name == "add" and all(self._same_shape(equation, operand) for operand in equation.operands):
             return self.of(equation.operands[0]) + self.of(equation.operands[1])

@@ -40,7 +40,7 @@ def worth_compiling(program: Program, equations: Iterable[Equation], steps: int)
     return steps * total >= COMPILE_FROM
 
 
-REDUCTIONS = {"sum": np.add, "max": np.maximum, "min": np.minimum}
+REDUCTIONS: dict[str, Any] = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 
 
 class FusedKernel:
@@ -155,14 +155,20 @@ def fuse(program: Program, at_least: int = 2, reductions: bool = False) -> Progr
     return program.replaced(equations=tuple(equations))
 
 
-def _late(program: Program, level: dict[int, int], made: dict[int, Equation], folds: Callable[[Equation], bool]) -> None:
+def _late(
+    program: Program, level: dict[int, int], made: dict[int, Equation], folds: Callable[[Equation], bool]
+) -> None:
     """Move what reads inputs alone to the last level that is early enough: it would only wait in memory."""
     latest: dict[int, int] = {output: 0 for output in program.outputs if output.__class__ is int}
     for equation in reversed(program.equations):
         own = [latest[slot] for slot in equation.outputs if slot in latest]
         if _is_elementwise(equation) and own and not any(slot in made for slot in equation.reads()):
             level[equation.outputs[0]] = max(level[equation.outputs[0]], min(own))
-        shape = program.aval(equation.operands[0] if folds(equation) else equation.outputs[0]).shape if equation.operands else ()
+        shape = (
+            program.aval(equation.operands[0] if folds(equation) else equation.outputs[0]).shape
+            if equation.operands
+            else ()
+        )
         for slot in equation.reads():
             here = level[equation.outputs[0]]
             if (_is_elementwise(equation) or folds(equation)) and program.avals[slot].shape != shape:

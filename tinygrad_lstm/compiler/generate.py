@@ -135,11 +135,13 @@ def _prepare(lowered: Lowered, roots: list[str]) -> str:
         name = f"v{pack.invariant}"
         writer.line(f"o = load64(table + {8 * (base + len(roots) + len(lowered.packs) + k)})")
         writer.line(f"t = load64(o + {_HEAD + 24})")
-        row, column = ("load64(t)", "load64(t + 8)") if pack.shape == lowered.row_shapes[name][0] else map(str, pack.strides)
+        row, column = (
+            ("load64(t)", "load64(t + 8)") if pack.shape == lowered.row_shapes[name][0] else map(str, pack.strides)
+        )
         field = 8 * FIELDS.index(f"pack_{pack.dtype}")
         writer.line(
-            f"call_address(load64(table + {field}), {pack.shape[0]}, {pack.shape[1]}, load64(o + {_HEAD}) + {pack.offset}, "
-            f"{row}, {column}, load64(table + {8 * (base + len(roots) + k)}))"
+            f"call_address(load64(table + {field}), {pack.shape[0]}, {pack.shape[1]}, "
+            f"load64(o + {_HEAD}) + {pack.offset}, {row}, {column}, load64(table + {8 * (base + len(roots) + k)}))"
         )
     return "\n".join(writer.lines)
 

@@ -69,7 +69,9 @@ class LoopPlan:
                 if made[output].primitive.name == "broadcast_to":
                     break
                 output = made[output].operands[0]
-            if output.__class__ is not int or not (output in fresh or (output in made and not made[output].primitive.view)):
+            if output.__class__ is not int or not (
+                output in fresh or (output in made and not made[output].primitive.view)
+            ):
                 found.append(k)
         return found
 
@@ -351,7 +353,7 @@ class _Planner:
             for slot in stacked:
                 environment[slot] = recorder.new(Aval((steps, *body.avals[slot].shape), body.avals[slot].dtype))
                 inputs.append(environment[slot])
-            totals = {}
+            totals: dict[int, Tensor] = {}
             for operand in loop_sums:
                 totals[operand] = recorder.new(body.aval(operand))
                 inputs.append(totals[operand])

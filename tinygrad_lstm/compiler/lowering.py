@@ -12,21 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.fuse import FUSED
-from tinygrad_lstm.compiler.stages import (
-    Chain,
-    Copy,
-    Fold,
-    Gather,
-    Operation,
-    Packed,
-    Product,
-    RowProduct,
-    collapsed,
-    combine,
-)
-from tinygrad_lstm.compiler.views import Root, Unsupported, View, contiguous
-from tinygrad_lstm.kernels.elementwise import lowerable
+from tinygrad_lstm.compiler.rules import RULES
+from tinygrad_lstm.compiler.stages import Chain, Copy, Operation, Packed, collapsed, combine
+from tinygrad_lstm.compiler.views import Root, Unsupported, View, contiguous, dense
 from tinygrad_lstm.program import Equation, Program
 
 __all__ = ["Lowered", "lower_body"]
@@ -55,10 +43,10 @@ def lower_body(program: Program, n_carry: int, n_stacked: int, split: bool) -> L
     With ``split`` axis 0 of every value is a row of the batch (proved before); without, the whole body is one
     row.  Raises Unsupported.
     """
-    return _Lowering(program, n_carry, n_stacked, split).run()
+    return Lowering(program, n_carry, n_stacked, split).run()
 
 
-class _Lowering:
+class Lowering:
     def __init__(self, program: Program, n_carry: int, n_stacked: int, split: bool) -> None:
         self.program, self.n_carry, self.split = program, n_carry, split
         self.skip = 1 if split else 0
@@ -79,7 +67,7 @@ class _Lowering:
 
     # ------------------------------------------------------------------ views of inputs
 
-    def _aval(self, slot: int) -> tuple[tuple[int, ...], np.dtype]:
+    def aval(self, slot: int) -> tuple[tuple[int, ...], np.dtype]:
         aval = self.program.avals[slot]
         return tuple(aval.shape[self.skip :]), np.dtype(aval.dtype)
 
@@ -88,7 +76,7 @@ class _Lowering:
         self.shapes[root.name] = (shape, dtype)
         return View(root, 0, shape, contiguous(shape, dtype.itemsize), dtype)
 
-    def _temporary(self, shape: tuple[int, ...], dtype: Any) -> View:
+    def temporary(self, shape: tuple[int, ...], dtype: Any) -> View:
         dtype = np.dtype(dtype)
         nbytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         self.scratch.append(-(-max(nbytes, 1) // 64) * 64)
@@ -117,6 +105,8 @@ class _Lowering:
         raise KeyError(slot)
 
     def _by_rows(self, view: View) -> View:
+        if view.shape[0] == 1:  # the same for all rows
+            return replace(view, shape=view.shape[1:], strides=view.strides[1:])
         shape, dtype = self.shapes[view.root.name]
         if not view.strides or view.strides[0] != contiguous(shape, dtype.itemsize)[0]:
             raise Unsupported(None, "a part of an invariant whose rows are not those of the batch")
@@ -131,7 +121,7 @@ class _Lowering:
             first = out.__class__ is int and out in self.made and self.carry_out.index(out) == k
             keep = slot in self.stacked_slots or (first and out in self.stacked_slots)
             kept.append(keep)
-            shape, dtype = self._aval(slot)
+            shape, dtype = self.aval(slot)
             self.views[slot] = self._root("i", k, shape, dtype)
             self.shapes[f"o{k}"] = (shape, dtype)
         for k, slot in enumerate(self.stacked_slots):
@@ -141,14 +131,14 @@ class _Lowering:
                 stacked.append(("o", self.carry_out.index(slot)))
             else:
                 stacked.append(("y", k))
-                shape, dtype = self._aval(slot)
+                shape, dtype = self.aval(slot)
                 self.home.setdefault(slot, self._root("y", k, shape, dtype))
         for k, out in enumerate(self.carry_out):
             if out.__class__ is int and out in self.made and out not in self.home:
-                shape, dtype = self._aval(out)
+                shape, dtype = self.aval(out)
                 self.home[out] = self._root("o", k, shape, dtype)
         for k, slot in enumerate(self.program.inputs[self.n_carry :]):
-            shape, dtype = self._aval(slot)
+            shape, dtype = self.aval(slot)
             self.views[slot] = self._root("x", k, shape, dtype)
             if slot not in self.batched:
                 self.views[slot] = replace(self.views[slot], rowed=False)
@@ -161,10 +151,10 @@ class _Lowering:
         """Operands of a concatenation (or of a reshape) are computed in their part of its home."""
         name, out = equation.primitive.name, equation.outputs[0]
         if name == "concatenate":
-            shape, dtype = self._aval(out)
+            shape, dtype = self.aval(out)
             home = self.home.get(out)
             if home is None:
-                home = self.home[out] = self._temporary(shape, dtype)
+                home = self.home[out] = self.temporary(shape, dtype)
             axis = equation.params["axis"] + len(shape)
             start = 0
             for operand in equation.operands:
@@ -177,7 +167,7 @@ class _Lowering:
         elif name in {"reshape", "alias", "stop_gradient"} and out in self.home:
             operand = equation.operands[0]
             if operand.__class__ is int and self._free(operand):
-                shape, _ = self._aval(operand)
+                shape, _ = self.aval(operand)
                 found = self.home[out].reshaped(shape)
                 if found is not None:
                     self.home[operand] = found
@@ -195,7 +185,7 @@ class _Lowering:
                 dtype = np.dtype(self.program.avals[slot].dtype)
                 if dtype.name not in _DTYPES or not dtype.isnative:
                     raise Unsupported(equation, f"dtype {dtype.str}")
-            rule = _RULES.get(equation.primitive.name)
+            rule = RULES.get(equation.primitive.name)
             if rule is None:
                 raise Unsupported(equation, f"no native form of {equation.primitive.name}")
             mapped = any(slot in self.batched for slot in equation.reads())
@@ -218,7 +208,7 @@ class _Lowering:
     def target(self, slot: int) -> View:
         """Where a computed slot is written."""
         if slot not in self.home:
-            self.home[slot] = self._temporary(*self._aval(slot))
+            self.home[slot] = self.temporary(*self.aval(slot))
         self.views[slot] = self.home[slot]
         return self.home[slot]
 
@@ -248,7 +238,7 @@ class _Lowering:
             if not bad:
                 break
             k = bad[0]
-            copy = self._temporary(inputs[k].shape, inputs[k].dtype)
+            copy = self.temporary(inputs[k].shape, inputs[k].dtype)
             self.operations.append(Copy(inputs[k], copy))
             inputs[k] = copy
         behind: list[Copy] = []
@@ -257,7 +247,7 @@ class _Lowering:
             fits = view.reshaped((*whole[:-1], 1) if reductions[k] else whole)
             last = strides[len(inputs) + n][-1] if not reductions[k] else 0
             if fits is None or (last not in (0, view.dtype.itemsize)):
-                copy = self._temporary(view.shape, view.dtype)
+                copy = self.temporary(view.shape, view.dtype)
                 behind.append(Copy(copy, view))
                 view = copy
             places.append((view, k))
@@ -267,17 +257,17 @@ class _Lowering:
     def dense_target(self, slot: int, operation: Callable[[View], Operation]) -> None:
         """Append an operation that writes whole columns, by way of scratch where the place is strided."""
         home = self.target(slot)
-        if _dense(home):
+        if dense(home):
             self.operations.append(operation(home))
             return
-        copy = self._temporary(home.shape, home.dtype)
+        copy = self.temporary(home.shape, home.dtype)
         self.operations += [operation(copy), Copy(copy, home)]
 
     def dense(self, view: View) -> View:
         """The view, or a copy of it where its columns are strided."""
-        if _dense(view):
+        if dense(view):
             return view
-        copy = self._temporary(view.shape, view.dtype)
+        copy = self.temporary(view.shape, view.dtype)
         self.operations.append(Copy(view, copy))
         return copy
 
@@ -290,7 +280,7 @@ class _Lowering:
             elif slot in self.made and f"y{k}" not in written and self.home.get(slot) != self.views[slot]:
                 self.operations.append(Copy(self.views[slot], self.home[slot]))
         for k, out in enumerate(self.carry_out):
-            shape, dtype = self._aval(self.carry_in[k])
+            shape, dtype = self.aval(self.carry_in[k])
             place = self._root("o", k, shape, dtype)
             if out.__class__ is not int:
                 raise Unsupported(None, "a carry that becomes a number")
@@ -300,266 +290,8 @@ class _Lowering:
         for k, out in enumerate(self.sums):
             if out.__class__ is not int or (self.split and out not in self.batched):
                 raise Unsupported(None, "a sum over the steps of something that all rows share")
-            shape, dtype = self._aval(out)
+            shape, dtype = self.aval(out)
             if dtype.kind != "f":
                 raise Unsupported(None, f"a sum of {dtype} over the steps")
             total = self._root("s", k, shape, dtype)
             self.chain(combine("sum", dtype), shape, [total, self.view(out)], ("",), [(total, 0)])
-
-
-def _dense(view: View) -> bool:
-    """Whether neighbours in the last axis are neighbours in memory."""
-    return not view.shape or view.shape[-1] == 1 or view.strides[-1] == view.dtype.itemsize
-
-
-# ---------------------------------------------------------------------------- rules
-
-
-def _fused(low: _Lowering, equation: Equation) -> None:
-    kernel = equation.params["kernel"]
-    dtypes = tuple(np.dtype(low.program.avals[slot].dtype) for slot in equation.operands)
-    if not lowerable(kernel.expression, dtypes):
-        raise Unsupported(equation, f"elementwise maths on {', '.join(sorted({d.name for d in dtypes}))}")
-    shape = tuple(kernel.shape[low.skip :])
-    inputs = [low.view(slot, len(shape)) for slot in equation.operands]
-    targets = [(low.target(slot), k) for k, slot in enumerate(equation.outputs)]
-    low.chain(kernel.expression, shape, inputs, kernel.reductions, targets)
-
-
-def _matmul(low: _Lowering, equation: Equation) -> None:
-    left, right = equation.operands
-    if left.__class__ is not int or right.__class__ is not int:
-        raise Unsupported(equation, "a number as operand of matmul")
-    dtypes = {np.dtype(low.program.avals[slot].dtype) for slot in (left, right, equation.outputs[0])}
-    dtype = dtypes.pop()
-    if dtypes or dtype.kind != "f":
-        raise Unsupported(equation, f"a matrix product of {dtype} with another dtype")
-    rank = low.rank(equation)
-    b_shape = tuple(low.program.avals[right].shape)
-    shared = right not in low.batched and len(b_shape) == 2
-    if shared and (view := low.view(right)).root.kind == "v":
-        pack = Packed(view.root.index, view.offset, b_shape, view.strides, dtype.name)  # type: ignore[arg-type]
-        if pack not in low.packs:
-            low.packs.append(pack)
-        number = low.packs.index(pack)
-        a = low.view(left, rank)
-
-        def product(target: View) -> Operation:
-            if rank == 1 and low.split and a.rowed:
-                return Product(a, number, pack, target)
-            return _row_product(a, None, target, number)
-
-        low.dense_target(equation.outputs[0], product)
-        return
-    if shared or rank < 2:
-        raise Unsupported(equation, "a matrix product with a matrix that is computed in the loop for all rows")
-    a, b = low.view(left, rank), low.view(right, rank)
-    low.dense_target(equation.outputs[0], lambda target: _row_product(a, b, target))
-
-
-def _row_product(a: View, b: View | None, target: View, packed: int = -1) -> Operation:
-    if len(target.shape) == 1:
-        a, target = a.moved(0, (1, *a.shape), (0, *a.strides)), target.moved(0, (1, *target.shape), (0, *target.strides))
-    return RowProduct(a, b, target, packed)
-
-
-def _split(low: _Lowering, equation: Equation) -> None:
-    source = low.operand(equation)
-    axis = equation.params["axis"] + len(source.shape)
-    _not_the_batch(low, equation, axis)
-    start = 0
-    for n, slot in zip(equation.params["sizes"], equation.outputs, strict=True):
-        shape = list(source.shape)
-        shape[axis] = n
-        low.define(slot, source.moved(start * source.strides[axis], tuple(shape), source.strides))
-        start += n
-
-
-def _not_the_batch(low: _Lowering, equation: Equation, axis: int) -> None:
-    if axis < 0:
-        raise Unsupported(equation, f"{equation.primitive.name} along the batch axis")
-
-
-def _getitem(low: _Lowering, equation: Equation) -> None:
-    if len(equation.operands) > 1:
-        raise Unsupported(equation, "an index made of arrays")
-    source = low.operand(equation)
-    view = _indexed(low, equation, source, equation.operands[0])
-    low.define(equation.outputs[0], view)
-
-
-def _indexed(low: _Lowering, equation: Equation, source: View, slot: int, missing: int = 0) -> View:
-    """A basic index as a view: computed by NumPy on an array without data, whose strides are the view's."""
-    template = list(equation.params["template"])
-    batched = low.split and (slot in low.batched or missing)
-    if batched:
-        if template and template[0] == ("slice", None, None, None):
-            template = template[1:]
-        elif not (template and template[0] is Ellipsis):
-            raise Unsupported(equation, "an index into the batch axis")
-    index = tuple(slice(*item[1:]) if isinstance(item, tuple) else item for item in template)
-    # The byte offset of every element in place of data: what is picked tells offset and strides.
-    grid = [np.arange(n) * s for n, s in zip(source.shape, source.strides, strict=True)]
-    offsets = np.zeros(source.shape, np.int64)
-    for axis, steps in enumerate(grid):
-        offsets += steps.reshape([-1 if k == axis else 1 for k in range(len(grid))])
-    picked = offsets[index]
-    if not picked.size:
-        return source.moved(0, picked.shape, contiguous(picked.shape, source.dtype.itemsize))
-    first = picked[(0,) * picked.ndim]
-    strides = []
-    for axis, n in enumerate(picked.shape):
-        if n == 1:
-            strides.append(0)
-        else:
-            second = picked[tuple(1 if k == axis else 0 for k in range(picked.ndim))]
-            strides.append(int(second - first))
-    return source.moved(int(first), picked.shape, tuple(strides))
-
-
-def _put(low: _Lowering, equation: Equation) -> None:
-    if len(equation.operands) > 1:
-        raise Unsupported(equation, "an index made of arrays")
-    target = low.target(equation.outputs[0])
-    source = low.operand(equation, 0, None)
-    _fill(low, target, 0.0)
-    place = _indexed(low, equation, target, -1, missing=1)
-    low.operations.append(Copy(source, place))
-
-
-def _fill(low: _Lowering, target: View, value: float) -> None:
-    """Write one value everywhere."""
-    from tinygrad_lstm.kernels import build
-    from tinygrad_lstm.kernels import expression as e
-
-    if target.dtype.name not in {"float32", "float64", "bool"}:
-        raise Unsupported(None, f"a constant of dtype {target.dtype}")
-    expression = build(lambda x: e.cast(e.constant(value), target.dtype), 1)
-    low.chain(expression, target.shape, [target], ("",), [(target, 0)])
-
-
-def _concatenate(low: _Lowering, equation: Equation) -> None:
-    out = equation.outputs[0]
-    target = low.target(out)
-    axis = equation.params["axis"] + len(target.shape)
-    _not_the_batch(low, equation, axis)
-    start = 0
-    for operand in equation.operands:
-        view = low.view(operand, len(target.shape))
-        n = low.program.avals[operand].shape[equation.params["axis"]]
-        shape = list(target.shape)
-        shape[axis] = n
-        place = target.moved(start * target.strides[axis], tuple(shape), target.strides)
-        if view != place:
-            if view.dtype != target.dtype:
-                raise Unsupported(equation, "a concatenation of several dtypes")
-            low.operations.append(Copy(view, place))
-        start += n
-
-
-def _reshape(low: _Lowering, equation: Equation) -> None:
-    out = equation.outputs[0]
-    source = low.operand(equation)
-    shape, _ = low._aval(out)
-    if equation.operands[0] not in low.batched:
-        shape = tuple(low.program.avals[out].shape)
-    view = source.reshaped(shape)
-    if view is None:
-        copy = low._temporary(source.shape, source.dtype)
-        low.operations.append(Copy(source, copy))
-        view = copy.reshaped(shape)
-        assert view is not None
-    low.define(out, view)
-
-
-def _broadcast_to(low: _Lowering, equation: Equation) -> None:
-    shape, _ = low._aval(equation.outputs[0])
-    source = low.operand(equation, 0, len(shape))
-    if equation.operands[0] not in low.batched and source.shape:
-        raise Unsupported(equation, "broadcasting an invariant to the batch")
-    low.define(equation.outputs[0], source.broadcast(shape))
-    low.batched.add(equation.outputs[0])
-
-
-def _transpose(low: _Lowering, equation: Equation) -> None:
-    source = low.operand(equation)
-    n = len(source.shape)
-    axes = [a for a in equation.params["axes"] if a >= -n]
-    lead = n - len(axes)
-    order = [*range(lead), *(a + n for a in axes)]
-    view = source.moved(0, tuple(source.shape[k] for k in order), tuple(source.strides[k] for k in order))
-    low.define(equation.outputs[0], view)
-
-
-def _alias(low: _Lowering, equation: Equation) -> None:
-    low.define(equation.outputs[0], low.operand(equation))
-
-
-def _reduce(low: _Lowering, equation: Equation) -> None:
-    (axis,) = equation.params["axis"]
-    source = low.operand(equation)
-    if source.dtype.kind != "f":
-        raise Unsupported(equation, f"{equation.primitive.name} of {source.dtype}")
-    place = axis + len(source.shape)
-    _not_the_batch(low, equation, place)
-    if not source.shape[place]:
-        raise Unsupported(equation, "a reduction of nothing")
-    source = low.dense(source)
-    kept = list(source.shape)
-    kept[place] = 1
-    name = equation.primitive.name
-
-    def fold(target: View) -> Operation:
-        opened = target.reshaped(tuple(kept))
-        if opened is None or not _dense(opened):
-            raise Unsupported(equation, "a reduction into a strided place")
-        return Fold(name, place, source, opened, combine(name, source.dtype))
-
-    low.dense_target(equation.outputs[0], fold)
-
-
-def _take(low: _Lowering, equation: Equation) -> None:
-    table, index = equation.operands
-    shape = tuple(low.program.avals[table].shape)
-    if table in low.batched or equation.params["axis"] != -len(shape):
-        raise Unsupported(equation, "take along an inner axis")
-    if index not in low.batched and low.split:
-        raise Unsupported(equation, "an index that all rows share")
-    indices = low.view(index)
-    if indices.dtype.name not in {"int64", "int32"}:
-        raise Unsupported(equation, f"an index of dtype {indices.dtype}")
-    rows = low.view(table)
-    low.dense_target(equation.outputs[0], lambda target: Gather(rows, indices, target))
-
-
-def _astype(low: _Lowering, equation: Equation) -> None:
-    from tinygrad_lstm.kernels import build
-    from tinygrad_lstm.kernels import expression as e
-
-    source = low.operand(equation)
-    goal = np.dtype(equation.params["dtype"])
-    expression = build(lambda x: e.cast(x, goal), 1)
-    if not lowerable(expression, (source.dtype,)):
-        raise Unsupported(equation, f"conversion from {source.dtype} to {goal}")
-    target = low.target(equation.outputs[0])
-    low.chain(expression, target.shape, [source], ("",), [(target, 0)])
-
-
-_RULES: dict[str, Callable[[_Lowering, Equation], None]] = {
-    FUSED.name: _fused,
-    "matmul": _matmul,
-    "split": _split,
-    "getitem": _getitem,
-    "put": _put,
-    "concatenate": _concatenate,
-    "reshape": _reshape,
-    "broadcast_to": _broadcast_to,
-    "transpose": _transpose,
-    "alias": _alias,
-    "stop_gradient": _alias,
-    "sum": _reduce,
-    "max": _reduce,
-    "min": _reduce,
-    "take": _take,
-    "astype": _astype,
-}

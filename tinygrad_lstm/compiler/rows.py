@@ -23,7 +23,7 @@ class Mixing(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """``batch``: the number of rows; ``mapped``: the slots whose axis 0 they are; ``mixing``: what stands against it."""
+    """``batch``: the number of rows; ``mapped``: the slots whose axis 0 they are; ``mixing``: what is against it."""
 
     batch: int
     mapped: frozenset[int]
@@ -162,8 +162,11 @@ def _put(program: Program, equation: Equation, mapped: set[int]) -> str:
 def _take(program: Program, equation: Equation, mapped: set[int]) -> str:
     table, indices = equation.operands
     if table in mapped:
-        return "take from a batch" if indices in mapped or equation.params["axis"] == -len(
-            program.avals[table].shape) else ""
+        return (
+            "take from a batch"
+            if indices in mapped or equation.params["axis"] == -len(program.avals[table].shape)
+            else ""
+        )
     return "" if equation.params["axis"] == -len(program.avals[table].shape) else "take along an inner axis"
 
 

@@ -211,7 +211,8 @@ class Fold(Operation):
         nodes = ", ".join(f"({n.op!r}, {n.args!r}, {_literal(n.param)})" for n in self.combine.nodes)
         dtype = self.source.dtype.name
         name = writer.kernel(
-            f"row_kernel(2, ({nodes},), {self.combine.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), {lengths[-1]})"
+            f"row_kernel(2, ({nodes},), {self.combine.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), "
+            f"{lengths[-1]})"
         )
         there = writer.address(self.target, "r")
         nested(

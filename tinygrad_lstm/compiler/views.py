@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Root", "Unsupported", "View", "contiguous", "is_contiguous"]
+__all__ = ["Root", "Unsupported", "View", "contiguous", "dense", "is_contiguous"]
 
 
 class Unsupported(Exception):
@@ -29,11 +29,11 @@ class Root(NamedTuple):
     """
 
     kind: str
-    index: int
+    number: int
 
     @property
     def name(self) -> str:
-        return f"{self.kind}{self.index}"
+        return f"{self.kind}{self.number}"
 
 
 @dataclass(frozen=True)
@@ -90,3 +90,8 @@ def is_contiguous(view: View) -> bool:
     """Whether the elements of a row follow one another."""
     expected = contiguous(view.shape, view.dtype.itemsize)
     return all(n == 1 or s == e for n, s, e in zip(view.shape, view.strides, expected, strict=True))
+
+
+def dense(view: View) -> bool:
+    """Whether neighbours in the last axis are neighbours in memory."""
+    return not view.shape or view.shape[-1] == 1 or view.strides[-1] == view.dtype.itemsize

@@ -37,7 +37,9 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST:
         return np.empty(shape, dtype)
-    size = -(-nbytes // 4096) * 4096
+    # Steps of an eighth: T and T + 1 rows take turns in one block.  What is not touched takes no memory.
+    granule = max(4096, 1 << (nbytes.bit_length() - 4))
+    size = -(-nbytes // granule) * granule
     with _lock:
         block = _take(size)
     return block[:nbytes].view(dtype).reshape(shape)
