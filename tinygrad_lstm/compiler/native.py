@@ -70,6 +70,7 @@ class NativeLoop:
     def __init__(self, lowered: Lowered, split: bool, program: Program, mixing: Mixing | None, source: str) -> None:
         self.lowered, self.split, self.program, self.mixing, self.source = lowered, split, program, mixing, source
         self.roots = roots_of(lowered)
+        self.place = {name: len(FIELDS) + k for k, name in enumerate(self.roots)}  # in the table
         self._entry: tuple[int, int] | None = None
         self._free: list[_Workspace] = []
         self._lock = threading.Lock()
@@ -89,7 +90,7 @@ class NativeLoop:
         stacked: Sequence[Any], sums: Sequence[Any], rows: int, steps: int, reverse: bool,
     ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] | None:  # fmt: skip
         """(final carry, stacks, sums); None when native code met an index out of range (let NumPy report it)."""
-        low = self.lowered
+        low, place = self.lowered, self.place
         loop, prepare = self.entry()
         try:
             space = self._free.pop()
@@ -97,7 +98,15 @@ class NativeLoop:
             space = _Workspace(self)
         parts, chunk = _shares(rows if self.split else 1)
         table = space.table_for(self, chunk, parts)
-        arrays: dict[str, np.ndarray] = {}
+        held: list[np.ndarray] = []  # arrays that only the table names
+
+        def put(name: str, array: np.ndarray) -> None:
+            at = place.get(name)
+            if at is not None:
+                table[at] = id(array)
+                held.append(array)
+
+        carries = []
         for k, value in enumerate(carry):
             if low.kept[k]:
                 buffer = empty((steps + 1, *value.shape), value.dtype)
@@ -105,44 +114,39 @@ class NativeLoop:
             else:
                 buffer = space.carry(k, value)
                 buffer[0] = value
-            arrays[f"i{k}"] = buffer
+            carries.append(buffer)
+            put(f"i{k}", buffer)
         stacks: list[Any] = []
         for k, (kind, index) in enumerate(low.stacked):
             if kind == "y":
                 buffer = empty((steps, *stacked[k].shape), stacked[k].dtype)
-                arrays[f"y{k}"] = buffer
+                put(f"y{k}", buffer)
                 stacks.append(buffer)
             else:  # the carry before or after every step: rows of one buffer
                 shifted = (kind == "o") != reverse
-                stacks.append(arrays[f"i{index}"][shifted : steps + shifted])
+                stacks.append(carries[index][shifted : steps + shifted])
         totals = [np.zeros(aval.shape, aval.dtype) for aval in sums]
         for k, total in enumerate(totals):
-            arrays[f"s{k}"] = total
+            put(f"s{k}", total)
         for k, value in enumerate(sequence):
-            arrays[f"x{k}"] = _plain(value, 2 if self.split and value.ndim > 1 else 1)
+            put(
+                f"x{k}", value if value.flags.c_contiguous else _plain(value, 2 if self.split and value.ndim > 1 else 1)
+            )
         for k, value in enumerate(invariant):
-            arrays[f"v{k}"] = value
-        base = len(FIELDS)
-        held = []
-        for k, name in enumerate(self.roots):
-            array = arrays[name]
-            if name[0] == "v":
-                array = _plain(array, 0)
-                held.append(array)
-            table[base + k] = id(array)
-        base += len(self.roots) + len(low.packs)
+            if f"v{k}" in place:
+                put(f"v{k}", _plain(value, 0))
+        base = len(FIELDS) + len(self.roots) + len(low.packs)
         for k, pack in enumerate(low.packs):
-            array = arrays[f"v{pack.invariant}"]
+            array = invariant[pack.invariant]
             if pack.shape != array.shape:
                 array = _plain(array, 0)
-                held.append(array)
             table[base + k] = id(array)
+            held.append(array)
         table[0], table[1], table[4], table[5] = (rows if self.split else 1), chunk, steps, reverse
         address = space.address
         if low.packs:
             threads.run(prepare, address, 1)
-        status = 0
-        start = 0
+        status = start = 0
         step = max(1, int(SLICE / max(self.flops * rows, 1)))
         while start < steps and not status:
             stop = min(steps, start + step)
@@ -150,8 +154,7 @@ class NativeLoop:
             status = threads.run(loop, address, parts)
             start = stop
         final = []
-        for k in range(len(carry)):
-            buffer = arrays[f"i{k}"]
+        for k, buffer in enumerate(carries):
             final.append(buffer[(0 if reverse else steps) if low.kept[k] else steps & 1].copy())
         self._free.append(space)
         return None if status else (final, stacks, totals)
