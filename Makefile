@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 # Test processes run side by side, one per core: a BLAS with threads of its own would only fight over them.
-test test-slow conformance: export OPENBLAS_NUM_THREADS = 1
+test test-slow nightly conformance: export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: train test test-slow conformance lint doctest examples bench-smoke ci clean
+.PHONY: train test test-slow nightly conformance lint doctest examples bench-smoke ci clean
 
 $(BIN)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,10 +28,14 @@ train: $(BIN)/.train  ## a character language model by BPTT on real text, about 
 	$(BIN)/python -m tinygrad_lstm train $(ARGS)
 
 test: $(BIN)/.test  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not conformance" -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not conformance and not nightly" -n auto --dist loadfile $(ARGS)
 
 test-slow: $(BIN)/.conformance
-	$(BIN)/python -m pytest -m "slow and not conformance" -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not conformance and not nightly" -n auto --dist loadfile $(ARGS)
+
+# One file, many cells: shared out test by test.  The tests themselves ask for native code.
+nightly: $(BIN)/.test  ## all random cells in native code, tens of minutes; not a part of ci
+	$(BIN)/python -m pytest -m nightly -n auto --dist load $(ARGS)
 
 conformance: $(BIN)/.conformance  ## comparisons with torch, jax and autograd; a skip is a failure
 	TINYGRAD_LSTM_REQUIRE_REFERENCES=1 $(BIN)/python -m pytest -m conformance -n auto --dist loadfile $(ARGS)
@@ -48,7 +52,9 @@ examples: $(BIN)/.test
 	for f in examples/*.py; do echo "== $$f --quick"; $(BIN)/python -W error $$f --quick || exit 1; done
 
 bench-smoke: $(BIN)/.conformance
-	for f in benchmarks/*.py; do echo "== $$f --smoke"; $(BIN)/python $$f --smoke || exit 1; done
+	$(BIN)/python benchmarks/compare.py --short
+	for f in $(filter-out benchmarks/compare.py,$(wildcard benchmarks/*.py)); do \
+		echo "== $$f --smoke"; $(BIN)/python $$f --smoke || exit 1; done
 
 ci: test lint doctest examples test-slow conformance bench-smoke
 

@@ -23,11 +23,12 @@ from tinygrad_lstm.compiler.rows import Mixing, row_values
 from tinygrad_lstm.compiler.simplify import simplify
 from tinygrad_lstm.compiler.stages import Product, RowProduct
 from tinygrad_lstm.compiler.views import Unsupported
+from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import codecache, threads
 from tinygrad_lstm.kernels.pool import empty
 from tinygrad_lstm.program import Program
 
-__all__ = ["NativeLoop", "native_loop", "wanted", "work_of"]
+__all__ = ["NativeLoop", "native_loop", "switched_off", "wanted", "work_of"]
 
 # Loops that do less per call than this many elementary operations are left to NumPy: compiling takes a second.
 LEAST_WORK = 2_000
@@ -61,7 +62,16 @@ def wanted(work: int) -> bool:
     mode = _mode()
     if mode == "auto":
         return work >= LEAST_WORK and os.environ.get("TINYGRAD_LSTM_NATIVE", "1") != "0"
+    if mode not in ("always", "never"):
+        raise ArgumentError(
+            f"the environment variable TINYGRAD_LSTM_COMPILE is {mode!r}; expected auto, always or never"
+        )
     return mode == "always"
+
+
+def switched_off() -> bool:
+    """Whether the environment forbids native loops."""
+    return _mode() == "never" or (_mode() == "auto" and os.environ.get("TINYGRAD_LSTM_NATIVE", "1") == "0")
 
 
 class NativeLoop:
@@ -147,7 +157,7 @@ class NativeLoop:
         if low.packs:
             threads.run(prepare, address, 1)
         status = start = 0
-        step = max(1, int(SLICE / max(self.flops * rows, 1)))
+        step = max(1, int(SLICE / max(self.flops * (rows if self.split else 1), 1)))
         while start < steps and not status:
             stop = min(steps, start + step)
             table[2], table[3] = start, stop

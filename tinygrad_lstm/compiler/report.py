@@ -234,7 +234,7 @@ def fused_groups(program: Program) -> list[str]:
 
 def loop_report(plan: LoopPlan) -> Report:
     """The report of a loop plan: what left the loop, and how what stayed runs."""
-    from tinygrad_lstm.compiler.native import NativeLoop
+    from tinygrad_lstm.compiler.native import NativeLoop, switched_off
 
     groups = fused_groups(plan.body)
     moved = [f"in front, for all steps at once: {line}" for line in names_of(_real(plan.before))]
@@ -265,7 +265,9 @@ def loop_report(plan: LoopPlan) -> Report:
         not_lowered.insert(0, NotLowered(name, where, native.why))
         notes.append("the loop runs on NumPy, step by step, because of that operation")
     else:
-        notes.append("the loop runs on NumPy, step by step: too little work for native code to pay")
+        off = "native code is switched off (TINYGRAD_LSTM_COMPILE, TINYGRAD_LSTM_NATIVE)"
+        why = off if switched_off() else "too little work for native code to pay"
+        notes.append(f"the loop runs on NumPy, step by step: {why}")
     return Report(title, fused=groups, moved=moved, not_lowered=not_lowered, notes=notes)
 
 
