@@ -209,7 +209,7 @@ class _Workspace:
         self.carries: dict[int, np.ndarray] = {}
         self.scratch: np.ndarray | None = None
         self.shape = (0, 0)
-        self._functions()
+        self._functions(loop)
         total = 0
         offsets = []
         if low.packs:
@@ -224,10 +224,13 @@ class _Workspace:
         for k, offset in enumerate(offsets):
             self.table[base + k] = start + offset
 
-    def _functions(self) -> None:
-        from tinygrad_lstm.kernels.gemm import functions
+    def _functions(self, loop: NativeLoop) -> None:
+        """Addresses of the products of the dtypes that occur."""
+        low = loop.lowered
+        products = [op.target for op in low.operations if isinstance(op, (Product, RowProduct))]
+        for dtype in sorted({view.dtype.name for view in products}):
+            from tinygrad_lstm.kernels.gemm import functions
 
-        for dtype in ("float32", "float64"):
             found = functions(dtype)
             self.table[FIELDS.index(f"g_{dtype}")] = found.gemm_packed
             self.table[FIELDS.index(f"h_{dtype}")] = found.gemm_small
