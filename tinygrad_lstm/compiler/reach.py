@@ -127,7 +127,7 @@ class Reach:
             key.append(("tensor", value.shape, value.dtype))
             self.number_of[id(value)] = len(self.tensors)
             self.tensors.append((holder, place))
-        elif hasattr(value, "__tree_swap__"):
+        elif hasattr(value, "__tree_swap__") and not isinstance(value, type):
             self._module(value)
         elif number > _MOST:
             self._opaque(value)

@@ -5,8 +5,9 @@ version), one set of shapes and dtypes, and one mode (train or eval).  What it c
 every call, by its place in the module: a Parameter whose ``data`` was set, or that was replaced, counts.  A
 cell that captures anything else (a tensor that it closes over) is recorded at every call.
 
-What recording cannot see: a plain Python number outside of the module that changes between calls.  Keep such
-numbers as attributes of the module.
+What a user's cell reads outside of itself (globals, attributes of its class) is looked at before a program is used
+again.  What recording cannot see is a value that a function returns anew (a clock, ``numpy.random``): it is
+what it was when the cell was recorded, at every step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.compiler.reach import Reach
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.nn.module import Module, Parameter
 from tinygrad_lstm.ops.control import Recorded, record_body
@@ -100,13 +102,36 @@ def _is_opaque(value: Any) -> bool:
     return value is not None and not isinstance(value, _SEEN)
 
 
+class _Outside:
+    """What the methods of a user's cell read outside of the cell: globals, and numbers of its class."""
+
+    def __init__(self, cell: Module) -> None:
+        self.reached: list[Reach] = []
+        self.attributes: list[tuple[type, str, Any]] = []
+        for cls in {base for module in cell.modules() for base in type(module).__mro__}:
+            if cls.__module__.partition(".")[0] in ("tinygrad_lstm", "builtins"):
+                continue
+            for name, value in vars(cls).items():
+                if isinstance(value, FunctionType):
+                    self.reached.append(Reach(value))
+                elif not name.startswith("__") and isinstance(value, (bool, int, float, str, tuple, np.generic)):
+                    self.attributes.append((cls, name, value))
+
+    def unchanged(self) -> bool:
+        for cls, name, value in self.attributes:
+            if cls.__dict__.get(name) is not value:
+                return False
+        return all(reach.unchanged() for reach in self.reached)
+
+
 class _Entry:
     """A recorded body, and where what it captures stands in the module."""
 
-    __slots__ = ("expected", "places", "recorded")
+    __slots__ = ("expected", "outside", "places", "recorded")
 
-    def __init__(self, recorded: Recorded, places: list[list[tuple[Any, Any]]]) -> None:
+    def __init__(self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: _Outside) -> None:
         self.recorded = recorded
+        self.outside = outside
         self.places = places  # all (holder, key) of every capture: a shared parameter has several
         program = recorded.program
         avals = [program.avals[slot] for slot in program.captures]
@@ -162,7 +187,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
         if entry is not None:
             if isinstance(entry, str):
                 raise TraceError(entry)
-            captures = entry.captures()
+            captures = entry.captures() if entry.outside.unchanged() else None
             if captures is not None:
                 return Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
         with _lock:
@@ -180,7 +205,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
         if all(place is not None for place in found):
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
             bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
-            known[key] = _Entry(bare, [place for place in found if place is not None])
+            known[key] = _Entry(bare, [place for place in found if place is not None], _Outside(cell))
         return recorded
 
     return record

@@ -1,0 +1,58 @@
+"""A cell that reads something outside of itself: what changed there counts at the next call."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tinygrad_lstm as tg
+from tinygrad_lstm import nn, ops
+
+temperature = 1.0
+settings = {"gain": 1.0}
+
+
+def helper(z):
+    return z * settings["gain"]
+
+
+class Cell(nn.Module):
+    slope = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(np.full((3, 4), 0.3, np.float32))
+
+    def initial_state(self, batch):
+        return tg.asarray(np.zeros((batch, 4), np.float32))
+
+    def forward(self, x, h):
+        h = ops.tanh(helper(x @ self.w + h) * temperature * self.slope)
+        return h, h
+
+
+def change_global(monkeypatch):
+    monkeypatch.setitem(globals(), "temperature", 0.5)
+
+
+def change_dict(monkeypatch):
+    monkeypatch.setitem(settings, "gain", 0.5)
+
+
+def change_class(monkeypatch):
+    monkeypatch.setattr(Cell, "slope", 0.5)
+
+
+@pytest.mark.parametrize("change", [change_global, change_dict, change_class])
+@pytest.mark.parametrize("mode", ["never", "always"])
+def test_what_a_cell_reads_outside_is_read_again(change, mode, monkeypatch):
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", mode)
+    layer, x = nn.Recurrent(Cell()), np.ones((2, 3, 3), np.float32)
+    before = layer(x)[0].numpy().copy()
+    np.testing.assert_array_equal(layer(x)[0].numpy(), before)
+    change(monkeypatch)
+    after = layer(x)[0].numpy()
+    with tg.eager():
+        expected = layer(x)[0].numpy()
+    assert np.abs(after - before).max() > 0.01
+    np.testing.assert_allclose(after, expected, rtol=1e-6)
