@@ -255,7 +255,12 @@ def _transpose(r: _Rewriter, equation: Equation) -> Any:
 def _astype(r: _Rewriter, equation: Equation) -> Any:
     """A conversion to a dtype that holds every value of the first, and back."""
     inner = r.by(equation.operands[0], "astype")
-    if inner is None or not np.can_cast(r.avals[inner.operands[0]].dtype, inner.params["dtype"], "safe"):
+    if inner is None:
+        return _same_shape(r, equation)
+    first, between = np.dtype(r.avals[inner.operands[0]].dtype), np.dtype(inner.params["dtype"])
+    # NumPy calls the way from int64 to float64 safe, but 2**53 + 1 does not survive it.
+    rounds = first.kind in "iu" and first.itemsize == 8 and between.kind == "f"
+    if rounds or not np.can_cast(first, between, "safe"):
         return _same_shape(r, equation)
     return inner.operands[0]  # where it is the same dtype again: the rewriter compares
 

@@ -136,7 +136,7 @@ def _prepare(lowered: Lowered, roots: list[str]) -> str:
         writer.line(f"o = load64(table + {8 * (base + len(roots) + len(lowered.packs) + k)})")
         writer.line(f"t = load64(o + {_HEAD + 24})")
         row, column = (
-            ("load64(t)", "load64(t + 8)") if pack.shape == lowered.row_shapes[name][0] else map(str, pack.strides)
+            ("load64(t)", "load64(t + 8)") if pack.whole(lowered.row_shapes[name][0]) else map(str, pack.strides)
         )
         field = 8 * FIELDS.index(f"pack_{pack.dtype}")
         writer.line(

@@ -75,15 +75,19 @@ def switched_off() -> bool:
 
 
 class NativeLoop:
-    """A compiled loop body.  Knows neither the number of steps nor (with ``split``) the number of rows."""
+    """A loop body of certain shapes in native code.  The code itself knows neither the number of steps nor (with
+    ``split``) the number of rows."""
 
-    def __init__(self, lowered: Lowered, split: bool, program: Program, mixing: Mixing | None, source: str) -> None:
+    def __init__(
+        self, lowered: Lowered, split: bool, program: Program, mixing: Mixing | None, source: str, row_count: int
+    ) -> None:  # fmt: skip
         self.lowered, self.split, self.program, self.mixing, self.source = lowered, split, program, mixing, source
         self.roots = roots_of(lowered)
         self.place = {name: len(FIELDS) + k for k, name in enumerate(self.roots)}  # in the table
         self._entry: tuple[int, int] | None = None
         self._free: list[_Workspace] = []
         self._lock = threading.Lock()
+        self.rows = row_count  # of the batch; 1 where rows mix
         self.flops = sum(_flops(op) for op in lowered.operations)
 
     def entry(self) -> tuple[int, int]:
@@ -97,7 +101,7 @@ class NativeLoop:
 
     def run(
         self, carry: Sequence[np.ndarray], sequence: Sequence[np.ndarray], invariant: Sequence[np.ndarray],
-        stacked: Sequence[Any], sums: Sequence[Any], rows: int, steps: int, reverse: bool,
+        stacked: Sequence[Any], sums: Sequence[Any], steps: int, reverse: bool,
     ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] | None:  # fmt: skip
         """(final carry, stacks, sums); None when native code met an index out of range (let NumPy report it)."""
         low, place = self.lowered, self.place
@@ -106,7 +110,7 @@ class NativeLoop:
             space = self._free.pop()
         except IndexError:
             space = _Workspace(self)
-        parts, chunk = _shares(rows if self.split else 1)
+        parts, chunk = _shares(self.rows)
         table = space.table_for(self, chunk, parts)
         held: list[np.ndarray] = []  # arrays that only the table names
 
@@ -148,16 +152,16 @@ class NativeLoop:
         base = len(FIELDS) + len(self.roots) + len(low.packs)
         for k, pack in enumerate(low.packs):
             array = invariant[pack.invariant]
-            if pack.shape != array.shape:
+            if not pack.whole(array.shape):
                 array = _plain(array, 0)
             table[base + k] = id(array)
             held.append(array)
-        table[0], table[1], table[4], table[5] = (rows if self.split else 1), chunk, steps, reverse
+        table[0], table[1], table[4], table[5] = self.rows, chunk, steps, reverse
         address = space.address
         if low.packs:
             threads.run(prepare, address, 1)
         status = start = 0
-        step = max(1, int(SLICE / max(self.flops * (rows if self.split else 1), 1)))
+        step = max(1, int(SLICE / max(self.flops * self.rows, 1)))
         while start < steps and not status:
             stop = min(steps, start + step)
             table[2], table[3] = start, stop
@@ -289,6 +293,6 @@ def _make(program: Program, n_carry: int, n_stacked: int) -> NativeLoop | Unsupp
             first = first or reason
             continue
         source = generate(lowered, split, "")
-        return NativeLoop(lowered, split, fused, rows.mixing, source)
+        return NativeLoop(lowered, split, fused, rows.mixing, source, rows.batch if split else 1)
     assert first is not None
     return first

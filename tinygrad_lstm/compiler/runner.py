@@ -50,11 +50,10 @@ def _natively(
     """The loop in native code, or None where it is not made for that (or not worth compiling)."""
     if not plan.compiled:
         return None
-    rows = carry[0].shape[0] if carry and carry[0].ndim else 1
-    if not rows:
+    if not plan.native.rows:
         return None
     arrays = [[v if v.__class__ is np.ndarray else np.asarray(v) for v in values] for values in (xs, captures)]
-    return plan.native.run(carry, *arrays, plan.stacked, plan.sums, rows, steps, reverse)
+    return plan.native.run(carry, *arrays, plan.stacked, plan.sums, steps, reverse)
 
 
 def _own(out: np.ndarray, arguments: Sequence[np.ndarray]) -> np.ndarray:

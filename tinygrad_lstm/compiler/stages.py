@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.views import View
+from tinygrad_lstm.compiler.views import View, contiguous
 from tinygrad_lstm.kernels import Expression
 
 __all__ = ["Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer"]
@@ -207,6 +207,8 @@ class Fold(Operation):
         writer.line(f"{here} = {writer.address(self.source, 'r')} + {index} * {step}")
         views = [self.target, start, self.target]
         lengths, strides = collapsed(tuple(first), [v.strides for v in views])
+        if any(s[-1] not in (0, self.source.dtype.itemsize) for s in strides):
+            lengths, strides = [*lengths, 1], [[*s, 0] for s in strides]  # one element at a time
         along = tuple(s[-1] != 0 for s in strides[:2])
         nodes = ", ".join(f"({n.op!r}, {n.args!r}, {_literal(n.param)})" for n in self.combine.nodes)
         dtype = self.source.dtype.name
@@ -267,6 +269,11 @@ class Packed:
     shape: tuple[int, int]
     strides: tuple[int, int]
     dtype: str
+
+    def whole(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is all of an invariant of this shape, as that lies in memory (and not its transpose)."""
+        itemsize = np.dtype(self.dtype).itemsize
+        return self.offset == 0 and self.shape == shape and self.strides == contiguous(self.shape, itemsize)
 
 
 @dataclass

@@ -1,0 +1,108 @@
+"""Loops that native code once got wrong, each against the loop step by step in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from native_cells import runs  # noqa: F401  (a fixture)
+
+import tinygrad_lstm as tg
+from tinygrad_lstm import ops
+from tinygrad_lstm.tree import flatten
+
+STEPS, B, H = 4, 3, 5
+
+
+def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape)
+
+
+def square_product(c: Any, x: Any, w: Any) -> Any:
+    new = ops.tanh(ops.einsum("bi,ij->bj", c, w) + x)
+    return new, new
+
+
+def transposed_product(c: Any, x: Any, w: Any) -> Any:
+    new = ops.tanh(ops.einsum("bi,ji->bj", c, w) + x)
+    return new, new
+
+
+def slice_of_a_matrix(c: Any, x: Any, w: Any) -> Any:
+    new = ops.tanh(c @ w[::-1, ::-1] + c @ w.T + x)
+    return new, new
+
+
+def no_carry(c: Any, x: Any, w: Any) -> Any:
+    return c, ops.tanh(x) * w[0]
+
+
+def counted(c: Any, x: Any, w: Any) -> Any:
+    return c, ops.tanh(x * w[0])
+
+
+def two_axes(c: Any, x: Any, w: Any) -> Any:
+    new = ops.tanh(c + x + ops.sum(c * x, axis=(2, 3), keepdims=True) + ops.logsumexp(x, axis=(2, 3), keepdims=True))
+    return new, new
+
+
+def last_axis_of_one(c: Any, x: Any, w: Any) -> Any:
+    new = ops.tanh(c + ops.max(c * x, axis=2, keepdims=True))
+    return new, new
+
+
+def unsplit_two_axes(c: Any, x: Any, w: Any) -> Any:
+    new = ops.tanh(c + ops.sum(c * x, axis=(1, 2), keepdims=True) + ops.mean(c, axis=0))
+    return new, new
+
+
+def broadcast_back(c: Any, x: Any, w: Any) -> Any:
+    new = ops.tanh(c * (x[:, :, :1, :1] * w[:2, :1, None]))
+    return new, new
+
+
+CASES = {
+    "einsum, square": (square_product, draw(B, H), draw(STEPS, B, H)),
+    "einsum, transposed": (transposed_product, draw(B, H), draw(STEPS, B, H)),
+    "a matrix turned round": (slice_of_a_matrix, draw(B, H), draw(STEPS, B, H)),
+    "no carry": (no_carry, (), draw(STEPS, B, H)),
+    "a carry of None": (no_carry, None, draw(STEPS, B, H)),
+    "a carry of integers": (counted, np.arange(B), draw(STEPS, B, H)),
+    "two axes at once": (two_axes, draw(B, 2, 3, 4), draw(STEPS, B, 2, 3, 4)),
+    "a last axis of length 1": (last_axis_of_one, draw(B, 2, 3, 1), draw(STEPS, B, 2, 3, 1)),
+    "two axes, rows mixed": (unsplit_two_axes, draw(B, 2, 3), draw(STEPS, B, 2, 3)),
+    "broadcasting undone": (broadcast_back, draw(B, 2, 3, 4), draw(STEPS, B, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_loop_step_by_step(name: str, runs: list[bool]) -> None:  # noqa: F811
+    body, init, steps = CASES[name]
+
+    def outcome() -> list[np.ndarray]:
+        x, w = tg.tensor(steps, requires_grad=True), tg.tensor(draw(H, H) / 4, requires_grad=True)
+        start = init
+        if isinstance(init, np.ndarray) and init.dtype.kind == "f":
+            start = tg.tensor(init, requires_grad=True)
+        carry, ys = ops.scan(lambda c, row: body(c, row, w), start, x)
+        leaves = flatten((carry, ys))[0]
+        loss = ops.sum(ops.sin(ys))
+        loss.backward()
+        found = [leaf.numpy().copy() for leaf in leaves]
+        sources = [x, w, start] if isinstance(start, tg.Tensor) else [x, w]
+        return found + [t.grad.copy() for t in sources if t.grad is not None]
+
+    natively = outcome()
+    assert runs
+    with tg.eager():
+        expected = outcome()
+    assert len(natively) == len(expected)
+    for a, b in zip(natively, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_integers_beyond_2_to_the_53_are_rounded_on_the_way_through_a_float() -> None:
+    x = np.array([2**53 + 1])
+    compiled = tg.compile(lambda t: ops.add(t.astype(np.float64).astype(np.int64), 0))
+    assert compiled(x).tolist() == (x.astype(np.float64).astype(np.int64)).tolist()
