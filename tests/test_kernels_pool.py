@@ -76,3 +76,12 @@ def test_threads_never_share_a_block() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("shape", [(200, 131), (131, 200), (3, 4), (129,), (0, 5), (40, 30, 20)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_copies_are_in_order_and_apart(shape, order):
+    array = np.asarray(np.random.default_rng(0).standard_normal(shape), order=order)
+    copy = pool.copied(array, np.float32)
+    assert copy.flags.c_contiguous and copy.flags.owndata and copy.dtype == np.float32
+    np.testing.assert_array_equal(copy, array.astype(np.float32))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
+from tinygrad_lstm.kernels.pool import copied
 from tinygrad_lstm.record import silent, state
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
@@ -370,7 +371,7 @@ def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
         if flags.c_contiguous and flags.writeable and (base is None or base.nbytes == array.nbytes):
             meta.grad = array
             return
-    meta.grad = np.array(array, dtype=leaf.dtype, order="C")
+    meta.grad = copied(array, leaf.dtype)
 
 
 def _settle(found: dict[Any, Tensor], into: Callable[[Any, Tensor], None]) -> None:

