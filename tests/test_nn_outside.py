@@ -56,3 +56,14 @@ def test_what_a_cell_reads_outside_is_read_again(change, mode, monkeypatch):
         expected = layer(x)[0].numpy()
     assert np.abs(after - before).max() > 0.01
     np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
+def test_a_compiled_function_looks_at_the_globals_of_a_modules_forward(monkeypatch):
+    layer, x = nn.Recurrent(Cell()), np.ones((2, 3, 3), np.float32)
+    compiled = tg.compile(lambda x: layer(x)[0])
+    before = compiled(x).numpy().copy()
+    change_global(monkeypatch)
+    after = compiled(x).numpy()
+    assert np.abs(after - before).max() > 0.01
+    with tg.eager():
+        np.testing.assert_allclose(after, layer(x)[0].numpy(), rtol=1e-6)

@@ -178,6 +178,8 @@ class Reach:
         attributes = module.__dict__
         self._key.append((type(module), type(module).forward, module.training))
         self._keep.append(type(module).forward)
+        if isinstance(type(module).forward, FunctionType):
+            self._function(type(module).forward)  # a user's forward may read globals
         if not self._inside:
             self.modules.append(weakref.ref(module))
         self._modules.append((attributes, attributes.get("_version"), attributes.get("training")))

@@ -111,6 +111,10 @@ def check_cell(cell: Any, who: str) -> None:
 class Recurrent(Budgeted):
     """Run a cell over a sequence.
 
+    The cell's forward is recorded once for each signature, and what was recorded runs at every step.  Parameters,
+    attributes, globals and class attributes are looked at again at every call; what a function returns anew
+    each time (``numpy.random``, a clock) is not: draw such numbers in ``noise``, or pass them as inputs.
+
     Parameters
     ----------
     cell : Module
