@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from thread_parts import PATIENCE, Held, check, eventually, gather, parked, restored, team_of
+from thread_parts import PATIENCE, Held, check, eventually, forked, gather, parked, restored, team_of
 
 import tinygrad_lstm as tg
 from tinygrad_lstm.kernels import codecache, threads
@@ -23,22 +22,6 @@ __all__ = ["restored"]  # a fixture of every test here
 
 
 # ---------------------------------------------------------------------------- processes
-
-
-def forked(action: Callable[[], None]) -> int:
-    """The exit status of a child that does ``action``; a child that hangs is killed by an alarm."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks with threads: what is tested
-        child = os.fork()
-    if child == 0:
-        signal.alarm(PATIENCE)
-        try:
-            action()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def child_of(number: int) -> Callable[[], None]:

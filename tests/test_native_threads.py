@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from native_cells import CASES, F, H, check, runs
+from thread_parts import forked
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
@@ -211,25 +209,10 @@ def test_a_fork_of_a_process_that_used_the_pool(meanwhile: bool, layer: Any, run
     if meanwhile:
         other.start()
     try:
-        statuses = [_forked(lambda: assert_bits(everything(layer), expected)) for _ in range(3)]
+        statuses = [forked(lambda: assert_bits(everything(layer), expected), PATIENCE) for _ in range(3)]
     finally:
         stop.set()
         if meanwhile:
             other.join()
     assert statuses == [0] * 3
     assert_bits(everything(layer), expected)
-
-
-def _forked(action: Callable[[], None]) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks with threads: what is tested
-        child = os.fork()
-    if child == 0:
-        signal.alarm(PATIENCE)
-        try:
-            action()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import os
+import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,3 +130,19 @@ class Held:
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
         assert self.words[1] == 3
+
+
+def forked(action: Callable[[], None], seconds: int = PATIENCE) -> int:
+    """The exit status of a child that does ``action``; a child that hangs is killed by an alarm."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on forks with threads: what is tested
+        child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)
+        try:
+            action()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

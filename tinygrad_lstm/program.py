@@ -119,6 +119,17 @@ class Program:
         """The equation that assigns each computed slot."""
         return {slot: equation for equation in self.equations for slot in equation.outputs}
 
+    def users(self) -> dict[int, list[Equation | None]]:
+        """The equations that read each slot, once for every reading; None where it is an output of the program."""
+        found: dict[int, list[Equation | None]] = {}
+        for equation in self.equations:
+            for slot in equation.reads():
+                found.setdefault(slot, []).append(equation)
+        for output in self.outputs:
+            if output.__class__ is int:
+                found.setdefault(output, []).append(None)
+        return found
+
     def output_avals(self) -> list[Aval]:
         """Shapes and dtypes of the outputs."""
         return [self.aval(output) for output in self.outputs]

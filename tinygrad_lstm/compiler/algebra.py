@@ -45,13 +45,7 @@ class _Rewriter:
         self.same: dict[int, int] = {}  # a slot: the slot that has its value
         self.made: dict[int, Equation] = {}  # equations as rewritten so far
         self.kept: list[Equation] = []
-        self.users: dict[int, list[Equation | None]] = {}  # None: the outputs of the program
-        for equation in program.equations:
-            for slot in equation.reads():
-                self.users.setdefault(slot, []).append(equation)
-        for output in program.outputs:
-            if output.__class__ is int:
-                self.users.setdefault(output, []).append(None)
+        self.users = program.users()
 
     def run(self) -> Program:
         for equation in self.program.equations:

@@ -85,13 +85,7 @@ class _Merger:
         self.made = program.definitions()
         self.invariant = _closure(program, invariant)
         self.place = _places(program, n_carry)
-        self.users: dict[int, list[Equation | None]] = {}  # None: the program's outputs
-        for equation in program.equations:
-            for slot in equation.reads():
-                self.users.setdefault(slot, []).append(equation)
-        for output in program.outputs:
-            if output.__class__ is int:
-                self.users.setdefault(output, []).append(None)
+        self.users = program.users()
 
     def is_replaced(self, equation: Equation) -> bool:
         """Whether something else stands in the place of an equation."""

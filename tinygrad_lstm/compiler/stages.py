@@ -14,6 +14,7 @@ import numpy as np
 
 from tinygrad_lstm.compiler.views import View, contiguous
 from tinygrad_lstm.kernels import Expression
+from tinygrad_lstm.kernels.printer import literal
 
 __all__ = ["Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer"]
 
@@ -88,10 +89,6 @@ def collapsed(
     return [n for n, _ in merged], [[steps[k] for _, steps in merged] for k in range(len(strides))]
 
 
-def _literal(value: Any) -> str:
-    return f'float.fromhex("{value.hex()}")' if isinstance(value, float) else repr(value)
-
-
 @dataclass
 class Operation:
     """Reads and writes views of one row."""
@@ -137,7 +134,7 @@ class Chain(Operation):
         lengths, strides = collapsed(shape, [v.strides for v in views], last_fixed=folded)
         columns = lengths[-1]
         along = tuple(s[-1] != 0 for s in strides[: len(inputs)])
-        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {_literal(n.param)})" for n in self.expression.nodes)
+        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {literal(n.param)})" for n in self.expression.nodes)
         dtypes = tuple(v.dtype.name for v in inputs)
         places = tuple(k for _, k in self.targets)
         name = writer.kernel(
@@ -210,7 +207,7 @@ class Fold(Operation):
         if any(s[-1] not in (0, self.source.dtype.itemsize) for s in strides):
             lengths, strides = [*lengths, 1], [[*s, 0] for s in strides]  # one element at a time
         along = tuple(s[-1] != 0 for s in strides[:2])
-        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {_literal(n.param)})" for n in self.combine.nodes)
+        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {literal(n.param)})" for n in self.combine.nodes)
         dtype = self.source.dtype.name
         name = writer.kernel(
             f"row_kernel(2, ({nodes},), {self.combine.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), "

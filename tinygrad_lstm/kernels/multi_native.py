@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from . import codecache
 from .expression import Expression
-from .native import _literal
+from .printer import literal
 
 __all__ = [
     "TILE_BYTES", "add_squares", "call", "compile_sums", "compile_update", "copy_element", "helper", "transpose_block",
@@ -153,7 +153,7 @@ def compile_update(body: Expression, n_arrays: int, dtype: np.dtype) -> Callable
     kernel, it would double the time to compile them.
     """
     n_in, n_out, item = body.n_inputs, len(body.outputs), dtype.itemsize
-    nodes = "\n".join(f"    ({node.op!r}, {node.args!r}, {_literal(node.param)})," for node in body.nodes)
+    nodes = "\n".join(f"    ({node.op!r}, {node.args!r}, {literal(node.param)})," for node in body.nodes)
     described = "".join(f"    # {line}\n" for line in body.source.splitlines())
     source = f'''"""Generated update of many tensors; {n_arrays} arrays of {dtype.name} each."""
 from numba import njit, types

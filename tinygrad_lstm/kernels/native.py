@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from . import codecache
 from .expression import Expression, Node, node_dtypes
 from .lowering import apply
+from .printer import literal
 from .table import LEAVES
 from .vector import Lanes, Value, vector_bytes
 
@@ -248,12 +249,6 @@ class _Loop:
         b.call(store, [value, b.inttoptr(target, pointer), align, mask])
 
 
-def _literal(value: Any) -> str:
-    if isinstance(value, float):
-        return f'float.fromhex("{value.hex()}")'
-    return repr(value)
-
-
 def compile_loop(expression: Expression, dtypes: tuple[np.dtype, ...]) -> Callable[..., int]:
     """``entry(id(np.ndarray), id(input0), ..., id(output0), ...) -> status``; 0 means done.
 
@@ -263,7 +258,7 @@ def compile_loop(expression: Expression, dtypes: tuple[np.dtype, ...]) -> Callab
     operands = [*dtypes, *outputs]
     n_in, n = len(dtypes), len(operands)
     names = ", ".join(f"p{k}" for k in range(n))
-    nodes = "\n".join(f"    ({node.op!r}, {node.args!r}, {_literal(node.param)})," for node in expression.nodes)
+    nodes = "\n".join(f"    ({node.op!r}, {node.args!r}, {literal(node.param)})," for node in expression.nodes)
     described = "".join(f"    # {line}\n" for line in expression.source.splitlines())
     stores = "\n".join(
         f"    store64(operands + {24 * k}, p{k})\n"

@@ -12,7 +12,7 @@ from .table import LEAVES
 if TYPE_CHECKING:
     from .expression import Expression
 
-__all__ = ["HELPERS", "numpy_source"]
+__all__ = ["HELPERS", "literal", "numpy_source"]
 
 
 def _copy(x: Any) -> Any:
@@ -61,3 +61,8 @@ def numpy_source(expression: Expression) -> str:
         results.append(f"copy({name})" if op == "input" else f"fill({name}, {arguments})" if op == "constant" else name)
     lines.append(f"    return {results[0]}" if expression.single else f"    return ({', '.join(results)},)")
     return "\n".join(lines) + "\n"
+
+
+def literal(value: Any) -> str:
+    """A Python number as text of generated code: every bit of a float, infinities and NaN too."""
+    return f'float.fromhex("{value.hex()}")' if isinstance(value, float) else repr(value)

@@ -33,6 +33,7 @@ STOPPING = 2.0  # seconds that the end of the interpreter waits for parts that a
 _lock = threading.Lock()
 _threads: int | None = None  # what set_num_threads said
 _team: _Team | None = None
+_ending: list[_Team] = []  # told to stop, and perhaps still finishing a launch
 _closed = False  # the interpreter is ending: no more workers
 _native: Any = None  # the module of launch.py
 _serial: Any = None
@@ -111,6 +112,10 @@ class _Team:
     def stop(self) -> None:
         """Tell the workers to end; parts that they are running are finished."""
         _native["halt"](self.control)
+
+    def is_alive(self) -> bool:
+        """Whether some worker has not ended yet."""
+        return any(member.is_alive() for member in self._members)
 
     def join(self, seconds: float) -> None:
         """Wait until the workers have ended, at most so long."""
@@ -221,6 +226,7 @@ def set_num_threads(n: SupportsIndex) -> None:
         if old is None or old.threads == value:
             return
         _team = None
+        _ending[:] = [team for team in _ending if team.is_alive()] + [old]
     old.stop()
 
 
@@ -279,15 +285,20 @@ def _close() -> None:
     with _lock:
         _closed = True
         old, _team = _team, None
-    if old is not None:
-        old.stop()
-        old.join(STOPPING)
+        teams = [*_ending, old] if old is not None else [*_ending]
+        _ending.clear()
+    for team in teams:
+        team.stop()
+    end = time.monotonic() + STOPPING
+    for team in teams:
+        team.join(max(0.0, end - time.monotonic()))
 
 
 def _after_fork() -> None:
     """The child has only the forking thread: what the others held or shared is left alone, and made anew."""
     global _lock, _team
     _lock, _team = threading.Lock(), None
+    _ending.clear()
 
 
 atexit.register(_close)
