@@ -96,16 +96,20 @@ def record_plain(
         shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
     record = Record(prim, params, parents, saved, out.shape, dtype, shapes, None, current.place, code, lasti)
     if guards is not None:
-        record.more().guards = guards
+        extra = record.more()
+        extra.guards, extra.marked = guards, any(mark is not None for _, mark in guards.values())
     result._node = record
     result._rg = dtype.kind == "f"
 
 
 def record_application(
     prim: Primitive, args: tuple[Any, ...], params: dict[str, Any], outputs: tuple[Tensor, ...],
-    needs: bool, current: State, several: bool,
+    needs: bool, current: State, several: bool, avals: tuple[Aval, ...] | None = None, last: Any = None,
 ) -> Record:  # fmt: skip
-    """Make the Record of an application and link its outputs to it."""
+    """Make the Record of an application and link its outputs to it.
+
+    ``avals``: of the outputs, where they are known.  ``last``: what is saved in place of the outputs.
+    """
     keep, keep_from = prim._saved_inputs, prim._saved_from
     saves_out = prim.saves_out
     guards = None
@@ -119,7 +123,7 @@ def record_application(
         keep, saves_out = _kept(prim, parents)
     saved: list[Any] = []
     for index, arg in enumerate(args):
-        if index not in keep and index < keep_from:
+        if index < keep_from and index not in keep:
             saved.append(None)
             continue
         saved.append(arg)
@@ -127,26 +131,28 @@ def record_application(
             arg._used = True
             if arg._storage is not None and (guard := guard_of(arg)) is not None:
                 guards = {**(guards or {}), index: guard}
-    if saves_out:
+    if last is None and saves_out:
         kept_outputs = tuple([o if current.trace is not None else o._data for o in outputs])
         saved.append(kept_outputs if several else kept_outputs[0])
         for output in outputs:
             output._used = True
     else:
-        saved.append(None)
+        saved.append(last)
     shapes = None
     if prim._needs_shapes:
         shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
-    avals = [Aval(output.shape, output.dtype) for output in outputs]
+    if avals is None:
+        avals = tuple([Aval(output.shape, output.dtype) for output in outputs])
     frame: Any = sys._getframe(2)
     while frame is not None and MARK in frame.f_globals:
         frame = frame.f_back
     record = Record(
-        prim, params, tuple(parents), tuple(saved), *avals[0], shapes, tuple(avals) if several else None, current.place,
+        prim, params, tuple(parents), tuple(saved), *avals[0], shapes, avals if several else None, current.place,
         None if frame is None else frame.f_code, -1 if frame is None else frame.f_lasti,
     )  # fmt: skip
     if guards is not None:
-        record.more().guards = guards
+        extra = record.more()
+        extra.guards, extra.marked = guards, any(mark is not None for _, mark in guards.values())
     needs_too = needs and prim.differentiable
     for index, (output, (shape, dtype)) in enumerate(zip(outputs, avals, strict=True)):
         output._node = Output(record, index, shape, dtype) if several else record

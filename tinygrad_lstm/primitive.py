@@ -23,6 +23,7 @@ import numpy as np
 from tinygrad_lstm import storage as _storage
 from tinygrad_lstm.binding import record_application, record_plain
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
+from tinygrad_lstm.kernels.pool import SMALLEST, applied
 from tinygrad_lstm.pullback import REGISTRY, Differentiable, Rule, signature_of, sum_to, zeros
 from tinygrad_lstm.record import _STATE, Aval
 from tinygrad_lstm.tensor import Tensor, as_operand, asarray
@@ -118,8 +119,9 @@ class Primitive(Differentiable):
             # Two plain tensors, one plain ufunc: nothing that is not needed for them.
             x, y = args
             if x.__class__ is Tensor and y.__class__ is Tensor:
+                a, b = x._data, y._data
                 try:
-                    out = self.forward(x._data, y._data)
+                    out = self.forward(a, b) if a.nbytes < SMALLEST else applied(self.forward, a, b)
                 except (ValueError, TypeError, OverflowError) as error:
                     raise self._explained(error, args, params) from None
                 result = Tensor(out if out.__class__ is _ndarray else np.asarray(out))

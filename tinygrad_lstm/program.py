@@ -16,7 +16,7 @@ import numpy as np
 from tinygrad_lstm.errors import ArgumentError, GraphError
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.record import Place
-from tinygrad_lstm.shortforms import is_small_product, is_turn, short_form
+from tinygrad_lstm.shortforms import is_small_product, is_turn, is_turnable, short_form
 from tinygrad_lstm.tape import Output, Record
 
 if TYPE_CHECKING:
@@ -197,7 +197,10 @@ class Program:
             arguments = [text(operand, f"c{k}_{i}") for i, operand in enumerate(equation.operands)]
             direct = short_form(equation, self.avals, f"p{k}")
             if k in turned:
-                lines.append(f"    v{equation.outputs[0]} = {arguments[1]}.T.dot({arguments[0]}.T)")
+                small = is_small_product(equation, self.avals)
+                names["product"] = equation.primitive.forward
+                text_of = "{1}.T.dot({0}.T)" if small else "product({1}.T, {0}.T)"
+                lines.append(f"    v{equation.outputs[0]} = {text_of.format(*arguments)}")
             elif equation.outputs[0] in turned.values():
                 lines.append(f"    v{equation.outputs[0]} = {arguments[0]}")
             elif direct is not None:
@@ -220,7 +223,7 @@ class Program:
         return "\n".join(lines), names
 
     def _turned(self) -> dict[int, int]:
-        """Small products whose only reader transposes them, by number, and what that assigns: computed transposed.
+        """Products whose only reader transposes them, by number, and what that assigns: computed transposed.
 
         A contiguous result need not be copied to become a gradient.
         """
@@ -231,7 +234,7 @@ class Program:
         found = {}
         for k, equation in enumerate(self.equations):
             slot = equation.outputs[0]
-            if equation.primitive.name != "matmul" or not is_small_product(equation, self.avals):
+            if equation.primitive.name != "matmul" or not is_turnable(equation, self.avals):
                 continue
             users = readers.get(slot, [])
             if len(users) == 1 and slot not in self.outputs and is_turn(users[0], self.avals):

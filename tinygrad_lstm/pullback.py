@@ -15,6 +15,7 @@ import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, GraphError, TraceError
 from tinygrad_lstm.kernels import expression as _expressions
+from tinygrad_lstm.kernels.pool import SMALLEST
 from tinygrad_lstm.kernels.table import LEAVES
 from tinygrad_lstm.record import _STATE, Aval, Output
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -260,6 +261,8 @@ class ArrayRule:
             return None
         arrays = [cotangent._data]
         saved = record.saved
+        dtype = arrays[0].dtype
+        alike = self.any_shape
         for place in self.places:
             value = saved[place]
             if value.__class__ is not _ndarray:
@@ -267,14 +270,17 @@ class ArrayRule:
                     return None  # a number: rules may branch on it
                 value = value._data
             arrays.append(value)
-        if self.any_shape:
-            key: Any = tuple([array.dtype for array in arrays])
+            alike = alike and value.dtype is dtype
+        if alike:  # the usual case: one dtype
+            key: Any = dtype.num if arrays[0].nbytes < SMALLEST else (dtype.num,)
+        elif self.any_shape:
+            key = (*[array.dtype for array in arrays], arrays[0].nbytes < SMALLEST)
         else:
             params = record.params
             key = (
                 record.shapes if self.shapes else None,
                 *[params[name] for name in self.params],
-                *[(array.shape, array.dtype) for array in arrays],
+                *[(array.shape, array.dtype.num) for array in arrays],
             )
         try:
             function = self.functions.get(key, 0)
@@ -294,7 +300,9 @@ class ArrayRule:
             if times or len(self.functions) < self.MOST:
                 self.functions[key] = times + 1
             return None
-        avals = [Aval((2,) if self.any_shape else a.shape, a.dtype) for a in arrays]
+        # Of those for any shape there are two: large results get memory of another kind (see short_form).
+        size = 2 if arrays[0].nbytes < SMALLEST else SMALLEST
+        avals = [Aval((size,) if self.any_shape else a.shape, a.dtype) for a in arrays]
         function = self._recorded(record, avals)
         if function is None:
             self._give_up()

@@ -125,10 +125,11 @@ def recording(**changes: Any) -> Iterator[None]:
 class Extra:
     """What few records have; made on demand so that the common record stays small."""
 
-    __slots__ = ("guards", "hooks", "inputs", "label", "retained", "tape_only", "tapes")
+    __slots__ = ("guards", "hooks", "inputs", "label", "marked", "retained", "tape_only", "tapes")
 
     def __init__(self) -> None:
         self.guards: dict[int, Any] | None = None  # fingerprints of saved values that others could write to
+        self.marked = False  # whether one of them is a fingerprint of something that others hold
         self.hooks: dict[int, list[Callable[..., Any]]] | None = None  # by output index
         self.inputs: tuple[Any, ...] | None = None  # while a Tape keeps the values
         self.label: dict[int, str] | None = None  # names given with tg.name, by output index

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tinygrad_lstm.kernels.matmul import THRESHOLD
-from tinygrad_lstm.kernels.pool import SMALLEST
+from tinygrad_lstm.kernels.pool import SMALLEST, applied
 from tinygrad_lstm.record import Aval
 
 if TYPE_CHECKING:
     from tinygrad_lstm.program import Equation
 
-__all__ = ["ShortForm", "is_small_product", "is_turn", "short_form"]
+__all__ = ["ShortForm", "is_small_product", "is_turn", "is_turnable", "short_form"]
+
+
+PANEL = 64  # columns that a native product computes at a time
 
 
 class ShortForm(NamedTuple):
@@ -34,6 +37,10 @@ def short_form(equation: Equation, avals: Sequence[Aval], tag: str) -> ShortForm
     if not equation.operands or any(operand.__class__ is not int for operand in equation.operands):
         return None
     shape = avals[equation.operands[0]].shape
+    ufunc = equation.primitive.forward
+    if isinstance(ufunc, np.ufunc) and len(equation.operands) == 2 and not params:
+        large = math.prod(shape) * np.dtype(avals[equation.operands[0]].dtype).itemsize >= SMALLEST
+        return ShortForm(f"applied({tag}, {{0}}, {{1}})", {"applied": applied, tag: ufunc}) if large else None
     if name == "reshape":
         return ShortForm(f"{{0}}.reshape({tag})", {tag: params["shape"]})
     if name == "transpose":
@@ -65,6 +72,17 @@ def _spread(x: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndar
     out = np.ndarray(shape, x.dtype, x, 0, strides)
     out.flags.writeable = False
     return out
+
+
+def is_turnable(equation: Equation, avals: Sequence[Aval]) -> bool:
+    """Whether a product may as well be computed transposed: of two matrices of one float dtype, small, or with at least
+    a panel of columns then."""
+    if any(operand.__class__ is not int for operand in equation.operands):
+        return False
+    a, b = (avals[operand] for operand in equation.operands)
+    floating = np.dtype(a.dtype) in (np.float32, np.float64)
+    matrices = len(a.shape) == 2 and len(b.shape) == 2 and a.dtype == b.dtype and floating
+    return matrices and 0 not in (*a.shape, *b.shape) and (a.shape[0] >= PANEL or is_small_product(equation, avals))
 
 
 def is_small_product(equation: Equation, avals: Sequence[Aval]) -> bool:

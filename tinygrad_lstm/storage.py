@@ -16,12 +16,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.errors import GraphError
-from tinygrad_lstm.record import Record
+from tinygrad_lstm.record import Output, Record, now
 
 if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
 __all__ = ["Storage", "fingerprint", "guard_of", "share", "verify"]
+
+
+# The serial of the last time that any storage came into being or changed: older records are looked at, younger ones
+# cannot have been touched (unless they took a fingerprint).
+_last = [0]
+
+
+def _note() -> None:
+    _last[0] = max(_last[0], now())
+
+
+def untouched(record: Record) -> bool:
+    """Whether nothing that this record saved can have been changed since, at one look."""
+    extra = record.extra
+    return record.serial > _last[0] and (extra is None or not extra.marked)
 
 
 class Storage:
@@ -35,6 +50,12 @@ class Storage:
         self.version = 0
         self.exposed = False  # somebody outside holds the array
         self.fingerprint: Any = None  # of the whole memory, if it was exposed after it was saved
+        _note()
+
+    def bump(self) -> None:
+        """Note that the content was changed."""
+        self.version += 1
+        _note()
 
     def expose(self) -> None:
         """Note that somebody outside gets hold of the array."""
@@ -42,6 +63,7 @@ class Storage:
             # The last moment at which the content is surely what was saved.
             self.fingerprint = fingerprint(self.memory)
         self.exposed = True
+        _note()
 
 
 def fingerprint(array: np.ndarray) -> Any:
@@ -76,8 +98,15 @@ def guard_of(saved: Tensor) -> tuple[int, Any] | None:
     return (storage.version, None) if storage.version else None
 
 
-def watch_output(record: Any, storage: Storage, always: bool = False) -> None:
-    """A record that saved one of its own outputs watches the storage that the output got later."""
+def watch_output(node: Any, storage: Storage, always: bool = False) -> None:
+    """A record that saved one of its own outputs (or has residuals where one lies) watches the storage that the output
+    got later."""
+    record = node
+    if node.__class__ is Output:
+        record = node.record
+        always = always or (record.saved is not None and node.index in getattr(record.saved[-1], "shared", ()))
+        if not always:
+            return
     if isinstance(record, Record) and record.saved is not None and (always or record.primitive.saves_out):
         extra = record.more()
         watched = (extra.guards or {}).get(-1, ())

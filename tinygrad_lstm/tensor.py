@@ -111,14 +111,14 @@ class Tensor:
 
     def _bump(self) -> None:
         """Note that the value was replaced or written to."""
-        self._store().version += 1
+        self._store().bump()
 
     def _replace(self, array: np.ndarray) -> None:
         """Put another array in place of the value; the one way to do so after the tensor was made."""
         storage = self._store()
         self._data = storage.memory = array
-        storage.version += 1
         storage.exposed, storage.fingerprint = False, None
+        storage.bump()
 
     def _store(self) -> Storage:
         if self._storage is None:
@@ -331,9 +331,9 @@ class Tensor:
             found: dict[Any, Tensor] = replay([(self._node or self, seed)], free=not retain_graph, retained=retained)
             del seed
             for leaf in found:
-                hooks = leaf._meta.hooks if leaf._meta is not None else None
-                if hooks:
-                    found[leaf] = run_hooks(hooks, found[leaf], "a leaf")
+                meta = leaf._meta
+                if meta is not None and meta.hooks:
+                    found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
             for reference, cotangent in retained:
                 if (computed := reference()) is not None:
                     accumulate_grad(computed, cotangent)
@@ -366,7 +366,7 @@ def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
     # Cotangents may be shared (both operands of an addition get the same one) or be read-only views.
     sole = _references(cotangent) in _SOLE
     array = cotangent._data
-    if sole and array.dtype == leaf.dtype:
+    if sole and array.dtype is leaf._data.dtype:
         flags, base = array.flags, array.base
         if flags.c_contiguous and flags.writeable and (base is None or base.nbytes == array.nbytes):
             meta.grad = array

@@ -6,14 +6,17 @@ sequence or batch finds the same machine code.
 
 from __future__ import annotations
 
+import math
+
 from tinygrad_lstm.compiler.lowering import Lowered
 from tinygrad_lstm.compiler.stages import Product, Writer, grouped
 
-__all__ = ["FIELDS", "generate", "roots_of", "scratch_bytes"]
+__all__ = ["FIELDS", "generate", "in_order", "operands_of", "roots_of", "scratch_bytes"]
 
-# The head of the table: what every part of a launch reads.
-FIELDS = ("rows", "chunk", "start", "stop", "steps", "reverse", "scratch", "scratch_size", "g_float32", "g_float64",
-          "h_float32", "h_float64", "pack_float32", "pack_float64")  # fmt: skip
+# The head of the table: what every part of a launch reads.  The first three are written by launch.py.  Behind them
+# stand the addresses of the packed matrices.
+FIELDS = ("operands", "start", "stop", "rows", "chunk", "steps", "reverse", "packed", "scratch", "scratch_size",
+          "g_float32", "g_float64", "h_float32", "h_float64", "pack_float32", "pack_float64")  # fmt: skip
 
 
 def roots_of(lowered: Lowered) -> list[str]:
@@ -26,23 +29,46 @@ def roots_of(lowered: Lowered) -> list[str]:
     return sorted({name.replace("o", "i") for name in names if not name.startswith("t")})
 
 
+def operands_of(lowered: Lowered) -> list[str]:
+    """The arrays that a call hands over in a tuple: buffers by name, the carry before the first step (``c0``) and
+    behind the last one (``f0``), and the matrices that are packed (``q0``)."""
+    carries = range(len(lowered.kept))
+    # A carry that no operation touches is handed through, so it has its place all the same.
+    names = sorted({*roots_of(lowered), *(f"i{k}" for k in carries)})
+    names += [f"{kind}{k}" for k in carries for kind in "cf"]
+    # Whole matrices stand last: they may lie in any order.
+    return names + [f"q{k}" for k in sorted(range(len(lowered.packs)), key=lambda k: (_whole(lowered, k), k))]
+
+
+def in_order(lowered: Lowered) -> int:
+    """How many of the first operands must be in C order."""
+    return len(operands_of(lowered)) - sum(_whole(lowered, k) for k in range(len(lowered.packs)))
+
+
+def _whole(lowered: Lowered, k: int) -> bool:
+    pack = lowered.packs[k]
+    return pack.whole(lowered.row_shapes[f"v{pack.invariant}"][0])
+
+
 def generate(lowered: Lowered, split: bool, title: str) -> str:
     """The module's text."""
     writer = Writer()
-    roots = roots_of(lowered)
+    roots = sorted({*roots_of(lowered), *(f"i{k}" for k in range(len(lowered.kept)))})
     used = {v.root.name for op in lowered.operations for v in (*op.reads(), *op.writes())}
     for k, name in enumerate(FIELDS):
         writer.line(f"{name} = load64(table + {8 * k})")
-    base = len(FIELDS)
-    for k, name in enumerate(roots):
-        _locate(writer, name, 8 * (base + k), lowered, split)
-    base += len(roots)
-    for k in range(len(lowered.packs)):
-        writer.line(f"p{k} = load64(table + {8 * (base + k)})")
+    place = {name: 8 * k + _ITEMS for k, name in enumerate(operands_of(lowered))}
+    for name in roots:
+        _locate(writer, name, place[name], lowered, split)
+    for k, pack in enumerate(lowered.packs):
+        writer.line(f"p{k} = load64(table + {8 * (len(FIELDS) + k)})")
+        row, column = _matrix(writer, place[f"q{k}"], k, lowered)
+        writer.line(f"q{k}, q{k}_row, q{k}_col = load64(o + {_HEAD}) + {pack.offset}, {row}, {column}")
     writer.line("r0 = part * chunk")
     writer.line("r1 = min(rows, r0 + chunk)")
     crossing = _crossing(lowered)
     _scratch(lowered, used, crossing, writer)
+    _carry(writer, lowered, split, place, first=True)
     writer.line("for step in range(start, stop):")
     writer.indent += 1
     for name in roots:
@@ -67,8 +93,8 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
             operation.emit(writer)
         if in_rows:
             writer.indent -= 1
-    if not lowered.operations:
-        writer.line("pass")
+    writer.indent = 0
+    _carry(writer, lowered, split, place, first=False)
     body = "\n".join("    " + line for line in writer.lines)
     kernels = "\n".join(f"{name} = {text}" for text, name in writer.kernels.items())
     described = "".join(f"# {line}\n" for line in title.splitlines())
@@ -90,9 +116,29 @@ def loop(table, part):
 
 @cfunc(types.int64(types.int64, types.int64), nopython=True, cache=True)
 def prepare(table, part):
-{_prepare(lowered, roots)}
+{_prepare(lowered, place)}
     return 0
 '''
+
+
+def _carry(writer: Writer, lowered: Lowered, split: bool, place: dict[str, int], first: bool) -> None:
+    """Copies the rows of the carry: in before the first step, out behind the last one."""
+    writer.line("if start == 0:" if first else "if stop == steps:")
+    writer.indent += 1
+    writer.line("pass")
+    for k, kept in enumerate(lowered.kept):
+        shape, dtype = lowered.row_shapes[f"i{k}"]
+        copy = writer.kernel(f"copy_row({dtype.itemsize * math.prod(shape)})")
+        other = "c" if first else "f"
+        writer.line(f"o = load64(operands + {place[f'{other}{k}']})")
+        rowed = split and f"i{k}" not in lowered.shared
+        writer.line(f"n = load64(load64(o + {_HEAD + 24}))" if rowed else "n = 0")
+        at = "0" if first else "steps" if kept else "(steps & 1)"
+        writer.line("for r in range(r0, r1):" if rowed else "if part == 0:")
+        row = "r" if rowed else "0"
+        ends = [f"load64(o + {_HEAD}) + {row} * n", f"a_i{k} + {at} * s_i{k} + {row} * r_i{k}"]
+        writer.line(f"    {copy}({', '.join(ends if first else ends[::-1])})")
+    writer.indent -= 1
 
 
 def _locate(writer: Writer, name: str, offset: int, lowered: Lowered, split: bool) -> None:
@@ -100,7 +146,7 @@ def _locate(writer: Writer, name: str, offset: int, lowered: Lowered, split: boo
 
     Asking Python for the same costs a microsecond an array.
     """
-    writer.line(f"o_{name} = load64(table + {offset})")
+    writer.line(f"o_{name} = load64(operands + {offset})")
     writer.line(f"a_{name} = load64(o_{name} + {_HEAD})")
     writer.line(f"d_{name} = load64(o_{name} + {_HEAD + 16})")
     writer.line(f"t_{name} = load64(o_{name} + {_HEAD + 24})")
@@ -123,25 +169,28 @@ def _locate(writer: Writer, name: str, offset: int, lowered: Lowered, split: boo
 
 
 _HEAD = object.__basicsize__  # data, ndim, dimensions, strides follow the object header (see kernels/layout.py)
+_ITEMS = tuple.__basicsize__  # the items of a tuple follow its head
 
 
-def _prepare(lowered: Lowered, roots: list[str]) -> str:
+def _matrix(writer: Writer, offset: int, k: int, lowered: Lowered) -> tuple[str, str]:
+    """``o``, the object of a matrix, and the texts of its strides."""
+    writer.line(f"o = load64(operands + {offset})")
+    writer.line(f"t = load64(o + {_HEAD + 24})")
+    pack = lowered.packs[k]
+    return ("load64(t)", "load64(t + 8)") if _whole(lowered, k) else (str(pack.strides[0]), str(pack.strides[1]))
+
+
+def _prepare(lowered: Lowered, place: dict[str, int]) -> str:
     """Packs every invariant matrix."""
     writer = Writer()
     writer.indent = 1
-    base = len(FIELDS)
-    writer.line("pass")
+    writer.line(f"operands = load64(table + {8 * FIELDS.index('operands')})")
     for k, pack in enumerate(lowered.packs):
-        name = f"v{pack.invariant}"
-        writer.line(f"o = load64(table + {8 * (base + len(roots) + len(lowered.packs) + k)})")
-        writer.line(f"t = load64(o + {_HEAD + 24})")
-        row, column = (
-            ("load64(t)", "load64(t + 8)") if pack.whole(lowered.row_shapes[name][0]) else map(str, pack.strides)
-        )
+        row, column = _matrix(writer, place[f"q{k}"], k, lowered)
         field = 8 * FIELDS.index(f"pack_{pack.dtype}")
         writer.line(
             f"call_address(load64(table + {field}), {pack.shape[0]}, {pack.shape[1]}, "
-            f"load64(o + {_HEAD}) + {pack.offset}, {row}, {column}, load64(table + {8 * (base + len(roots) + k)}))"
+            f"load64(o + {_HEAD}) + {pack.offset}, {row}, {column}, load64(table + {8 * (len(FIELDS) + k)}))"
         )
     return "\n".join(writer.lines)
 

@@ -6,17 +6,18 @@ some 100 ms of steps, so that a pending Ctrl-C is delivered in between.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.compiler.expand import expand
 from tinygrad_lstm.compiler.fuse import FUSED, fuse
-from tinygrad_lstm.compiler.generate import FIELDS, generate, roots_of, scratch_bytes
+from tinygrad_lstm.compiler.generate import FIELDS, generate, in_order, operands_of, roots_of, scratch_bytes
 from tinygrad_lstm.compiler.lowering import Lowered, lower_body
 from tinygrad_lstm.compiler.narrow import narrow
 from tinygrad_lstm.compiler.rows import Mixing, row_values
@@ -25,15 +26,18 @@ from tinygrad_lstm.compiler.stages import Product, RowProduct
 from tinygrad_lstm.compiler.views import Unsupported
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import codecache, threads
-from tinygrad_lstm.kernels.pool import empty
+from tinygrad_lstm.kernels.pool import SMALLEST, empty
 from tinygrad_lstm.program import Program
 
-__all__ = ["NativeLoop", "native_loop", "switched_off", "wanted", "work_of"]
+__all__ = ["NativeLoop", "chosen", "native_loop", "switched_off", "wanted", "work_of"]
 
 # Loops that do less per call than this many elementary operations are left to NumPy: compiling takes a second.
 LEAST_WORK = 2_000
+FEW = 4  # rows times steps: so few are multiplied sooner than a matrix is packed
 SLICE = 2e9  # floating-point operations of a launch: 100 ms at a tenth of what a thread does at best
 _ALIGN = 64
+_NDARRAY = id(np.ndarray)
+_MOST_FRAMES = 64
 
 
 def _mode() -> str:
@@ -79,99 +83,139 @@ class NativeLoop:
     ``split``) the number of rows."""
 
     def __init__(
-        self, lowered: Lowered, split: bool, program: Program, mixing: Mixing | None, source: str, row_count: int
+        self, lowered: Lowered, split: bool, program: Program, mixing: Mixing | None, source: str, row_count: int,
+        n_stacked: int,
     ) -> None:  # fmt: skip
         self.lowered, self.split, self.program, self.mixing, self.source = lowered, split, program, mixing, source
         self.roots = roots_of(lowered)
-        self.place = {name: len(FIELDS) + k for k, name in enumerate(self.roots)}  # in the table
-        self._entry: tuple[int, int] | None = None
-        self._free: list[_Workspace] = []
-        self._lock = threading.Lock()
         self.rows = row_count  # of the batch; 1 where rows mix
         self.flops = sum(_flops(op) for op in lowered.operations)
+        self.n_carry, self.n_stacked = len(lowered.kept), n_stacked
+        self._entry: tuple[int, int, Any, Any] | None = None
+        self._free: list[_Workspace] = []
+        self._frames: dict[tuple[int, bool], _Frame] = {}
+        self._lock = threading.Lock()
 
-    def entry(self) -> tuple[int, int]:
-        """Addresses of the loop and of what packs matrices for it; compiled at the first call."""
+    def entry(self) -> tuple[int, int, Any, Any]:
+        """Addresses of the loop and of what packs matrices for it, and what calls them; compiled at the first call."""
         if self._entry is None:
             with self._lock:
                 loop = codecache.load(self.source, "loop", stem="loop")
                 prepare = codecache.load(self.source, "prepare", stem="loop")
-                self._entry = (loop.address, prepare.address)  # type: ignore[attr-defined]
+                self._entry = (loop.address, prepare.address, *threads.loop_functions())  # type: ignore[attr-defined]
         return self._entry
 
     def run(
         self, carry: Sequence[np.ndarray], sequence: Sequence[np.ndarray], invariant: Sequence[np.ndarray],
-        stacked: Sequence[Any], sums: Sequence[Any], steps: int, reverse: bool,
+        steps: int, reverse: bool,
     ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] | None:  # fmt: skip
         """(final carry, stacks, sums); None when native code met an index out of range (let NumPy report it)."""
-        low, place = self.lowered, self.place
-        loop, prepare = self.entry()
+        frame = self._frames.get((steps, reverse))
+        if frame is None:
+            if len(self._frames) >= _MOST_FRAMES:
+                self._frames.clear()
+            frame = self._frames[steps, reverse] = _Frame(self, steps, reverse)
+        loop, prepare, plain, advance = self._entry or self.entry()
         try:
             space = self._free.pop()
         except IndexError:
             space = _Workspace(self)
         parts, chunk = _shares(self.rows)
-        table = space.table_for(self, chunk, parts)
-        held: list[np.ndarray] = []  # arrays that only the table names
+        stamp = (steps, reverse, chunk, parts)
+        if space.stamp != stamp:
+            space.prepare_for(self, frame, stamp)
+        buffers = [make(shape, dtype) for make, shape, dtype in frame.makers]
+        operands = frame.pick((*carry, *sequence, *invariant, *buffers, *space.turns))
+        if not plain(id(operands), 0, frame.checked, _NDARRAY):
+            operands = frame.pick((*frame.tidied(carry, sequence, invariant), *buffers, *space.turns))
+        team = threads.team_for(parts)
+        control = 0 if team is None else team.control
+        pack = prepare if frame.packs else 0
+        status = start = 0
+        slice_ = steps if frame.work <= SLICE else max(1, int(steps * SLICE / frame.work))
+        while start < steps and not status:
+            stop = min(steps, start + slice_)
+            status = advance(control, pack, loop, space.address, id(operands), start, stop, parts)
+            start = stop
+        self._free.append(space)
+        if status:
+            return None
+        first = frame.n_buffers
+        stacks = [buffers[k] if rows is None else buffers[k][rows] for k, rows in frame.stacks]
+        return buffers[first : first + self.n_carry], stacks, buffers[first + self.n_carry :]
 
-        def put(name: str, array: np.ndarray) -> None:
-            at = place.get(name)
-            if at is not None:
-                table[at] = id(array)
-                held.append(array)
 
-        carries = []
-        for k, value in enumerate(carry):
-            if low.kept[k]:
-                buffer = empty((steps + 1, *value.shape), value.dtype)
-                buffer[steps if reverse else 0] = value
-            else:
-                buffer = space.carry(k, value)
-                buffer[0] = value
-            carries.append(buffer)
-            put(f"i{k}", buffer)
-        stacks: list[Any] = []
+def chosen(places: Sequence[int]) -> Callable[[Any], tuple[Any, ...]]:
+    """A function that picks these items of a sequence, as a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    if not places:
+        return lambda pool: ()
+    (place,) = places
+    return lambda pool: (pool[place],)
+
+
+class _Frame:
+    """What the calls of a loop over so many steps in one direction have in common."""
+
+    def __init__(self, loop: NativeLoop, steps: int, reverse: bool) -> None:
+        low, program = loop.lowered, loop.program
+        n_carry, n_stacked = loop.n_carry, loop.n_stacked
+        self.loop, self.lead = loop, 2 if loop.split else 1
+        carries = [program.avals[slot] for slot in program.inputs[:n_carry]]
+        outputs = program.output_avals()
+        self.makers: list[tuple[Callable[..., np.ndarray], tuple[int, ...], np.dtype]] = []
+        places: dict[str, int] = {}  # in (carry, sequence, invariant, buffers, turns)
+        n_x, n_v = len(program.inputs) - n_carry, len(program.captures)
+        for kind, count in (("c", n_carry), ("x", n_x), ("v", n_v)):
+            places.update({f"{kind}{k}": len(places) + k for k in range(count)})
+
+        def buffer(name: str, aval: Any, lead: tuple[int, ...] = (), zero: bool = False) -> int:
+            shape, dtype = (*lead, *aval.shape), np.dtype(aval.dtype)
+            large = dtype.itemsize * int(np.prod(shape, dtype=np.int64)) >= SMALLEST
+            self.makers.append((np.zeros if zero else empty if large else np.empty, shape, dtype))
+            places[name] = n_carry + n_x + n_v + len(self.makers) - 1
+            return len(self.makers) - 1
+
+        at = {k: buffer(f"i{k}", aval, (steps + 1,)) for k, aval in enumerate(carries) if low.kept[k]}
+        # Per stack: which buffer, and which of its rows (None for all).
+        self.stacks: list[tuple[int, slice | None]] = []
         for k, (kind, index) in enumerate(low.stacked):
             if kind == "y":
-                buffer = empty((steps, *stacked[k].shape), stacked[k].dtype)
-                put(f"y{k}", buffer)
-                stacks.append(buffer)
+                self.stacks.append((buffer(f"y{k}", outputs[n_carry + k], (steps,)), None))
             else:  # the carry before or after every step: rows of one buffer
                 shifted = (kind == "o") != reverse
-                stacks.append(carries[index][shifted : steps + shifted])
-        totals = [np.zeros(aval.shape, aval.dtype) for aval in sums]
-        for k, total in enumerate(totals):
-            put(f"s{k}", total)
-        for k, value in enumerate(sequence):
-            put(
-                f"x{k}", value if value.flags.c_contiguous else _plain(value, 2 if self.split and value.ndim > 1 else 1)
-            )
-        for k, value in enumerate(invariant):
-            if f"v{k}" in place:
-                put(f"v{k}", _plain(value, 0))
-        base = len(FIELDS) + len(self.roots) + len(low.packs)
-        for k, pack in enumerate(low.packs):
-            array = invariant[pack.invariant]
-            if not pack.whole(array.shape):
-                array = _plain(array, 0)
-            table[base + k] = id(array)
-            held.append(array)
-        table[0], table[1], table[4], table[5] = self.rows, chunk, steps, reverse
-        address = space.address
-        if low.packs:
-            threads.run(prepare, address, 1)
-        status = start = 0
-        step = max(1, int(SLICE / max(self.flops * self.rows, 1)))
-        while start < steps and not status:
-            stop = min(steps, start + step)
-            table[2], table[3] = start, stop
-            status = threads.run(loop, address, parts)
-            start = stop
-        final = []
-        for k, buffer in enumerate(carries):
-            final.append(buffer[(0 if reverse else steps) if low.kept[k] else steps & 1].copy())
-        self._free.append(space)
-        return None if status else (final, stacks, totals)
+                self.stacks.append((at[index], slice(shifted, steps + shifted)))
+        self.n_buffers = len(self.makers)
+        for k, aval in enumerate(carries):
+            buffer(f"f{k}", aval)
+        for k, aval in enumerate(outputs[n_carry + n_stacked :]):
+            buffer(f"s{k}", aval, zero=True)
+        self.turns = [aval for k, aval in enumerate(carries) if not low.kept[k]]
+        start = n_carry + n_x + n_v + len(self.makers)
+        for n, k in enumerate(k for k in range(n_carry) if not low.kept[k]):
+            places[f"i{k}"] = start + n
+        places.update({f"q{k}": places[f"v{pack.invariant}"] for k, pack in enumerate(low.packs)})
+        order = [places[name] for name in operands_of(low)]
+        self.checked = in_order(low)
+        self.pick = chosen(order)
+        by_row = any(isinstance(op, RowProduct) and op.right is None for op in low.operations)
+        self.packed = by_row or steps * loop.rows > FEW
+        self.packs = bool(low.packs) and self.packed
+        self.work = steps * loop.flops * loop.rows
+
+    def tidied(self, carry: Any, sequence: Any, invariant: Any) -> list[np.ndarray]:
+        """The operands as arrays whose rows are in C order."""
+        low = self.loop.lowered
+        whole = {pack.invariant for pack in low.packs if pack.whole(tuple(np.shape(invariant[pack.invariant])))}
+        read = set(self.loop.roots)
+        found = [_plain(np.asarray(a), self.lead - 1) for a in carry]
+        found += [_plain(np.asarray(a), min(self.lead, np.ndim(a))) for a in sequence]
+        # A whole matrix is packed with whatever strides it has, but other operations read it row by row.
+        for k, a in enumerate(invariant):
+            only_packed = k in whole and f"v{k}" not in read
+            found.append(np.asarray(a) if only_packed else _plain(np.asarray(a), 0))
+        return found
 
 
 def _plain(array: np.ndarray, lead: int) -> np.ndarray:
@@ -188,9 +232,11 @@ def _plain(array: np.ndarray, lead: int) -> np.ndarray:
 
 def _shares(rows: int) -> tuple[int, int]:
     """Parts and rows of a part: whole tiles of the matrix product where there are enough rows."""
-    count = threads.get_num_threads()
+    if rows < 2:
+        return 1, 1
+    count = threads.count()
     if count == 1 or rows < 2 * count:
-        return 1, max(rows, 1)
+        return 1, rows
     chunk = -(-rows // count)
     return -(-rows // chunk), chunk
 
@@ -208,25 +254,14 @@ class _Workspace:
 
     def __init__(self, loop: NativeLoop) -> None:
         low = loop.lowered
-        self.table = np.zeros(len(FIELDS) + len(loop.roots) + 2 * len(low.packs), np.int64)
+        self.table = np.zeros(len(FIELDS) + len(low.packs), np.int64)
         self.address = self.table.ctypes.data
-        self.carries: dict[int, np.ndarray] = {}
-        self.scratch: np.ndarray | None = None
+        self.stamp: Any = None  # what the table was written for
         self.shape = (0, 0)
+        self.scratch: np.ndarray | None = None
+        self.packs: np.ndarray | None = None
+        self.turns: list[np.ndarray] = []  # two rows for every carry that is not kept
         self._functions(loop)
-        total = 0
-        offsets = []
-        if low.packs:
-            from tinygrad_lstm.kernels.gemm import packed_bytes
-
-            for pack in low.packs:
-                offsets.append(total)
-                total += -(-packed_bytes(*pack.shape, pack.dtype) // 4096) * 4096 + _ALIGN
-        self.packs = np.empty(total + 4096, np.uint8)
-        start = -(-self.packs.ctypes.data // 4096) * 4096
-        base = len(FIELDS) + len(loop.roots)
-        for k, offset in enumerate(offsets):
-            self.table[base + k] = start + offset
 
     def _functions(self, loop: NativeLoop) -> None:
         """Addresses of the products of the dtypes that occur."""
@@ -240,22 +275,32 @@ class _Workspace:
             self.table[FIELDS.index(f"h_{dtype}")] = found.gemm_small
             self.table[FIELDS.index(f"pack_{dtype}")] = found.pack
 
-    def table_for(self, loop: NativeLoop, chunk: int, parts: int) -> np.ndarray:
-        """The table, with scratch for so many parts of so many rows."""
+    def prepare_for(self, loop: NativeLoop, frame: _Frame, stamp: tuple[int, bool, int, int]) -> None:
+        """Make room for so many steps of so many parts."""
+        steps, reverse, chunk, parts = stamp
         if self.shape != (chunk, parts):
             size = scratch_bytes(loop.lowered, chunk)
             self.scratch = np.empty(size * parts + 4096, np.uint8)
             self.table[FIELDS.index("scratch")] = -(-self.scratch.ctypes.data // 4096) * 4096
             self.table[FIELDS.index("scratch_size")] = size
+            self.turns = [np.empty((2, *aval.shape), aval.dtype) for aval in frame.turns]
             self.shape = (chunk, parts)
-        return self.table
+        if frame.packs and self.packs is None:
+            self._room_for_packs(loop.lowered)
+        for field, value in (("rows", loop.rows), ("chunk", chunk), ("steps", steps), ("reverse", reverse)):
+            self.table[FIELDS.index(field)] = value
+        self.table[FIELDS.index("packed")] = frame.packed
+        self.stamp = stamp
 
-    def carry(self, k: int, like: np.ndarray) -> np.ndarray:
-        """Two rows for a carry that is not kept."""
-        found = self.carries.get(k)
-        if found is None or found.shape[1:] != like.shape:
-            found = self.carries[k] = np.empty((2, *like.shape), like.dtype)
-        return found
+    def _room_for_packs(self, low: Lowered) -> None:
+        from tinygrad_lstm.kernels.gemm import packed_bytes
+
+        total = 0
+        for k, pack in enumerate(low.packs):
+            self.table[len(FIELDS) + k] = total
+            total += -(-packed_bytes(*pack.shape, pack.dtype) // 4096) * 4096 + _ALIGN
+        self.packs = np.empty(total + 4096, np.uint8)
+        self.table[len(FIELDS) :] += -(-self.packs.ctypes.data // 4096) * 4096
 
 
 # ---------------------------------------------------------------------------- found again by content
@@ -293,6 +338,6 @@ def _make(program: Program, n_carry: int, n_stacked: int) -> NativeLoop | Unsupp
             first = first or reason
             continue
         source = generate(lowered, split, "")
-        return NativeLoop(lowered, split, fused, rows.mixing, source, rows.batch if split else 1)
+        return NativeLoop(lowered, split, fused, rows.mixing, source, rows.batch if split else 1, n_stacked)
     assert first is not None
     return first

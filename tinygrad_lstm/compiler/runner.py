@@ -23,11 +23,12 @@ def run_loop(
     if steps == 0:
         return [np.array(c) for c in carry], _empty(plan)
     publish(plan.report)
-    values = plan.before.function()(*xs, *captures)
-    n = plan.n_sequence
-    sequence, invariant = values[:n], values[n:]
-    loop_xs, loop_captures = [sequence[k] for k in plan.loop_sequence], [invariant[k] for k in plan.loop_invariant]
-    done = _natively(plan, carry, loop_xs, loop_captures, steps, reverse)
+    wiring = plan.wiring
+    values = wiring.before(*xs, *captures)
+    loop_xs, loop_captures = wiring.sequence(values), wiring.invariant(values)
+    done = None
+    if wiring.native is not None:
+        done = wiring.native.run(carry, loop_xs, loop_captures, steps, reverse)
     if done is not None:
         final, stacks, sums = done
     else:
@@ -37,23 +38,10 @@ def run_loop(
         times = range(steps - 1, -1, -1) if reverse else range(steps)
         # A carry value may live in a row of a stack, or be the caller's own array where no step changed it.
         final = [np.array(c) for c in loop(times, *carry, *loop_xs, *loop_captures, *stacks, *sums)]
-    outs = list(plan.behind.function()(*stacks, *sums, *values))
-    for k in plan.borrowed:
+    outs = list(wiring.behind(*stacks, *sums, *values))
+    for k in wiring.borrowed:
         outs[k] = _own(np.asarray(outs[k]), (*carry, *xs, *captures))
     return final, outs
-
-
-def _natively(
-    plan: LoopPlan, carry: Sequence[np.ndarray], xs: Sequence[np.ndarray], captures: Sequence[np.ndarray],
-    steps: int, reverse: bool,
-) -> Any:  # fmt: skip
-    """The loop in native code, or None where it is not made for that (or not worth compiling)."""
-    if not plan.compiled:
-        return None
-    if not plan.native.rows:
-        return None
-    arrays = [[v if v.__class__ is np.ndarray else np.asarray(v) for v in values] for values in (xs, captures)]
-    return plan.native.run(carry, *arrays, plan.stacked, plan.sums, steps, reverse)
 
 
 def _own(out: np.ndarray, arguments: Sequence[np.ndarray]) -> np.ndarray:

@@ -291,10 +291,14 @@ class Product(Operation):
     def emit(self, writer: Writer) -> None:
         k, n = self.pack.shape
         a, c = self.left, self.target
-        writer.line(
-            f"call_address(g_{self.pack.dtype}, r1 - r0, {n}, {k}, {writer.address(a, 'r0')}, r_{a.root.name}, "
-            f"{a.strides[-1]}, p{self.packed}, {writer.address(c, 'r0')}, r_{c.root.name}, 0)"
-        )
+        left = f"r1 - r0, {n}, {k}, {writer.address(a, 'r0')}, r_{a.root.name}, {a.strides[-1]}"
+        right = f"q{self.packed}, q{self.packed}_row, q{self.packed}_col"
+        out = f"{writer.address(c, 'r0')}, r_{c.root.name}, 0"
+        # A few rows in all are multiplied sooner than the matrix is packed.
+        writer.line("if packed:")
+        writer.line(f"    call_address(g_{self.pack.dtype}, {left}, p{self.packed}, {out})")
+        writer.line("else:")
+        writer.line(f"    call_address(h_{self.pack.dtype}, {left}, {right}, {out})")
 
 
 @dataclass

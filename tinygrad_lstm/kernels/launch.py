@@ -33,7 +33,7 @@ from tinygrad_lstm.kernels.atomics import (
     store_release,
     yield_cpu,
 )
-from tinygrad_lstm.kernels.memory import call_address
+from tinygrad_lstm.kernels.memory import call_address, load32, load64, store64
 
 # Offsets in the control block, in bytes.  What different threads write lies on different cache lines; 128
 # bytes, since some CPUs fetch lines in pairs and some have lines of that size.
@@ -48,6 +48,9 @@ SLOT = 128
 
 RUNNING, PARKED = 0, 1
 POLITE = 64  # a power of two; rounds of a spin loop between two offers of the CPU
+
+HEAD = object.__basicsize__  # of an array object: data, ndim, dimensions, strides, base, descr, flags follow it
+ITEMS = tuple.__basicsize__
 
 word = types.int64
 
@@ -195,3 +198,27 @@ def launch(control: int, function: int, argument: int, parts: int) -> int:
     store_relaxed(control + RESULT, 0)
     store_release(control + BUSY, 0)
     return result
+
+
+@njit(types.boolean(word, word, word, word), nogil=True, cache=True)
+def plain(operands: int, first: int, stop: int, ndarray_type: int) -> bool:
+    """Whether these items of a tuple are arrays in C order."""
+    for k in range(first, stop):
+        array = load64(operands + ITEMS + 8 * k)
+        if load64(array + HEAD - 8) != ndarray_type or load32(array + HEAD + 48) & 1 == 0:
+            return False
+    return True
+
+
+@njit(types.int64(word, word, word, word, word, word, word, word), nogil=True, cache=True)
+def steps(control: int, prepare: int, loop: int, table: int, operands: int, start: int, stop: int, parts: int) -> int:
+    """The steps from ``start`` to ``stop`` of a compiled loop (see compiler/generate.py); all of its matrices are
+    packed by ``prepare`` (0: nothing to pack) before the first."""
+    store64(table, operands)
+    store64(table + 8, start)
+    store64(table + 16, stop)
+    if start == 0 and prepare != 0:
+        call_address(prepare, table, 0)
+    if parts > 1 and control != 0:
+        return launch(control, loop, table, parts)
+    return serial(loop, table, parts)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["clear", "copied", "empty", "idle_bytes"]
+__all__ = ["applied", "clear", "copied", "empty", "idle_bytes"]
 
 SMALLEST = 1 << 18  # bytes; below, the allocator's own free lists serve
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
@@ -43,6 +43,13 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     with _lock:
         block = _take(size)
     return block[:nbytes].view(dtype).reshape(shape)
+
+
+def applied(ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> Any:
+    """``ufunc(a, b)``; a large result of two alike arrays gets memory from here."""
+    if a.nbytes >= SMALLEST and a.dtype is b.dtype and a.shape == b.shape and "ff->f" in ufunc.types:
+        return ufunc(a, b, empty(a.shape, a.dtype)) if a.dtype.kind == "f" else ufunc(a, b)
+    return ufunc(a, b)
 
 
 def copied(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -260,15 +260,33 @@ def run(function: int, argument: int, parts: int) -> int:
     >>> run(shifted.address, 1, 4)
     15
     """
-    team = _team
-    if parts > 1:
-        if team is None:
-            team = _assemble()
-        if team.workers:
-            return _launch(team.control, function, argument, parts)
-    elif _serial is None:
+    if (team := team_for(parts)) is not None:
+        return _launch(team.control, function, argument, parts)
+    if _serial is None:
         _load()
     return _serial(function, argument, parts)
+
+
+def count() -> int:
+    """:func:`get_num_threads`, without asking the environment once there is a team."""
+    if _threads is not None:
+        return _threads
+    team = _team
+    return team.threads if team is not None else get_num_threads()
+
+
+def loop_functions() -> tuple[Any, Any]:
+    """``plain`` and ``steps`` of launch.py."""
+    native = _load()
+    return native["plain"], native["steps"]
+
+
+def team_for(parts: int) -> Any:
+    """The workers for a launch of so many parts; None where it needs none.  Whoever uses its control block holds it."""
+    if parts < 2:
+        return None
+    team = _team or _assemble()
+    return team if team.workers else None
 
 
 def _assemble() -> _Team:

@@ -16,11 +16,21 @@ from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, check_differentiable, to_array
 
-__all__ = ["LoadResult", "Module", "Parameter"]
+__all__ = ["LoadResult", "Module", "Parameter", "changes"]
 
 M = TypeVar("M", bound="Module")
 
 _versions = itertools.count(1)
+# Another number whenever any module was changed: attributes set or deleted, modes, dtypes, parameters swapped.  As long
+# as it is the same, what was found out about modules holds.  (Lists and dicts change without it.)
+_changes = [0]
+
+
+def changes() -> int:
+    """A number that is another one after any change to any module."""
+    return _changes[0]
+
+
 # Tensors that stand in for parameters while a function of them is being differentiated, by id.
 _stand_ins: dict[int, Tensor] = {}
 
@@ -155,6 +165,7 @@ class Module:
 
     def __init__(self) -> None:
         self.__dict__["_version"] = next(_versions)
+        _changes[0] = next(_versions)
 
     # ------------------------------------------------------------------ calling
 
@@ -179,12 +190,14 @@ class Module:
         if isinstance(value, (Module, Parameter, list, tuple, dict)):
             self._adopt(name, value)
         self.__dict__[name] = value
+        _changes[0] = next(_versions)
         if "_version" in self.__dict__:
             self.__dict__["_version"] = next(_versions)
 
     def __delattr__(self, name: str) -> None:
         object.__delattr__(self, name)
         self.__dict__["_version"] = next(_versions)
+        _changes[0] = next(_versions)
 
     def _adopt(self, name: str, value: Any) -> None:
         """Check a value that joins the tree and tell submodules their names."""
@@ -295,6 +308,7 @@ class Module:
             if not isinstance(new, Parameter):
                 _stand_ins[id(new)] = new
             place.holder[place.key] = new
+            _changes[0] = next(_versions)
         for identity in by_identity:
             _stand_ins.pop(identity, None)  # what was replaced stands in for nothing any more
 
@@ -346,6 +360,7 @@ class Module:
         for parameter in self.parameters():
             parameter._replace(parameter._data.astype(dtype))
             parameter.grad = None
+        _changes[0] = next(_versions)
         return self
 
     def zero_grad(self) -> None:
@@ -369,6 +384,7 @@ class Module:
     def _set_mode(self, mode: bool, seen: set[int]) -> None:
         seen.add(id(self))
         self.__dict__["training"] = mode  # no new version: the mode is no part of the structure
+        _changes[0] = next(_versions)
         for _, part in _contents(self.__dict__):
             if isinstance(part, Module) and id(part) not in seen:
                 part._set_mode(mode, seen)

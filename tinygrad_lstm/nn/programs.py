@@ -28,7 +28,7 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["recorder_for"]
+__all__ = ["known_of", "recorder_for"]
 
 _MOST = 32  # programs per cell
 _programs: dict[int, dict[Any, Any]] = {}  # by the cell's id: a dataclass cannot be a key
@@ -53,12 +53,19 @@ _SEEN = (
 _KNOWN = frozenset({type(None), bool, int, float, str, type, Tensor, Parameter, np.ndarray})  # the same, at one look
 
 
-def _known_of(cell: Module) -> dict[Any, Any]:
-    with _lock:
-        known = _programs.get(id(cell))
-        if known is None:
-            known = _programs[id(cell)] = {}
-            weakref.finalize(cell, _programs.pop, id(cell), None)
+def known_of(module: Module, make: bool = False) -> Any:
+    """What is kept for a module between calls; None where there is nothing yet (and none is to be made)."""
+    known = _programs.get(id(module))
+    if known is None and make:
+        with _lock:
+            known = _programs.get(id(module))
+            if known is None:
+                known = _programs[id(module)] = {}
+                weakref.finalize(module, _programs.pop, id(module), None)
+    if make:
+        with _lock:
+            while len(known) >= _MOST:
+                del known[next(iter(known))]
     return known
 
 
@@ -117,6 +124,10 @@ class _Outside:
                 elif not name.startswith("__") and isinstance(value, (bool, int, float, str, tuple, np.generic)):
                     self.attributes.append((cls, name, value))
 
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.reached or self.attributes)
+
     def unchanged(self) -> bool:
         for cls, name, value in self.attributes:
             if cls.__dict__.get(name) is not value:
@@ -127,7 +138,7 @@ class _Outside:
 class _Entry:
     """A recorded body, and where what it captures stands in the module."""
 
-    __slots__ = ("expected", "outside", "places", "recorded")
+    __slots__ = ("expected", "outside", "places", "recorded", "settled")
 
     def __init__(self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: _Outside) -> None:
         self.recorded = recorded
@@ -136,6 +147,8 @@ class _Entry:
         program = recorded.program
         avals = [program.avals[slot] for slot in program.captures]
         self.expected = [(aval.shape, np.dtype(aval.dtype)) for aval in avals]
+        # Whether only a change that counts (see module.changes) can make another program, or other captures, of it.
+        self.settled = not outside and all(_is_attribute(holder) for found in places for holder, _ in found)
 
     def captures(self) -> list[Any] | None:
         """What stands in the places now; None where that is not what was recorded.
@@ -158,6 +171,11 @@ class _Entry:
         return found
 
 
+def _is_attribute(holder: Any) -> bool:
+    """Whether it is the __dict__ of a module."""
+    return isinstance(holder, dict) and "_version" in holder
+
+
 def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
     """A function like :func:`~tinygrad_lstm.ops.control.record_body` that looks into the cell's cache first.
 
@@ -172,7 +190,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
             if _has_opaque_state(cell):
                 return record_body(body, carry, carry_tree, xs, x_tree)
             structure = (cell.version, tuple(module.training for module in cell.modules()))
-        known = _programs.get(id(cell)) or _known_of(cell)
+        known = known_of(cell) or known_of(cell, make=True)
         key = (
             variant,
             type(cell).forward,
@@ -189,10 +207,10 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
                 raise TraceError(entry)
             captures = entry.captures() if entry.outside.unchanged() else None
             if captures is not None:
-                return Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
-        with _lock:
-            while len(known) >= _MOST:
-                del known[next(iter(known))]
+                recorded = Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
+                recorded.settled = entry.settled
+                return recorded
+        known = known_of(cell, make=True)
         try:
             recorded = record_body(body, carry, carry_tree, xs, x_tree)
         except TraceError as error:
@@ -206,6 +224,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
             bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
             known[key] = _Entry(bare, [place for place in found if place is not None], _Outside(cell))
+            recorded.settled = known[key].settled
         return recorded
 
     return record

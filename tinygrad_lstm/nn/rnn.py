@@ -13,10 +13,12 @@ from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, GRUCell, LSTMCell, RNNCell, check_input, describe, positive
 from tinygrad_lstm.nn.module import Module, Parameter, Place
+from tinygrad_lstm.nn.ready import find, keep
 from tinygrad_lstm.nn.recurrent import joined, run_cell
 from tinygrad_lstm.ops.control import check_lengths
 from tinygrad_lstm.primitive import REGISTRY
 from tinygrad_lstm.random import Generator
+from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, asarray
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -144,10 +146,15 @@ class RecurrentLayers(Budgeted):
         ShapeError, DTypeError
             With the shapes or dtypes found and expected.
         """
+        plain = state is None and lengths is None and not return_states and not return_gates and memory is None
+        if plain and x.__class__ is Tensor:
+            ready, current = find(self, x), _STATE.get()
+            if ready is not None and ready.holds(current):
+                return ready(x, current)
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
-        x = asarray(x)
+        given = x = asarray(x)
         unbatched = x.ndim == 2
         expected = "(T, {})" if unbatched else "(B, T, {})" if self.batch_first else "(T, B, {})"
         check_input(x, self.input_size, self._cells[0].weight_ih.dtype, who, expected)
@@ -182,6 +189,10 @@ class RecurrentLayers(Budgeted):
             x = ops.swapaxes(x, 0, 1)
         result = (x, self._join_state(finals, unbatched))
         if not (want_states or want_gates):
+            draws = self.dropout and self.training and self.num_layers > 1
+            common = plain and share is None and not unbatched and not self.batch_first and steps
+            if common and not draws and _STATE.get().trace is None:
+                keep(self, self._cells, self.directions, self.state_parts, given)
             return result
         joint = joined(trajectories)
         return (*result, {name: ops.squeeze(value, 2) for name, value in joint.items()} if unbatched else joint)
@@ -214,7 +225,6 @@ class RecurrentLayers(Budgeted):
         """The state in PyTorch's form from that of every cell."""
 
         def stacked(parts: list[Tensor]) -> Tensor:
-            # One part only gets another axis, by the primitive itself: there is nothing to check.
             whole = ops.stack(parts) if len(parts) > 1 else _reshape(parts[0], shape=(1, *parts[0].shape))
             return ops.squeeze(whole, 1) if unbatched else whole
 

@@ -94,8 +94,8 @@ def scan_with(
     reverse: bool = False, memory: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """:func:`scan` with a way to record the body that may know it already."""
-    carry_leaves, carry_tree = _leaves(init, "init")
-    x_leaves, x_tree = _leaves(xs, "xs")
+    carry_leaves, carry_tree = leaves_of(init, "init")
+    x_leaves, x_tree = leaves_of(xs, "xs")
     steps = _steps(x_leaves, xs, length)
     if memory is not None:
         memory = check_memory(memory, "scan")
@@ -120,7 +120,8 @@ def scan_with(
     return _stepwise(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
 
 
-def _leaves(tree: Any, what: str) -> tuple[list[Tensor], TreeDef]:
+def leaves_of(tree: Any, what: str) -> tuple[list[Tensor], TreeDef]:
+    """The leaves of a tree as tensors, and its structure."""
     if tree.__class__ is Tensor:
         return [tree], LEAF
     if tree.__class__ is tuple and _TENSOR.issuperset(map(type, tree)):
@@ -251,6 +252,7 @@ class Recorded:
         self.captures = captures
         self.n_carry = n_carry
         self.y_tree = y_tree
+        self.settled = False  # whether program and captures stay as they are until some module is changed
 
     def run(
         self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool,

@@ -16,16 +16,16 @@ from tinygrad_lstm.ops.prepared import (
     _float_carries,
     _loops,
     _owner,
-    _plan,
-    _site,
     canonical,
+    plan_of,
+    site_of,
 )  # fmt: skip
 from tinygrad_lstm.ops.prepared import (
     _known as _known,
 )
+from tinygrad_lstm.ops.shape import reshape
 from tinygrad_lstm.primitive import Aval, Primitive, zeros
 from tinygrad_lstm.program import Program
-from tinygrad_lstm.storage import watch_output
 from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor
 
@@ -38,7 +38,8 @@ class Residuals:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.present, self.wanted = site.present, site.wanted
-        self.arrays: dict[int, np.ndarray] = {}  # by slot of the body
+        self.arrays: list[np.ndarray] = []  # as the adjoint pair of the site lists them
+        self.shared: frozenset[int] = frozenset()  # outputs that have their memory in common with a residual
         self.segments: Any = None  # within a memory budget: what runs the loop piece by piece instead
 
 
@@ -56,15 +57,12 @@ def _forward(
     n_inputs = len(body.inputs)
     carry, xs, captures = operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:]
     if keep is None:
-        final, outs = run_loop(_plan(body, n_carry, n_ys, length), carry, xs, captures, length, reverse)
+        final, outs = run_loop(plan_of(body, n_carry, n_ys, length), carry, xs, captures, length, reverse)
         return (*final, *_apart(outs))
     if keep.segments is not None:
         return keep.segments.forward(operands)
-    pair, plan = keep.site.forward()
-    more = len(pair.residuals)
-    final, outs = run_loop(plan, carry, xs, captures, length, reverse)
-    keep.arrays = dict(zip(pair.residuals, outs[n_ys : n_ys + more], strict=True))
-    return (*final, *_apart([*outs[:n_ys], *outs[n_ys + more :]]))
+    outputs, keep.arrays = keep.site.run(operands)
+    return tuple(outputs)
 
 
 def _aval(
@@ -83,9 +81,11 @@ def _vjp(
     present = tuple([cotangent is not None for cotangent in g[n_carry:]])
     asked = tuple(wanted[n_carry:])
     kept = record.saved[-1]
+    if record.params.get("lead"):
+        g = [c if c is None or k >= n_carry else reshape(c, c.shape[1:]) for k, c in enumerate(g)]
     if kept.__class__ is Residuals and kept.segments is None and not state().enabled:
         back = kept.site.backward(present, asked)
-        if back is not None and kept.arrays.keys() >= back.residuals:
+        if back is not None and back.picks is not None:
             return back.run(g, inputs, kept.arrays)
     pair = _adjoint(body, n_carry, n_ys, present, asked)
     segments = kept.segments if isinstance(kept, Residuals) and not state().enabled else None
@@ -123,8 +123,10 @@ def _residuals(
 ) -> list[Tensor]:
     """The residuals that the forward kept, or, where they must be differentiable themselves, of a second run."""
     kept = record.saved[-1]
-    if isinstance(kept, Residuals) and not state().enabled and all(slot in kept.arrays for slot in pair.residuals):
-        return [Tensor(kept.arrays[slot]) for slot in pair.residuals]
+    if isinstance(kept, Residuals) and kept.arrays and not state().enabled:
+        known = dict(zip(kept.site.forward()[0].residuals, kept.arrays, strict=True))
+        if all(slot in known for slot in pair.residuals):
+            return [Tensor(known[slot]) for slot in pair.residuals]
     more = len(pair.residuals)
     outs = scan_primitive.bind(
         tuple(inputs),
@@ -230,24 +232,49 @@ def bind_scan(
         if memory is not None and current.trace is not None:
             params["memory"] = memory  # part of what is recorded
         return scan_primitive.bind(tuple(operands), params)
-    linked = tuple([(t._rg or every) and t.dtype.kind == "f" for t in operands[n_carry:]])
-    kept = Residuals(_site(body, n_carry, n_ys, length, reverse, linked))
-    if memory is not None:
-        from tinygrad_lstm.ops.segments import segmented
+    linked = tuple([(t._rg or every) and t._data.dtype.kind == "f" for t in operands[n_carry:]])
+    site = site_of(body, n_carry, n_ys, length, reverse, linked)
+    if memory is None:
+        return bind_site(site, tuple(operands), needs, current)
+    kept = Residuals(site)
+    from tinygrad_lstm.ops.segments import segmented
 
-        kept.segments = segmented(body, n_carry, n_ys, length, reverse, kept.present, linked, memory)
+    kept.segments = segmented(body, n_carry, n_ys, length, reverse, kept.present, linked, memory)
+    return bind_site(site, tuple(operands), needs, current, kept)
+
+
+def bind_site(
+    site: Site, operands: tuple[Tensor, ...], needs: bool, current: Any, kept: Residuals | None = None,
+    lead: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Run a scan whose gradient may be asked for: all that is not known beforehand.
+
+    With ``lead`` the final carry has one more axis, of length 1, in front: the state of a single layer.
+    """
+    kept = kept or Residuals(site)
+    arrays = [t._data for t in operands]
     try:
-        arrays = _forward(*[t._data for t in operands], **params, keep=kept)
+        if kept.segments is None:
+            made, kept.arrays = site.run(arrays)
+        else:
+            made = list(kept.segments.forward(tuple(arrays)))
     except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
-        raise scan_primitive._explained(error, operands, {**params, "keep": kept}) from None
-    outs = tuple([Tensor(a if a.__class__ is np.ndarray else np.asarray(a)) for a in arrays])
+        raise scan_primitive._explained(error, operands, {**site.params, "keep": kept}) from None
+    if site.shared is None:
+        site.shared = _shared(made, kept.arrays)
+    kept.shared = site.shared
+    if lead:
+        made[: site.n_carry] = [a[None] for a in made[: site.n_carry]]
+    outs = tuple([Tensor(a if a.__class__ is np.ndarray else np.asarray(a)) for a in made])
+    for k in kept.shared:
+        outs[k]._used = True
+    params, avals = (site.led_params, site.led_avals) if lead else (site.params, site.avals)
     # The residuals are the record's own: released with it, and no parameter of the program.
-    record = record_application(scan_primitive, tuple(operands), params, outs, needs, current, True)
-    record.saved = (*record.saved[:-1], kept)  # type: ignore[index]
-    # An output may share its memory with a residual: then a write to it must be noticed.
-    residuals = {id(array if array.base is None else array.base) for array in kept.arrays.values()}
-    for out in outs:
-        if id(_owner(out._data)) in residuals:
-            out._used = True
-            watch_output(record, out._store(), always=True)
+    record_application(scan_primitive, operands, params, outs, needs, current, True, avals, kept)
     return outs
+
+
+def _shared(outs: Sequence[np.ndarray], residuals: Sequence[np.ndarray]) -> frozenset[int]:
+    """The outputs that have their memory in common with a residual: a write to one must be noticed."""
+    owners = {id(_owner(array)) for array in residuals}
+    return frozenset(k for k, out in enumerate(outs) if id(_owner(out)) in owners)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.primitive import REGISTRY, Primitive
+from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Backward", "Site", "canonical"]
+__all__ = ["Backward", "Site", "canonical", "compile_mode"]
 
 # Programs by content, so that what was derived from one (adjoint, plan, native code) is found again when the
 # same body is recorded anew.
@@ -65,13 +65,13 @@ def _derived(program: Program, key: tuple[Any, ...], make: Callable[[], Any]) ->
     return found
 
 
-def _plan(body: Program, n_carry: int, n_ys: int, steps: int) -> Any:
+def plan_of(body: Program, n_carry: int, n_ys: int, steps: int) -> Any:
     def make() -> Any:
         from tinygrad_lstm.compiler.loop import plan_loop
 
         return plan_loop(body, n_carry, n_ys, steps)
 
-    return _derived(body, ("plan", n_carry, n_ys, steps, os.environ.get("TINYGRAD_LSTM_COMPILE")), make)
+    return _derived(body, ("plan", n_carry, n_ys, steps, compile_mode()), make)
 
 
 def _adjoint(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> Any:
@@ -111,6 +111,15 @@ class Site:
         self.wanted = wanted  # the xs and captures that are differentiated
         self.present = _float_outputs(body, n_carry)
         self.generation = Primitive.generation
+        self.params = {"body": body, "n_carry": n_carry, "n_ys": n_ys, "length": length, "reverse": reverse}
+        outputs = body.output_avals()
+        stacked = range(n_carry, n_carry + n_ys)
+        self.avals = tuple(
+            Aval((length, *a.shape) if k in stacked else a.shape, np.dtype(a.dtype)) for k, a in enumerate(outputs)
+        )
+        self.led_params = {**self.params, "lead": True}
+        self.led_avals = tuple(Aval((1, *a.shape), a.dtype) if k < n_carry else a for k, a in enumerate(self.avals))
+        self.shared: frozenset[int] | None = None  # outputs that lie where residuals do; seen at the first call
         self._forward: Any = None
         self._backward: dict[Any, Backward] = {}
 
@@ -119,9 +128,20 @@ class Site:
         if self._forward is None:
             pair = _adjoint(self.body, self.n_carry, self.n_ys, self.present, self.wanted)
             pair = _thrifty(self.body, self.n_carry, self.n_ys, pair, self.length)
-            plan = _plan(pair.forward, self.n_carry, self.n_ys + len(pair.residuals), self.length)
+            plan = plan_of(pair.forward, self.n_carry, self.n_ys + len(pair.residuals), self.length)
             self._forward = pair, plan
         return self._forward
+
+    def run(self, operands: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Outputs that share memory neither with the operands nor with one another, and residuals."""
+        pair, plan = self._forward or self.forward()
+        n_carry, n_inputs, head = self.n_carry, len(self.body.inputs), self.n_ys
+        final, outs = _loops().run_loop(
+            plan, operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:], self.length, self.reverse
+        )
+        tail = head + len(pair.residuals)
+        ys = outs[:head] if tail == len(outs) else [*outs[:head], *outs[tail:]]
+        return [*final, *(ys if len(ys) < 2 else _apart(ys))], outs[head:tail]
 
     def backward(self, present: tuple[bool, ...], asked: tuple[bool, ...]) -> Backward | None:
         """The adjoint loop for these cotangents and inputs; None where rules changed after the forward ran."""
@@ -148,7 +168,9 @@ class Backward:
         self.floats = _float_carries(body, n_carry)
         # The loop only reads what it starts from.
         self.zeros = [np.zeros(body.avals[slot].shape, body.avals[slot].dtype) for slot in body.inputs[:n_carry]]
-        self.slots, self.residuals = pair.residuals, set(pair.residuals)
+        # Where what it reads stands among the residuals that the forward kept; None where something is missing.
+        known = {slot: k for k, slot in enumerate(kept.residuals)}
+        self.picks = [known[slot] for slot in pair.residuals] if known.keys() >= set(pair.residuals) else None
         self.reads = [n_carry + k for k in pair.reads]
         given = [n_carry + k for k, yes in enumerate(present) if yes]
         self.y_seeds = [k for k in given if k < n_carry + site.n_ys]
@@ -156,13 +178,13 @@ class Backward:
         self.positions = [*self.floats, *(n_carry + k for k, yes in enumerate(asked) if yes)]
         n_ys = sum(asked[: len(body.inputs) - n_carry])
         self.body, self.n_ys = pair.backward, n_ys
-        self.plan = _plan(pair.backward, len(self.floats), n_ys, site.length)
+        self.plan = plan_of(pair.backward, len(self.floats), n_ys, site.length)
 
-    def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: dict[int, np.ndarray]) -> list[Any]:
+    def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]) -> list[Any]:
         """Cotangents of the operands, None where they are not asked for."""
         run_loop = _loops().run_loop
         carry = [self.zeros[k] if g[k] is None else g[k]._data for k in self.floats]
-        xs = [kept[slot] for slot in self.slots]
+        xs = [kept[k] for k in self.picks or ()]
         xs += [inputs[k]._data for k in self.reads]
         xs += [g[k]._data for k in self.y_seeds]
         captures = [t._data for t in inputs[self.n_inputs :]]
@@ -182,9 +204,19 @@ class Backward:
         return shares
 
 
-def _site(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]) -> Site:
-    key = ("site", n_carry, n_ys, length, reverse, wanted, os.environ.get("TINYGRAD_LSTM_COMPILE"))
+def site_of(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]) -> Site:
+    key = ("site", n_carry, n_ys, length, reverse, wanted, compile_mode())
     return _derived(body, key, lambda: Site(body, n_carry, n_ys, length, reverse, wanted))
+
+
+def compile_mode() -> Any:
+    """``TINYGRAD_LSTM_COMPILE`` as the environment has it now (bytes, a string, or None): a part of keys."""
+    return _VARIABLES.get(_COMPILE)
+
+
+# os.environ encodes and decodes at every look, which takes a microsecond; its own dictionary does not.
+_VARIABLES: Any = getattr(os.environ, "_data", os.environ)
+_COMPILE = os.environ.encodekey("TINYGRAD_LSTM_COMPILE") if _VARIABLES is not os.environ else "TINYGRAD_LSTM_COMPILE"
 
 
 def _owner(array: np.ndarray) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from tinygrad_lstm.compiler.schedule import Advance, Schedule, budget_bytes, check_memory, make_schedule
 from tinygrad_lstm.errors import ArgumentError, TraceError
 from tinygrad_lstm.kernels.pool import empty
-from tinygrad_lstm.ops.loop import _adjoint, _derived, _plan, scan_primitive
+from tinygrad_lstm.ops.loop import _adjoint, _derived, plan_of, scan_primitive
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.tensor import Tensor
@@ -84,7 +84,7 @@ class Segments:
 
         rows, length = self._rows(*at), at[1] - at[0]
         inputs = [*(array for arrays in adjoint for array in arrays), *(x[rows] for x in xs)]
-        plan = _plan(program, len(carry), n_ys, length)
+        plan = plan_of(program, len(carry), n_ys, length)
         return run_loop(plan, carry, inputs, captures, length, self.reverse != bool(adjoint))
 
     def _operands(self, operands: Arrays) -> tuple[Arrays, Arrays, Arrays]:

@@ -1,0 +1,123 @@
+"""Calls of recurrent layers that are known already.
+
+A call on the same shapes as an earlier one asks the same questions and gets the same answers, as long as no module
+was changed: the arguments fit, the cells are recorded, the loops planned.  What is left is to run them.  For a layer
+of one row and few steps the questions take ten times as long as the loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm import ops
+from tinygrad_lstm.compiler.runner import run_loop
+from tinygrad_lstm.errors import TraceError
+from tinygrad_lstm.nn.module import changes
+from tinygrad_lstm.nn.programs import known_of, recorder_for
+from tinygrad_lstm.ops.control import leaves_of
+from tinygrad_lstm.ops.loop import bind_site
+from tinygrad_lstm.ops.prepared import Site, compile_mode, plan_of, site_of
+from tinygrad_lstm.primitive import Primitive
+from tinygrad_lstm.record import State
+from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.tree import LEAF
+
+__all__ = ["ReadyLayers", "find", "keep"]
+
+_PLAIN = (False, False, False)  # the variant of a cell's program without lengths, states and gates
+
+
+class _Run:
+    """One cell over a sequence of one shape, from its zero state."""
+
+    def __init__(self, cell: Any, recorded: Any, carry: list[Tensor], steps: int, reverse: bool) -> None:
+        self.kind, self.forward = type(cell), type(cell).forward
+        self.program, self.captures, self.carry = recorded.program, recorded.captures, carry
+        self.n_carry, self.steps, self.reverse = len(carry), steps, reverse
+        self.n_ys = len(recorded.program.outputs) - self.n_carry
+        self.sites: dict[tuple[bool, ...], Site] = {}
+
+    def __call__(self, x: Tensor, current: State, lead: bool = False) -> tuple[Tensor, ...]:
+        """(parts of the final state..., outputs); with ``lead`` the state has another axis in front."""
+        operands = (*self.carry, x, *self.captures)
+        if current.enabled:
+            linked = tuple([t._rg for t in operands[self.n_carry :]])
+            if True in linked:
+                site = self.sites.get(linked)
+                if site is None:
+                    site = site_of(self.program, self.n_carry, self.n_ys, self.steps, self.reverse, linked)
+                    self.sites[linked] = site
+                return bind_site(site, operands, True, current, lead=lead)
+        plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
+        captures = [t._data for t in self.captures]
+        final, ys = run_loop(plan, [t._data for t in self.carry], [x._data], captures, self.steps, self.reverse)
+        return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in ys])
+
+
+class ReadyLayers:
+    """Stacked layers over a time-major sequence of one shape, without lengths, trajectories, dropout or a budget."""
+
+    def __init__(self, runs: Sequence[_Run], directions: int, parts: int) -> None:
+        self.runs, self.directions, self.parts = runs, directions, parts
+        self.changes, self.generation, self.mode = changes(), Primitive.generation, compile_mode()
+
+    def holds(self, current: State) -> bool:
+        """Whether nothing was changed since, and nobody looks at single operations."""
+        return (
+            self.changes == changes()
+            and self.generation == Primitive.generation
+            and self.mode == compile_mode()
+            and current.trace is None
+            and not current.eager
+            and not current.tapes
+            and current.names is None
+            and all([run.kind.forward is run.forward for run in self.runs])
+        )
+
+    def __call__(self, x: Tensor, current: State) -> tuple[Tensor, Any]:
+        """Outputs of the last layer, and the state in PyTorch's form."""
+        if len(self.runs) == 1:
+            *state, y = self.runs[0](x, current, lead=True)
+            return y, state[0] if self.parts == 1 else tuple(state)
+        finals = []
+        for first in range(0, len(self.runs), self.directions):
+            outputs = []
+            for run in self.runs[first : first + self.directions]:
+                *final, y = run(x, current)
+                finals.append(final)
+                outputs.append(y)
+            x = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=-1)
+        state = [ops.stack(list(column)) for column in zip(*finals, strict=True)]
+        return x, state[0] if self.parts == 1 else tuple(state)
+
+
+def find(layer: Any, x: Tensor) -> ReadyLayers | None:
+    """The known call of a layer on a tensor of this shape."""
+    known = known_of(layer)
+    return known.get((x._data.shape, x._data.dtype)) if known is not None else None
+
+
+def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tensor) -> None:
+    """Keep a call that was just made in the ordinary way for :func:`find`, where all about it is settled."""
+    steps, batch, width = x.shape
+    runs = []
+    for k, cell in enumerate(cells):
+        if k and k % directions == 0:
+            width = directions * cells[k - 1].state_sizes()[0]
+        like = Tensor(np.broadcast_to(np.zeros((), x.dtype), (steps, batch, width)))
+        carry, tree = leaves_of(cell.initial_state(batch), "init")
+        try:
+            recorded = recorder_for(cell, _PLAIN)(_unexpected, carry, tree, [like], LEAF)
+        except TraceError:
+            return
+        if not recorded.settled or recorded.y_tree is not LEAF or not recorded.program.outputs:
+            return
+        runs.append(_Run(cell, recorded, carry, steps, k % directions == 1))
+    known_of(layer, make=True)[x.shape, x.dtype] = ReadyLayers(runs, directions, parts)
+
+
+def _unexpected(carry: Any, x: Any) -> Any:
+    raise TraceError("a cell that was not recorded")
