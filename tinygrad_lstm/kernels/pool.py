@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["applied", "clear", "copied", "empty", "idle_bytes"]
+__all__ = ["applied", "clear", "copied", "empty", "has_own_memory", "idle_bytes"]
 
 SMALLEST = 1 << 18  # bytes; below, the allocator's own free lists serve
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
@@ -66,6 +66,15 @@ def copied(array: np.ndarray, dtype: Any) -> np.ndarray:
 _TRANSPOSED = 1 << 14  # elements
 
 
+def has_own_memory(array: np.ndarray) -> bool:
+    """Whether no other array lies in the memory of this one: its own, or a block that was handed out for it alone."""
+    block = array.base
+    if block is None:
+        return bool(array.flags.owndata)
+    known = _blocks.get(block.size, ()) if block.__class__ is np.ndarray else ()
+    return sys.getrefcount(block) == _HELD and any(found is block for found in known)
+
+
 def _take(size: int) -> np.ndarray:
     blocks = _blocks.setdefault(size, [])
     for k in range(len(blocks)):
@@ -109,3 +118,13 @@ def clear() -> None:
     """Free all memory that nobody uses."""
     with _lock:
         _give_up(0)
+
+
+def _held() -> int:
+    """What :func:`has_own_memory` sees of a block that one array was made of."""
+    array = empty((SMALLEST,), np.uint8)
+    block = array.base
+    return sys.getrefcount(block)
+
+
+_HELD = _held()
