@@ -106,8 +106,13 @@ def test_a_launch_in_slices(work: float, layer: Any, runs: Runs, monkeypatch: py
     """Native code returns now and then, for signals: nothing changes."""
     expected = everything(layer)
     launches = []
-    run = threads.run
-    monkeypatch.setattr(threads, "run", lambda *arguments: launches.append(arguments[0]) or run(*arguments))
+    entry = native.NativeLoop.entry
+
+    def watched(self: Any) -> Any:
+        loop, prepare, plain, advance = entry(self)
+        return loop, prepare, plain, lambda *given: launches.append(given) or advance(*given)
+
+    monkeypatch.setattr(native.NativeLoop, "entry", watched)
     monkeypatch.setattr(native, "SLICE", work)
     assert_bits(everything(layer), expected)
     assert len(launches) >= 6 and runs == [True] * 4

@@ -115,7 +115,7 @@ class NativeLoop:
             if len(self._frames) >= _MOST_FRAMES:
                 self._frames.clear()
             frame = self._frames[steps, reverse] = _Frame(self, steps, reverse)
-        loop, prepare, plain, advance = self._entry or self.entry()
+        loop, prepare, plain, advance = self.entry()
         try:
             space = self._free.pop()
         except IndexError:

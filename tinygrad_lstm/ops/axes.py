@@ -6,13 +6,14 @@ loop by giving it the whole sequence (one leading axis more) with the same param
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 from tinygrad_lstm.errors import DTypeError, ShapeError
 
-__all__ = ["ndim_of", "normal_axes", "normal_axis"]
+__all__ = ["every_axis", "ndim_of", "normal_axes", "normal_axis"]
 
 
 def ndim_of(x: Any) -> int:
@@ -34,10 +35,16 @@ def normal_axis(axis: Any, ndim: int, who: str) -> int:
     return number if number < 0 else number - ndim
 
 
+@functools.cache
+def every_axis(ndim: int) -> tuple[int, ...]:
+    """All axes."""
+    return tuple(range(-ndim, 0))
+
+
 def normal_axes(axis: Any, ndim: int, who: str) -> tuple[int, ...]:
     """None (all axes), one axis or several, as sorted negative numbers."""
     if axis is None:
-        return tuple(range(-ndim, 0))
+        return every_axis(ndim)
     if not isinstance(axis, Sequence):
         return (normal_axis(axis, ndim, who),)
     axes = tuple(sorted(normal_axis(a, ndim, who) for a in axis))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError
-from tinygrad_lstm.ops.axes import ndim_of, normal_axes, normal_axis
+from tinygrad_lstm.ops.axes import every_axis, ndim_of, normal_axes, normal_axis
 from tinygrad_lstm.ops.elementwise import divide, equal, exp, maximum, sqrt, square, where
 from tinygrad_lstm.ops.shape import broadcast_to, expand_dims, flip, reshape, sum_to
 from tinygrad_lstm.primitive import Primitive
@@ -43,6 +43,8 @@ def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     >>> ops.sum([[1.0, 2.0], [3.0, 4.0]], axis=0).tolist()
     [4.0, 6.0]
     """
+    if axis is None and x.__class__ is Tensor:
+        return _sum.bind((x,), {"axis": every_axis(x._data.ndim), "keepdims": bool(keepdims)})
     return _sum(x, axis=normal_axes(axis, ndim_of(x), "sum"), keepdims=bool(keepdims))
 
 
