@@ -17,7 +17,11 @@ import numpy as np
 
 __all__ = ["applied", "clear", "copied", "empty", "has_own_memory", "idle_bytes"]
 
-SMALLEST = 1 << 18  # bytes; below, the allocator's own free lists serve
+SMALLEST = 1 << 16  # bytes; below, the allocator's own free lists serve
+LINE = 64  # bytes of a line of the cache, and of the widest vector: one that crosses lines costs two accesses
+# Arrays of one size start at different places of a page: rows of many of them that are used together would
+# otherwise compete for the same few places of the first cache.
+STAGGER, PLACES = 7 * LINE, 9
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
 
 _lock = threading.Lock()
@@ -39,10 +43,10 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
         return np.empty(shape, dtype)
     # Steps of an eighth: T and T + 1 rows take turns in one block.  What is not touched takes no memory.
     granule = max(4096, 1 << (nbytes.bit_length() - 4))
-    size = -(-nbytes // granule) * granule
+    size = -(-nbytes // granule) * granule + STAGGER * PLACES + LINE
     with _lock:
-        block = _take(size)
-    return block[:nbytes].view(dtype).reshape(shape)
+        block, start = _take(size)
+    return block[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def applied(ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> Any:
@@ -75,16 +79,26 @@ def has_own_memory(array: np.ndarray) -> bool:
     return sys.getrefcount(block) == _HELD and any(found is block for found in known)
 
 
-def _take(size: int) -> np.ndarray:
+def _take(size: int) -> tuple[np.ndarray, int]:
+    """A block that nobody uses, and where an array in it starts."""
+    global _turn
     blocks = _blocks.setdefault(size, [])
     for k in range(len(blocks)):
         if sys.getrefcount(blocks[k]) == _UNUSED:
             blocks.append(blocks.pop(k))  # the one used last is the last to be given up
-            return blocks[-1]
-    _give_up(MOST_IDLE)
-    blocks = _blocks.setdefault(size, [])
-    blocks.append(np.empty(size, np.uint8))
-    return blocks[-1]
+            break
+    else:
+        _give_up(MOST_IDLE)
+        block = np.empty(size, np.uint8)
+        _turn = (_turn + 1) % PLACES
+        _starts[id(block)] = -block.ctypes.data % LINE + _turn * STAGGER
+        blocks = _blocks.setdefault(size, [])
+        blocks.append(block)
+    return blocks[-1], _starts[id(blocks[-1])]
+
+
+_turn = 0
+_starts: dict[int, int] = {}  # by the id of a block: the same place each time, whose pages are there already
 
 
 def _give_up(most: int) -> None:
@@ -99,7 +113,7 @@ def _give_up(most: int) -> None:
         excess -= size
     for size, numbers in doomed.items():
         for k in reversed(numbers):
-            del _blocks[size][k]
+            del _starts[id(_blocks[size].pop(k))]
         if not _blocks[size]:
             del _blocks[size]
 
