@@ -134,6 +134,34 @@ def test_every_peer_agrees_with_the_reference(cell, kind, monkeypatch):
         assert {np.asarray(value).dtype.name for key, value in arrays.items() if key != "loss"} == {"float32"}, name
 
 
+@pytest.mark.conformance
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_onnxruntime_has_the_gates_and_layers_of_the_reference(layers, bound, monkeypatch):
+    onnx_peer = pytest.importorskip("peers.onnx_peer")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setitem(SHAPES, "tiny", (7, 3, 4, 5, layers))
+    item = Work("forward", "lstm", "tiny")
+    case = onnx_peer.build(item, {"bound": bound})
+    found = case.result()
+    error, _ = driver.largest_error(found, reference_of(item))
+    assert error <= driver.BOUND
+    case.call()
+    assert (case.result()["y"] == found["y"]).all()
+    for wrong in (item._replace(kind="step"), item._replace(cell="minimal-gated"), item._replace(dtype="float64")):
+        with pytest.raises(ValueError, match="forward passes of the LSTM"):
+            onnx_peer.build(wrong, {"bound": bound})
+
+
+def test_a_contender_takes_part_only_where_all_its_packages_are(monkeypatch):
+    both = CONTENDERS["onnxruntime"]
+    for missing in both.package.split():
+        monkeypatch.setattr(
+            contenders.importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else 1
+        )
+        assert not contenders.installed(both) and contenders.installed(CONTENDERS["NumPy by hand"])
+
+
 # ---------------------------------------------------------------------------- right before fast
 
 

@@ -10,7 +10,7 @@ driver.py      starts workers, checks their results, lets them take turns
 suites.py      the suites: which work goes to which contenders
 report.py      tables, JSON, plot
 ours.py        this library; ours_cells.py the cells that a user would type
-torch_peer.py, jax_peer.py, numpy_peer.py, autograd_peer.py   the peers
+torch_peer.py, jax_peer.py, numpy_peer.py, autograd_peer.py, onnx_peer.py   the peers
 peak.py        the fastest matrix product that this machine is seen to do
 ============== ========================================================================================
 """

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["CONTENDERS", "OURS", "PEAKS", "Contender", "environment", "installed", "reference"]
+__all__ = ["CONTENDERS", "OURS", "PEAKS", "Contender", "avx512", "environment", "installed", "reference"]
 
 OURS = "ours"
 #: glibc gives large freed arrays back to the system after each step; the page faults cost a peer up to half its time.
@@ -27,7 +27,7 @@ class Contender(NamedTuple):
     Attributes
     ----------
     module : name of a module with ``build(work, options) -> Case`` and ``LIBRARIES``
-    package : what must be installed
+    package : what must be installed, separated by blanks
     options : handed to ``build``
     env : added to its environment
     suites : where it takes part
@@ -60,6 +60,8 @@ CONTENDERS: dict[str, Contender] = {
         _contender("jax hoisted, unroll 5", "jax_peer", "jax", "step forward custom", hoist=True, unroll=5),
         _contender("NumPy by hand", "numpy_peer", "numpy", "step forward memory first-call"),
         _contender("NumPy by hand, AVX-512", "numpy_peer", "numpy", "step forward", AVX512_BLAS),
+        _contender("onnxruntime", "onnx_peer", "onnx onnxruntime", "forward first-call", bound=False),
+        _contender("onnxruntime, bound", "onnx_peer", "onnx onnxruntime", "forward", bound=True),
         _contender("autograd", "autograd_peer", "autograd", "step custom"),
     )
 }
@@ -70,19 +72,25 @@ PEAKS: dict[str, Contender] = {
         _contender("peak NumPy", "peak", "numpy", "peak", library="numpy"),
         _contender("peak NumPy, AVX-512", "peak", "numpy", "peak", AVX512_BLAS, library="numpy"),
         _contender("peak torch", "peak", "torch", "peak", library="torch"),
+        _contender("peak onnxruntime", "peak", "onnx onnxruntime", "peak", library="onnxruntime"),
+        _contender("peak jax", "peak", "jax", "peak", library="jax"),
         _contender("peak ours", "peak", "tinygrad_lstm.kernels.gemm", "peak", library="ours"),
     )
 }
 
 
+def avx512() -> bool | None:
+    """Whether this processor has AVX-512; None where the system does not say (only Linux's does)."""
+    info = Path("/proc/cpuinfo")
+    return "avx512f" in info.read_text(encoding="utf-8", errors="replace") if info.exists() else None
+
+
 def installed(contender: Contender) -> bool:
-    """Whether its package can be imported, and this processor has what its settings ask for."""
-    if "AVX-512" in contender.name:
-        info = Path("/proc/cpuinfo")
-        if not info.exists() or "avx512f" not in info.read_text(encoding="utf-8", errors="replace"):
-            return False
+    """Whether its packages can be imported, and this processor has what its settings ask for."""
+    if "AVX-512" in contender.name and not avx512():
+        return False
     try:
-        return importlib.util.find_spec(contender.package) is not None
+        return all(importlib.util.find_spec(package) is not None for package in contender.package.split())
     except ModuleNotFoundError:  # a parent package is missing
         return False
 

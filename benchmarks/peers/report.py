@@ -16,7 +16,9 @@ from .suites import Row, Run
 
 __all__ = ["bounds", "geometric_mean", "machine", "plot", "tables"]
 
-_PACKAGES = ("tinygrad-lstm", "numpy", "numba", "llvmlite", "torch", "jax", "jaxlib", "autograd", "scipy")
+_PACKAGES = (
+    "tinygrad-lstm", "numpy", "numba", "llvmlite", "torch", "jax", "jaxlib", "onnx", "onnxruntime", "autograd", "scipy",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
