@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["CONTENDERS", "OURS", "PEAKS", "Contender", "avx512", "environment", "installed", "reference"]
+from .work import CELLS, LAYERS, Work
+
+__all__ = ["CONTENDERS", "OURS", "PEAKS", "Contender", "avx512", "environment", "installed", "is_ours", "reference"]
 
 OURS = "ours"
 #: glibc gives large freed arrays back to the system after each step; the page faults cost a peer up to half its time.
@@ -47,19 +49,20 @@ def _contender(
     return Contender(name, f"peers.{module}", package, options, env or {}, frozenset(suites.split()))
 
 
+_LAYER = "step forward"  # the suites of the LSTM layer
 CONTENDERS: dict[str, Contender] = {
     c.name: c
     for c in (
-        _contender(OURS, "ours", "tinygrad_lstm", "step forward custom training memory first-call"),
-        _contender("torch", "torch_peer", "torch", "step forward training memory first-call", form="fused"),
-        _contender("torch, trim off", "torch_peer", "torch", "step forward training memory", NO_TRIM, form="fused"),
-        _contender("torch loop", "torch_peer", "torch", "step forward custom first-call", form="loop"),
-        _contender("torch loop, trim off", "torch_peer", "torch", "custom", NO_TRIM, form="loop"),
-        _contender("jax concat", "jax_peer", "jax", "step forward custom memory first-call", hoist=False),
-        _contender("jax hoisted", "jax_peer", "jax", "step forward custom memory first-call", hoist=True),
-        _contender("jax hoisted, unroll 5", "jax_peer", "jax", "step forward custom", hoist=True, unroll=5),
-        _contender("NumPy by hand", "numpy_peer", "numpy", "step forward memory first-call"),
-        _contender("NumPy by hand, AVX-512", "numpy_peer", "numpy", "step forward", AVX512_BLAS),
+        _contender(OURS, "ours", "tinygrad_lstm", f"{_LAYER} custom cells training memory memory-budget first-call"),
+        _contender("torch", "torch_peer", "torch", f"{_LAYER} cells training memory first-call", form="fused"),
+        _contender("torch, trim off", "torch_peer", "torch", f"{_LAYER} cells training memory", NO_TRIM, form="fused"),
+        _contender("torch loop", "torch_peer", "torch", f"{_LAYER} custom cells first-call", form="loop"),
+        _contender("torch loop, trim off", "torch_peer", "torch", "custom cells", NO_TRIM, form="loop"),
+        _contender("jax concat", "jax_peer", "jax", f"{_LAYER} custom memory first-call", hoist=False),
+        _contender("jax hoisted", "jax_peer", "jax", f"{_LAYER} custom memory first-call", hoist=True),
+        _contender("jax hoisted, unroll 5", "jax_peer", "jax", f"{_LAYER} custom", hoist=True, unroll=5),
+        _contender("NumPy by hand", "numpy_peer", "numpy", f"{_LAYER} memory first-call"),
+        _contender("NumPy by hand, AVX-512", "numpy_peer", "numpy", _LAYER, AVX512_BLAS),
         _contender("onnxruntime", "onnx_peer", "onnx onnxruntime", "forward first-call", bound=False),
         _contender("onnxruntime, bound", "onnx_peer", "onnx onnxruntime", "forward", bound=True),
         _contender("autograd", "autograd_peer", "autograd", "step custom"),
@@ -113,8 +116,16 @@ def environment(contender: Contender, threads: int, extra: dict[str, str] | None
     return env | contender.env | (extra or {})
 
 
-def reference(custom: bool) -> Contender | None:
-    """What computes the float64 reference: torch if it is there; without it NumPy, for custom cells autograd."""
-    candidates = [CONTENDERS["torch loop" if custom else "torch"]]
-    candidates.append(CONTENDERS["autograd" if custom else "NumPy by hand"])
+def is_ours(name: str) -> bool:
+    """Whether a column is this library, in one setting or another."""
+    return name == OURS or name.startswith(OURS + ",")
+
+
+def reference(work: Work) -> Contender | None:
+    """What computes the float64 reference: torch if it is there; without it NumPy for the LSTM, autograd for others."""
+    candidates = [CONTENDERS["torch" if work.cell in LAYERS else "torch loop"]]
+    if work.cell == "lstm" and work.kind != "training":
+        candidates.append(CONTENDERS["NumPy by hand"])
+    elif work.cell in CELLS and work.kind == "step":
+        candidates.append(CONTENDERS["autograd"])
     return next((c for c in candidates if installed(c)), None)
