@@ -14,6 +14,7 @@ something else is an error, and the exit status is 1.  Only what is installed ta
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -99,9 +100,20 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def checked(p: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; what could not be written after an hour or two is refused now."""
+    options = p.parse_args(arguments)
+    for path in filter(None, (options.json, options.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            p.error(f"{path}: there is no such folder")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        p.error("--plot needs matplotlib (pip install matplotlib)")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; 0, or 1 when a contender failed or was wrong."""
-    options = parser().parse_args(arguments)
+    options = checked(parser(), arguments)
     threads = options.threads or ([1] if options.short else [1, 2])
     began = time.perf_counter()
 

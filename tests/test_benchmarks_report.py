@@ -210,7 +210,8 @@ def test_the_headline_states_the_machine_and_every_librarys_peak(tmp_path, monke
     for known, expected in ((True, ", AVX-512,"), (False, ", no AVX-512,"), (None, ", AVX-512 unknown,")):
         monkeypatch.setattr(report, "avx512", lambda known=known: known)
         text = report.headline(report.machine(), run)
-        assert expected in text.splitlines()[0] and f"numpy {np.__version__}" in text
+        assert expected in text.splitlines()[0] and report.machine()["cpu"] in text.splitlines()[0]
+        assert f"numpy {np.__version__}" in text
     assert "1 thread: NumPy 1; torch 2 (the limit: torch)" in text
     assert report.peaks(run) == {1: {"NumPy": 1e9, "torch": 2e9}}
 
@@ -255,12 +256,33 @@ def test_plot(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--threads", "0"], ["--rounds", "0"], ["--budget", "nan"], ["--suite", "speed"], ["--shapes", "huge"]],
+    [
+        ["--threads", "0"],
+        ["--rounds", "0"],
+        ["--budget", "nan"],
+        ["--suite", "speed"],
+        ["--shapes", "huge"],
+        ["--cells", "lost"],
+        ["--json", "no_such_folder/out.json"],
+        ["--plot", "no_such_folder/out.png"],
+    ],
 )
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         compare.main(arguments)
     assert exit_.value.code == 2 and "error" in capsys.readouterr().err
+
+
+def test_a_figure_without_matplotlib_is_refused_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        compare.main(["--plot", "out.png"])
+    assert exit_.value.code == 2 and "matplotlib" in capsys.readouterr().err
+
+
+def test_a_cell_narrows_the_suites_that_have_it():
+    both = compare.settings(compare.parser().parse_args(["--cells", "minimal-gated", "gru", "multiplicative"]))
+    assert both.cells == ("minimal-gated", "multiplicative") and both.own_cells == ("minimal-gated", "gru")
 
 
 # ---------------------------------------------------------------------------- the command

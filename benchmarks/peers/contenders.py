@@ -59,6 +59,7 @@ CONTENDERS: dict[str, Contender] = {
         _contender("torch loop", "torch_peer", "torch", f"{_LAYER} custom cells first-call", form="loop"),
         _contender("torch loop, trim off", "torch_peer", "torch", "custom cells", NO_TRIM, form="loop"),
         _contender("jax concat", "jax_peer", "jax", f"{_LAYER} custom memory first-call", hoist=False),
+        _contender("jax concat, unroll 5", "jax_peer", "jax", "step", hoist=False, unroll=5),
         _contender("jax hoisted", "jax_peer", "jax", f"{_LAYER} custom memory first-call", hoist=True),
         _contender("jax hoisted, unroll 5", "jax_peer", "jax", f"{_LAYER} custom", hoist=True, unroll=5),
         _contender("NumPy by hand", "numpy_peer", "numpy", f"{_LAYER} memory first-call"),

@@ -33,13 +33,16 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    told = {key.strip(): value.strip() for key, value in reversed(pairs)}  # the first processor's
+    # The "AMD EPYC" of a virtual machine may be any: families 25 (Zen 4) and 26 (Zen 5) differ twofold in products.
+    kind = ", ".join(f"{key} {told[key]}" for key in ("cpu family", "model", "stepping") if key in told)
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": model, "avx512": avx512(), "cores": os.cpu_count(), "cores_allowed": affinity,
+        "cpu": told.get("model name", platform.processor()), "cpu_kind": kind, "avx512": avx512(),
+        "cores": os.cpu_count(), "cores_allowed": affinity,
         "platform": platform.platform(), "python": platform.python_version(), "versions": versions,
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -64,7 +67,8 @@ def headline(about: dict[str, Any], run: Run) -> str:
     vectors = {True: "AVX-512", False: "no AVX-512", None: "AVX-512 unknown"}[about["avx512"]]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     lines = [
-        f"CPU: {about['cpu']}, {vectors}, {about['cores']} cores ({about['cores_allowed']} allowed), {about['date']}",
+        f"CPU: {about['cpu']} ({about['cpu_kind'] or 'kind unknown'}), {vectors}, {about['cores']} cores "
+        f"({about['cores_allowed']} allowed), {about['date']}",
         f"versions: Python {about['python']}, {versions}; float32",
     ]
     for threads, libraries in peaks(run).items():

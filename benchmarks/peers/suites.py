@@ -109,6 +109,7 @@ def timed(
         return None
     work, works = entrants[0][1], {c.name: each for c, each in entrants}
     label = label or (f"{work.cell} {work.shape}" if suite == "cells" else work.label)
+    where = f"{suite} {label}, {threads} thread{'s' if threads > 1 else ''}"
     expected = {each: run.expected(each) for each in works.values()}
     if any(value is None for value in expected.values()):
         run.note(f"{suite} {label}: left out, there is no reference for it (install torch)")
@@ -130,7 +131,7 @@ def timed(
             if thin_out:
                 ready, slower = fastest_of(ready, thin_out)
                 if slower:
-                    run.note(f"{suite} {label}, {threads} threads: slower forms not timed: {'; '.join(slower)}")
+                    run.note(f"{where}: slower forms, not timed: {'; '.join(slower)}")
             if not ready:
                 return None
             samples = take_turns(ready, run.settings.rounds, run.settings.budget, peaks, run.settings.row_seconds)
@@ -139,7 +140,7 @@ def timed(
             return None
     row = row_of(suite, label, work, threads, samples, facts)
     run.rows.append(row)
-    _look_at_cores(run, f"{suite} {label}, {threads} thread{'s' if threads > 1 else ''}", threads, samples)
+    _look_at_cores(run, where, threads, samples)
     speedup = row.get("speedup", {}).get("median")
     run.say(f"  {suite} {label}" + (f": {speedup:.2f} x the fastest peer" if speedup else ""))
     return row
