@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,8 @@ def test_the_environment_is_the_contenders_not_the_callers(monkeypatch):
     assert not {"MALLOC_TRIM_THRESHOLD_", "OMP_WAIT_POLICY", "TINYGRAD_LSTM_NATIVE"} & set(plain)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TINYGRAD_LSTM_NUM_THREADS", "NPROC")
     assert [plain[name] for name in names] == ["2"] * 5
+    first = plain["PYTHONPATH"].split(os.pathsep)[:2]
+    assert first == [str(BENCHMARKS), str(BENCHMARKS.parent)]  # this code, not another that is installed
     trim_off = contenders.environment(CONTENDERS["torch, trim off"], 1)
     assert trim_off["MALLOC_TRIM_THRESHOLD_"] == trim_off["MALLOC_MMAP_THRESHOLD_"] == "4000000000"
 
@@ -212,6 +215,9 @@ def test_the_headline_states_the_machine_and_every_librarys_peak(tmp_path, monke
         text = report.headline(report.machine(), run)
         assert expected in text.splitlines()[0] and report.machine()["cpu"] in text.splitlines()[0]
         assert f"numpy {np.__version__}" in text
+    assert f"commit {report.commit() or 'unknown'}," in text
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.commit() is None and "commit unknown" in report.headline(report.machine(), run)
     assert "1 thread: NumPy 1; torch 2 (the limit: torch)" in text
     assert report.peaks(run) == {1: {"NumPy": 1e9, "torch": 2e9}}
 

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 from .work import CELLS, LAYERS, Work
 
-__all__ = ["CONTENDERS", "OURS", "PEAKS", "Contender", "avx512", "environment", "installed", "is_ours", "reference"]
+__all__ = [
+    "CONTENDERS", "OURS", "PEAKS", "ROOT", "Contender", "avx512", "environment", "installed", "is_ours", "reference",
+]  # fmt: skip
 
 OURS = "ours"
+ROOT = Path(__file__).resolve().parents[2]
 #: glibc gives large freed arrays back to the system after each step; the page faults cost a peer up to half its time.
 NO_TRIM = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 #: NumPy's OpenBLAS takes its AVX2 kernels on AMD; these are its AVX-512 ones.
@@ -112,8 +115,9 @@ def environment(contender: Contender, threads: int, extra: dict[str, str] | None
     env["JAX_PLATFORMS"] = "cpu"
     if threads == 1:
         env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    here = str(Path(__file__).resolve().parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    # The code beside the benchmarks is measured, whatever else is installed.
+    before = [str(ROOT / "benchmarks"), str(ROOT)]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [*before, os.environ.get("PYTHONPATH")]))
     return env | contender.env | (extra or {})
 
 

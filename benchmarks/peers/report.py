@@ -6,12 +6,13 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .contenders import OURS, avx512
+from .contenders import OURS, ROOT, avx512
 from .run import Row, Run
 from .suites import NN_LSTM, NO_BUDGET
 
@@ -43,10 +44,20 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": told.get("model name", platform.processor()), "cpu_kind": kind, "avx512": avx512(),
         "cores": os.cpu_count(), "cores_allowed": affinity,
-        "platform": platform.platform(), "python": platform.python_version(), "versions": versions,
+        "platform": platform.platform(), "commit": commit(), "python": platform.python_version(), "versions": versions,
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
+
+
+def commit() -> str | None:
+    """The state of the repository, ``-dirty`` behind it where files were changed; None outside of one."""
+    line = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def peaks(run: Run) -> dict[int, dict[str, float]]:
@@ -69,7 +80,7 @@ def headline(about: dict[str, Any], run: Run) -> str:
     lines = [
         f"CPU: {about['cpu']} ({about['cpu_kind'] or 'kind unknown'}), {vectors}, {about['cores']} cores "
         f"({about['cores_allowed']} allowed), {about['date']}",
-        f"versions: Python {about['python']}, {versions}; float32",
+        f"versions: commit {about['commit'] or 'unknown'}, Python {about['python']}, {versions}; float32",
     ]
     for threads, libraries in peaks(run).items():
         if libraries:
