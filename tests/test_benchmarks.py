@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,17 @@ def test_a_wrong_contender_is_an_error_and_no_row(odd_contenders, monkeypatch, t
     run = run_with(monkeypatch, tmp_path, CONTENDERS["NumPy by hand"], odd_contenders("wrong", WRONG))
     assert list(run.rows[0]["contenders"]) == ["NumPy by hand"]
     assert len(run.errors) == 1 and "wrong, step tiny: weight_hh_l0 differs" in run.errors[0]
+
+
+def test_a_first_call_that_was_wrong_has_no_figure(odd_contenders, monkeypatch, tmp_path):
+    wrong = odd_contenders("wrong", WRONG)._replace(suites=frozenset({"step", "first-call"}))
+    monkeypatch.setattr(run_module, "CONTENDERS", {c.name: c for c in (wrong, CONTENDERS["NumPy by hand"])})
+    settings = dataclasses.replace(MINIMAL, first=(("step", "lstm", "tiny"),), repeats=1)
+    with Run(settings, str(tmp_path), lambda _: None) as run:
+        run.references[TINY._replace(dtype="float64")] = reference_of(TINY)
+        suites.run_suite(run, "first-call", 1)
+    assert list(run.rows[0]["contenders"]) == ["NumPy by hand"]
+    assert len(run.errors) == 1 and "weight_hh_l0 differs" in run.errors[0]
 
 
 def test_a_contender_that_fails_or_dies_leaves_the_others(odd_contenders, monkeypatch, tmp_path):

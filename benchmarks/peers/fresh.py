@@ -57,9 +57,9 @@ def first_call(run: Run, threads: int) -> None:
                     other = Work(kind, "minimal-gated" if cell == "lstm" else "lstm", shape)
                     row["contenders"] |= _own_first_calls(run, contender, work, other, threads)
                 else:
-                    timed = [_first_call(contender, work, threads, {}) for _ in range(run.settings.repeats)]
+                    timed = [_first_call(run, contender, work, threads, {}) for _ in range(run.settings.repeats)]
                     row["contenders"][contender.name] = _medians(timed)
-            except WorkerError as problem:
+            except (WorkerError, WrongResult) as problem:
                 run.errors.append(str(problem))
                 run.say(f"  ERROR {str(problem).splitlines()[0]}")
         run.rows.append(row)
@@ -75,21 +75,25 @@ def _own_first_calls(run: Run, contender: Contender, work: Work, other: Work, th
         with tempfile.TemporaryDirectory() as folder:
             extra = {"TINYGRAD_LSTM_CACHE_DIR": folder, "NUMBA_CACHE_DIR": folder}
             for name in ("ours, empty cache", "ours, cached"):
-                found[name].append(_first_call(contender, work, threads, extra))
+                found[name].append(_first_call(run, contender, work, threads, extra))
         if run.settings.other_cell:
             with tempfile.TemporaryDirectory() as folder:
                 extra = {"TINYGRAD_LSTM_CACHE_DIR": folder, "NUMBA_CACHE_DIR": folder}
-                _first_call(contender, other, threads, extra)
-                found["ours, other cell cached"].append(_first_call(contender, work, threads, extra))
+                _first_call(run, contender, other, threads, extra)
+                found["ours, other cell cached"].append(_first_call(run, contender, work, threads, extra))
     return {name: _medians(timed) for name, timed in found.items()}
 
 
-def _first_call(contender: Contender, work: Work, threads: int, extra: dict[str, str]) -> Row:
+def _first_call(run: Run, contender: Contender, work: Work, threads: int, extra: dict[str, str]) -> Row:
+    """One process; its results are compared when it has been timed: a check before would be the first call."""
+    expected = run.expected(work)
     with Process(contender, threads, extra) as process:
         process.load()
         imported = process.receive()["seconds"]
         made = process.ask("make", work=list(work), options=contender.options)
         second = process.ask("batch", calls=1, warm=0)
+        if expected is not None:
+            check(process, work, expected, run.folder)
     total = imported + made["build"] + made["first"]
     return {"import": imported, **made, "second": second["seconds"], "total": total}
 
