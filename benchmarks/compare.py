@@ -1,6 +1,6 @@
 """This library against its peers, with the limit of the machine beside them.
 
-    python benchmarks/compare.py                              # everything: hours are not needed, an hour may be
+    python benchmarks/compare.py                              # everything: between one and two hours
     python benchmarks/compare.py --suite step --shapes small medium --threads 1
     python benchmarks/compare.py --json results.json --plot results.png
     python benchmarks/compare.py --short                      # under a minute; shows that it runs
@@ -14,6 +14,7 @@ something else is an error, and the exit status is 1.  Only what is installed ta
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -22,16 +23,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peers.contenders import CONTENDERS
-from peers.report import bounds, geometric_mean, machine, plot, tables
-from peers.suites import SUITES, Run, Settings, run_suite
+from peers.figure import plot
+from peers.report import bounds, geometric_mean, headline, machine, peaks, tables
+from peers.run import Run, Settings
+from peers.suites import SUITES, run_suite
 from peers.work import SHAPES
 
-FULL = Settings(tuple(SHAPES), tuple(SHAPES), ("small", "medium", "large"))
+FULL = Settings(tuple(SHAPES), tuple(SHAPES), ("small", "medium", "large"), ("small", "medium"))
 SHORT = Settings(
-    shapes=("tiny", "small"), forward_shapes=("tiny",),
-    custom_shapes=("tiny",), cells=("minimal-gated",), rounds=3, budget=0.01,
-    training="character-tiny", memory="small", memory_steps=6, first=(("lstm", "tiny"),), repeats=1, other_cell=False,
-    only=("ours", "torch", "torch loop, trim off", "jax concat", "NumPy by hand", "autograd"),
+    shapes=("tiny",), forward_shapes=("tiny",), custom_shapes=("tiny",), cells_shapes=("tiny",),
+    cells=("minimal-gated",), own_cells=("gru",), rounds=2, budget=0.01,
+    training="character-tiny", memory="small", memory_steps=6, memory_budget=("small", 0.4),
+    first=(("forward", "lstm", "tiny"),), repeats=1, other_cell=False,
+    only=("ours", "torch", "torch loop, trim off", "jax concat", "NumPy by hand", "autograd", "onnxruntime"),
+    peaks=("peak NumPy", "peak ours"),
 )  # fmt: skip
 
 
@@ -44,9 +49,11 @@ def settings(options: argparse.Namespace) -> Settings:
             "shapes": tuple(options.shapes),
             "forward_shapes": tuple(options.shapes),
             "custom_shapes": tuple(options.shapes),
+            "cells_shapes": tuple(options.shapes),
         }
-    if options.cells:
-        changes["cells"] = tuple(options.cells)
+    if options.cells:  # minimal-gated belongs to both suites
+        changes["cells"] = tuple(cell for cell in options.cells if cell in FULL.cells)
+        changes["own_cells"] = tuple(cell for cell in options.cells if cell in FULL.own_cells)
     if options.only:
         changes["only"] = tuple(options.only)
     for name in ("rounds", "budget", "repeats"):
@@ -80,21 +87,33 @@ def parser() -> argparse.ArgumentParser:
         "--short", "--smoke", action="store_true", help="small shapes, few rounds, one thread: under a minute"
     )
     p.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="which ones (default: all)")
-    p.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="of step, forward and custom")
-    p.add_argument("--cells", nargs="+", choices=FULL.cells, help="of custom")
+    p.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="of step, forward, custom and cells")
+    cells = list(dict.fromkeys(FULL.cells + FULL.own_cells))
+    p.add_argument("--cells", nargs="+", choices=cells, metavar="CELL", help=f"of custom and cells: {', '.join(cells)}")
     p.add_argument("--threads", nargs="+", type=count, help="numbers of threads, one after the other (default: 1 2)")
     p.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="NAME", help="these contenders")
     p.add_argument("--rounds", type=count, help=f"default {FULL.rounds}")
     p.add_argument("--budget", type=seconds, help=f"seconds per batch, default {FULL.budget}")
     p.add_argument("--repeats", type=count, help=f"processes per first call, default {FULL.repeats}")
     p.add_argument("--json", metavar="FILE", help="write everything there")
-    p.add_argument("--plot", metavar="FILE", help="draw the ratios (needs matplotlib)")
+    p.add_argument("--plot", metavar="FILE", help="draw the ratios there (needs matplotlib)")
     return p
+
+
+def checked(p: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; what could not be written after an hour or two is refused now."""
+    options = p.parse_args(arguments)
+    for path in filter(None, (options.json, options.plot)):
+        if not Path(path).absolute().parent.is_dir():
+            p.error(f"{path}: there is no such folder")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        p.error("--plot needs matplotlib (pip install matplotlib)")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; 0, or 1 when a contender failed or was wrong."""
-    options = parser().parse_args(arguments)
+    options = checked(parser(), arguments)
     threads = options.threads or ([1] if options.short else [1, 2])
     began = time.perf_counter()
 
@@ -111,8 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:  # what was measured until then is still reported
             run.errors.append("interrupted: what follows was not measured")
         bounds(run)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    print(f"{about['cpu']}, {about['cores']} cores, Python {about['python']}, {versions}, float32, {about['date']}\n")
+    print(headline(about, run) + "\n")
     print(tables(run))
     for text in run.notes:
         print(f"note: {text}")
@@ -126,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         report = {
             "machine": about, "settings": run.settings.__dict__, "rows": run.rows, "geometric_means": means,
-            "matrix_products": run.rates, "notes": run.notes, "errors": run.errors,
+            "peak_flop_per_second": peaks(run), "matrix_products": run.rates, "notes": run.notes, "errors": run.errors,
         }  # fmt: skip
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot:

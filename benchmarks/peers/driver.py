@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import os
 import select
 import subprocess
@@ -28,6 +29,7 @@ TRAINING_BOUND = 1e-3
 SILENCE = 900.0  # seconds without an answer
 SETTLE = 0.04  # seconds between two contenders: their threads look for work 10 (OpenMP) to 30 ms before they sleep
 SLOW = 5.0  # who takes so many times the fastest's time, is measured in every third round
+FEWEST = 5  # rounds, however long they take
 IDLE = 0.05  # cores that a waiting worker may use before it is reported
 
 
@@ -178,10 +180,13 @@ class Sample(NamedTuple):
     idle: float
 
 
-def take_turns(processes: list[Process], rounds: int, budget: float, peaks: list[Process]) -> dict[str, Sample]:
+def take_turns(
+    processes: list[Process], rounds: int, budget: float, peaks: list[Process], limit: float = math.inf
+) -> dict[str, Sample]:
     """Let every worker time one batch per round, in an order that rotates; ``budget`` is seconds per batch.
 
-    The ``peaks`` are asked once a round, so that the limit is measured under the same conditions.
+    The ``peaks`` are asked once a round, so that the limit is measured under the same conditions.  There are fewer
+    rounds, down to five, if the contenders would take longer than ``limit`` seconds together.
     """
     once: dict[str, float] = {}
     for process in processes:
@@ -189,6 +194,13 @@ def take_turns(processes: list[Process], rounds: int, budget: float, peaks: list
         calls = max(1, min(200, int(0.2 * budget / max(first, 1e-9))))
         once[process.name] = process.ask("batch", calls=calls, warm=0)["seconds"] / calls
     fastest = min(once.values())
+    batches = {name: max(1, int(budget / value)) for name, value in once.items()}
+    # A batch's untimed calls included; slow contenders take part in every third round.
+    spent = sum(
+        (batches[name] + max(1, batches[name] // 5)) * value / (3 if value > SLOW * fastest else 1)
+        for name, value in once.items()
+    )
+    rounds = min(rounds, max(FEWEST, int(limit / spent))) if spent > 0 and limit < math.inf else rounds
     seconds: dict[str, list[float | None]] = {process.name: [] for process in processes}
     cores: dict[str, list[float]] = {process.name: [] for process in processes}
     left: dict[str, tuple[float, float]] = {}
@@ -200,7 +212,7 @@ def take_turns(processes: list[Process], rounds: int, budget: float, peaks: list
             if once[name] > SLOW * fastest and k % 3:
                 seconds[name].append(None)
                 continue
-            calls = max(1, int(budget / once[name]))
+            calls = batches[name]
             time.sleep(SETTLE)
             asked = time.perf_counter()
             answer = process.ask("batch", calls=calls, warm=max(1, calls // 5))

@@ -9,24 +9,47 @@ import numpy as np
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, optim
+from tinygrad_lstm.random import Generator
 
 from .ours_cells import CELLS
-from .work import Case, Work, inputs, model_weights, shape_of, tokens, weights
+from .work import ZONEOUT, Case, Work, inputs, model_weights, shape_of, tokens, weights, zoneout_masks
 
 LIBRARIES = ("tinygrad_lstm", "tinygrad_lstm.nn")
 
 
+class Masks(Generator):
+    """Draws as the library's own, but for the masks of the work in ``fixed`` while a result is compared."""
+
+    fixed: dict[float, np.ndarray] | None = None
+
+    def keep_mask(self, p: float, size: Any) -> np.ndarray:
+        """True where nothing is dropped, here: where the state moves on."""
+        return super().keep_mask(p, size) if self.fixed is None else ~self.fixed[p]
+
+
+def layer_of(work: Work, memory: float | None, masks: Masks) -> tuple[Any, str]:
+    """The layer that a user would take, and the prefix of its parameters' names."""
+    _, _, width, hidden, layers = shape_of(work)
+    if work.cell in ("lstm", "projection"):
+        return nn.LSTM(width, hidden, layers, proj_size=hidden // 2 * (work.cell != "lstm"), memory=memory), ""
+    if work.cell in ("gru", "rnn"):
+        return (nn.GRU if work.cell == "gru" else nn.RNN)(width, hidden, layers), ""
+    if work.cell == "peephole":
+        return nn.Recurrent(nn.PeepholeLSTMCell(width, hidden)), "cell."
+    if work.cell == "layer-norm":
+        return nn.Recurrent(nn.LayerNormLSTMCell(width, hidden)), "cell."
+    if work.cell == "zoneout":
+        return nn.Recurrent(nn.Zoneout(nn.LSTMCell(width, hidden), p=ZONEOUT, generator=masks)), "cell.cell."
+    return nn.Recurrent(CELLS[work.cell](weights(work))), "cell."
+
+
 def build(work: Work, options: dict[str, Any]) -> Case:
-    """``nn.LSTM``, or ``nn.Recurrent`` over a cell typed by a user."""
+    """A layer, or ``nn.Recurrent`` over a cell; ``options['memory']``: a budget for the backward pass."""
     if work.kind == "training":
         return training(work)
-    _, _, width, hidden, layers = shape_of(work)
-    layer: Any
-    if work.cell == "lstm":
-        layer, prefix = nn.LSTM(width, hidden, layers), ""
-        layer.load_state_dict(weights(work))
-    else:
-        layer, prefix = nn.Recurrent(CELLS[work.cell](weights(work))), "cell."
+    masks = Masks(0)
+    layer, prefix = layer_of(work, options.get("memory"), masks)
+    layer.load_state_dict({prefix + name: value for name, value in weights(work).items()})
     x = tg.tensor(inputs(work), requires_grad=work.kind == "step")
     parameters = dict(layer.named_parameters())
     leaves = [x, *parameters.values()]
@@ -44,13 +67,22 @@ def build(work: Work, options: dict[str, Any]) -> Case:
         return loss
 
     def result() -> dict[str, np.ndarray]:
-        if work.kind == "forward":
-            return {"y": forward().numpy()}
-        loss = step()
+        masks.fixed = dict(zip(ZONEOUT, zoneout_masks(work), strict=True))
+        try:
+            if work.kind == "forward":
+                return {"y": forward().numpy()}
+            loss = step()
+        finally:
+            masks.fixed = None
         found = {name.removeprefix(prefix): value.grad for name, value in parameters.items()}
         return found | {"x": x.grad, "loss": loss.numpy()}
 
-    return Case(forward if work.kind == "forward" else step, result)
+    def facts() -> dict[str, Any]:
+        plan = layer.memory_plan(*shape_of(work)[:2])
+        return {"peak": plan.peak, "whole": plan.whole, "recomputed": plan.recomputed, "steps": shape_of(work)[0]}
+
+    case = Case(forward if work.kind == "forward" else step, result)
+    return case._replace(facts=facts) if "memory" in options else case
 
 
 class Model(nn.Module):

@@ -17,7 +17,7 @@ SIZES = ((1024, 1024, 1024), (512, 512, 2048), (256, 256, 256), (64, 256, 1024))
 
 
 def build(work: Work, options: dict[str, Any]) -> Case:
-    """``options['library']``: numpy, torch or ours; the result is the best operations per second at every size."""
+    """``options['library']``: a name in PREPARED; the result is the best operations per second at every size."""
     rng = np.random.default_rng(0)
     best = dict.fromkeys(map(str, SIZES), 0.0)
     products = []
@@ -52,6 +52,30 @@ def _torch(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
     return lambda: torch.mm(x, y, out=z)
 
 
+def _onnxruntime(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
+    """The second operand a constant of the model, which is packed once."""
+    from . import onnx_peer
+
+    node = onnx_peer.onnx.helper.make_node("MatMul", ["x", "b"], ["y"])
+    ready = onnx_peer.session(onnx_peer.model([node], {"b": b}, a.shape, "y", out.shape))
+    binding, keep = onnx_peer.bound(ready, {"x": a}, out)
+
+    def run() -> Any:
+        ready.run_with_iobinding(binding)
+        return keep
+
+    return run
+
+
+def _jax(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
+    """Has no ``out``: what it computes is copied there the first time, for the check."""
+    from .jax_peer import jax, jnp
+
+    x, y, product = jnp.asarray(a), jnp.asarray(b), jax.jit(jnp.matmul)
+    out[:] = product(x, y)
+    return lambda: product(x, y).block_until_ready()
+
+
 def _ours(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
     """The kernel on a packed operand; more threads than one go through the seam, which splits products."""
     if int(os.environ["TINYGRAD_LSTM_NUM_THREADS"]) > 1:
@@ -78,5 +102,7 @@ def _ours(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> Callable[[], Any]:
 PREPARED: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], Callable[[], Any]]] = {
     "numpy": _numpy,
     "torch": _torch,
+    "onnxruntime": _onnxruntime,
+    "jax": _jax,
     "ours": _ours,
 }

@@ -6,17 +6,24 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .contenders import OURS
-from .suites import Row, Run
+from .contenders import OURS, ROOT, avx512
+from .run import Row, Run
+from .suites import NN_LSTM, NO_BUDGET
 
-__all__ = ["bounds", "geometric_mean", "machine", "plot", "tables"]
+__all__ = ["FLOP_TARGET", "SLOWDOWN_TARGET", "bounds", "geometric_mean", "headline", "machine", "peaks", "tables"]
 
-_PACKAGES = ("tinygrad-lstm", "numpy", "numba", "llvmlite", "torch", "jax", "jaxlib", "autograd", "scipy")
+#: At most: the time of one operation in another cell over that in nn.LSTM; of T=1000 in 5 % of the memory over without.
+FLOP_TARGET, SLOWDOWN_TARGET = 1.4, 1.35
+
+_PACKAGES = (
+    "tinygrad-lstm", "numpy", "numba", "llvmlite", "torch", "jax", "jaxlib", "onnx", "onnxruntime", "autograd", "scipy",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:
@@ -27,23 +34,60 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    told = {key.strip(): value.strip() for key, value in reversed(pairs)}  # the first processor's
+    # The "AMD EPYC" of a virtual machine may be any: families 25 (Zen 4) and 26 (Zen 5) differ twofold in products.
+    kind = ", ".join(f"{key} {told[key]}" for key in ("cpu family", "model", "stepping") if key in told)
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "cpu": model, "cores": os.cpu_count(), "cores_allowed": affinity, "platform": platform.platform(),
-        "python": platform.python_version(), "versions": versions,
+        "cpu": told.get("model name", platform.processor()), "cpu_kind": kind, "avx512": avx512(),
+        "cores": os.cpu_count(), "cores_allowed": affinity,
+        "platform": platform.platform(), "commit": commit(), "python": platform.python_version(), "versions": versions,
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
+def commit() -> str | None:
+    """The state of the repository, ``-dirty`` behind it where files were changed; None outside of one."""
+    line = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def peaks(run: Run) -> dict[int, dict[str, float]]:
+    """Threads -> library -> the most operations per second that its product did at any size, in this run."""
+    return {
+        threads: {name.removeprefix("peak "): max(sizes.values()) for name, sizes in libraries.items()}
+        for threads, libraries in sorted(run.rates.items())
+    }
+
+
 def best_rate(run: Run, threads: int) -> float | None:
-    """The limit: the most operations per second that any library did at any size, in this run."""
-    found = [rate for sizes in run.rates.get(threads, {}).values() for rate in sizes.values()]
-    return max(found, default=None)
+    """The limit: the most that any library did."""
+    return max(peaks(run).get(threads, {}).values(), default=None)
+
+
+def headline(about: dict[str, Any], run: Run) -> str:
+    """The machine, the versions, and what matrix products reach, on one line each."""
+    vectors = {True: "AVX-512", False: "no AVX-512", None: "AVX-512 unknown"}[about["avx512"]]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    lines = [
+        f"CPU: {about['cpu']} ({about['cpu_kind'] or 'kind unknown'}), {vectors}, {about['cores']} cores "
+        f"({about['cores_allowed']} allowed), {about['date']}",
+        f"versions: commit {about['commit'] or 'unknown'}, Python {about['python']}, {versions}; float32",
+    ]
+    for threads, libraries in peaks(run).items():
+        if libraries:
+            best = max(libraries, key=libraries.__getitem__)
+            each = "; ".join(f"{name} {digits(rate / 1e9)}" for name, rate in libraries.items())
+            lines.append(f"peak GFLOP/s of matrix products, {_threads(threads)}: {each} (the limit: {best})")
+    return "\n".join(lines)
 
 
 def bounds(run: Run) -> None:
@@ -82,29 +126,37 @@ def grid(corner: str, columns: list[str], lines: list[tuple[str, list[str]]]) ->
 def tables(run: Run) -> str:
     """All of them."""
     out = []
-    keys = list(dict.fromkeys((row["suite"], row["threads"]) for row in run.rows))
-    for suite, threads in keys:
-        rows = [row for row in run.rows if (row["suite"], row["threads"]) == (suite, threads)]
-        title = f"{suite}, {threads} thread{'s' if threads > 1 else ''}"
+    # Cells side by side, a table per shape: all of them in one would be too wide to read.
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in run.rows:
+        key = (row["suite"], row["threads"], row["shape"] if row["suite"] in ("custom", "cells") else "")
+        groups.setdefault(key, []).append(row)
+    for (suite, threads, shape), rows in groups.items():
+        title = ", ".join(filter(None, (suite, shape, _threads(threads))))
         if suite == "memory":
             out.append(title + ", MiB\n" + _memory(rows))
         elif suite == "first-call":
             out.append(title + ", seconds\n" + _first_call(rows))
         else:
-            out.append(title + ", ms\n" + _timed(rows))
+            out.append(title + ", ms\n" + _timed(rows, [row["cell"] if shape else row["label"] for row in rows]))
     for threads, libraries in sorted(run.rates.items()):
         lines = [
             (name, [digits(rate / 1e9) for rate in sizes.values()] + [digits(max(sizes.values()) / 1e9)])
             for name, sizes in libraries.items()
         ]
         sizes = list(next(iter(libraries.values()))) if libraries else []
-        head = f"matrix products (M, K, N), {threads} thread{'s' if threads > 1 else ''}, GFLOP/s\n"
+        head = f"matrix products (M, K, N), {_threads(threads)}, GFLOP/s\n"
         out.append(head + grid("", [*sizes, "best"], lines))
     return "\n\n".join(out)
 
 
-def _timed(rows: list[Row]) -> str:
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}"
+
+
+def _timed(rows: list[Row], labels: list[str]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+    names.sort(key=(NN_LSTM, NO_BUDGET).__contains__)  # ourselves a second time: last
     lines = []
     for name in names:
         cells = [row["contenders"].get(name) for row in rows]
@@ -112,16 +164,39 @@ def _timed(rows: list[Row]) -> str:
         if any("tokens" in row for row in rows):
             per_second = [cell and row["tokens"] / cell["median"] for row, cell in zip(rows, cells, strict=True)]
             lines.append(("    tokens/s", [digits(value) for value in per_second]))
-    ratios = [row.get("speedup") for row in rows]
-    lines.append(("fastest peer / ours", [digits(r and r["median"]) for r in ratios]))
-    lines.append(("    quartiles", [f"{r['q1']:.2f}-{r['q3']:.2f}" if r else "-" for r in ratios]))
-    lines.append(("    which", [row.get("fastest_peer", "-") for row in rows]))
+    lines += _ratio("fastest peer / ours", rows, "speedup")
+    if any("speedup" in row for row in rows):
+        lines.append(("    which", [row.get("fastest_peer", "-") for row in rows]))
+    lines += _ratio(f"time per flop / nn.LSTM's (target {FLOP_TARGET})", rows, "per_flop")
+    lines += _ratio(f"with / without the budget (target {SLOWDOWN_TARGET})", rows, "slowdown")
+    lines += _plans(rows)
     if any("bound" in row for row in rows):
         lines.append(("GEMM bound", [digits(row["bound"] * 1e3) if "bound" in row else "-" for row in rows]))
         lines.append(("    fraction", [f"{row['fraction']:.2f}" if "fraction" in row else "-" for row in rows]))
-    text = grid("", [row["label"] for row in rows], lines)
-    mean = geometric_mean(rows)
-    return text + (f"\ngeometric mean of fastest peer / ours: {mean:.2f}" if mean else "")
+    mean, count = geometric_mean(rows), sum("speedup" in row for row in rows)
+    text = grid("", labels, lines)
+    return text + (f"\ngeometric mean of fastest peer / ours: {mean:.2f} (over {count} of {len(rows)})" if mean else "")
+
+
+def _ratio(title: str, rows: list[Row], key: str) -> list[tuple[str, list[str]]]:
+    """A ratio's median and its quartiles, where any row has it."""
+    found = [row.get(key) for row in rows]
+    if not any(found):
+        return []
+    quarters = [f"{r['q1']:.2f}-{r['q3']:.2f}" if r else "-" for r in found]
+    return [(title, [digits(r and r["median"]) for r in found]), ("    quartiles", quarters)]
+
+
+def _plans(rows: list[Row]) -> list[tuple[str, list[str]]]:
+    """What the plan of a memory budget says beforehand."""
+    plans = [row["contenders"].get(OURS, {}).get("facts") for row in rows]
+    if not any(plans):
+        return []
+    return [
+        ("plan: peak, bytes", [str(p["peak"]) if p else "-" for p in plans]),
+        ("    of everything", [f"{100 * p['peak'] / p['whole']:.1f} % of {p['whole']}" if p else "-" for p in plans]),
+        ("    steps run again", [f"{p['recomputed']} of {p['steps']}" if p else "-" for p in plans]),
+    ]
 
 
 def _memory(rows: list[Row]) -> str:
@@ -142,32 +217,3 @@ def _first_call(rows: list[Row]) -> str:
         lines = [(name, [f"{found[key]:.3f}" for key in keys]) for name, found in row["contenders"].items()]
         parts.append(grid(row["label"], list(keys), lines))
     return "\n".join(parts)
-
-
-def plot(run: Run, path: str) -> None:
-    """Bars: how many times faster than each contender we are, one panel per suite and number of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in run.rows if OURS in row["contenders"] and "median" in row["contenders"][OURS]]
-    keys = list(dict.fromkeys((row["suite"], row["threads"]) for row in timed))
-    figure, axes = pyplot.subplots(len(keys) or 1, 1, figsize=(11, 3.2 * (len(keys) or 1)), squeeze=False)
-    for (suite, threads), axis in zip(keys, axes[:, 0], strict=False):
-        rows = [row for row in timed if (row["suite"], row["threads"]) == (suite, threads)]
-        names = [n for n in dict.fromkeys(n for row in rows for n in row["contenders"]) if n != OURS]
-        width = 0.8 / max(1, len(names))
-        for k, name in enumerate(names):
-            entries = [(j, row["contenders"]) for j, row in enumerate(rows) if name in row["contenders"]]
-            heights = [found[name]["median"] / found[OURS]["median"] for _, found in entries]
-            axis.bar([j - 0.4 + (k + 0.5) * width for j, _ in entries], heights, width, label=name)
-        axis.axhline(1.0, color="black", linewidth=1)
-        axis.set_yscale("log")
-        axis.set_ylabel("time / ours")
-        axis.set_title(f"{suite}, {threads} thread{'s' if threads > 1 else ''}")
-        axis.set_xticks(range(len(rows)), [row["label"] for row in rows], rotation=20 if suite == "custom" else 0)
-        axis.legend(fontsize=7, ncols=3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

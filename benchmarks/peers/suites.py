@@ -7,186 +7,169 @@ error in :attr:`Run.errors`, and has no figure.
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-from .contenders import CONTENDERS, OURS, PEAKS, Contender, installed, reference
+from .contenders import OURS, Contender, is_ours
 from .driver import IDLE, Process, Sample, WorkerError, WrongResult, check, take_turns
-from .work import CELLS, Work, flop, shape_of
+from .fresh import first_call, memory
+from .run import Row, Run, failed, started
+from .work import Work, flop, shape_of
 
-__all__ = ["SUITES", "Run", "Settings", "run_suite"]
+__all__ = ["NN_LSTM", "NO_BUDGET", "SUITES", "run_suite"]
 
-SUITES = ("step", "forward", "custom", "training", "memory", "first-call")
-#: What the first-call suite runs: the layer, and a cell that only a user would write.
-FIRST = (("lstm", "small"), ("peephole-norm", "small"))
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How long and how much."""
-
-    shapes: tuple[str, ...]
-    forward_shapes: tuple[str, ...]
-    custom_shapes: tuple[str, ...]
-    cells: tuple[str, ...] = CELLS
-    rounds: int = 15
-    budget: float = 0.1  # seconds per batch
-    training: str = "character"
-    memory: str = "large"
-    memory_steps: int = 30
-    first: tuple[tuple[str, str], ...] = FIRST
-    repeats: int = 3
-    other_cell: bool = True  # also time a first call with another cell's code in the cache
-    only: tuple[str, ...] = ()  # names of contenders; all if empty
-
-
-@dataclass
-class Run:
-    """Everything that one run finds."""
-
-    settings: Settings
-    folder: str
-    say: Any = print
-    rows: list[Row] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rates: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)  # threads -> library -> size -> 1/s
-    references: dict[Work, dict[str, np.ndarray]] = field(default_factory=dict)
-    kept: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # workers that serve the whole run
-    _reference: dict[str, Process] = field(default_factory=dict)
-    _peaks: dict[int, list[Process]] = field(default_factory=dict)
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kept.close()
-
-    def contenders(self, suite: str) -> list[Contender]:
-        """Who takes part, of those that are installed."""
-        only = self.settings.only
-        return [c for c in CONTENDERS.values() if suite in c.suites and (not only or c.name in only) and installed(c)]
-
-    def expected(self, work: Work) -> dict[str, np.ndarray] | None:
-        """The float64 result, computed once."""
-        key = work._replace(dtype="float64")
-        if key not in self.references:
-            who = reference(work.cell != "lstm")
-            if who is None or (work.kind != "step" and who.package == "autograd"):
-                return None
-            if work.kind == "training" and who.package != "torch":
-                return None
-            path = f"{self.folder}/reference.npz"
-            if who.name not in self._reference:
-                process = self._reference[who.name] = self.kept.enter_context(Process(who, 1))
-                process.load()
-                process.receive()
-            self._reference[who.name].ask("make", work=list(key), options=who.options)
-            self._reference[who.name].ask("result", path=path)
-            with np.load(path) as file:
-                self.references[key] = dict(file)
-        return self.references[key]
-
-    def peaks(self, threads: int) -> list[Process]:
-        """The workers that multiply matrices."""
-        if threads not in self._peaks:
-            work, contenders = Work("peak", "lstm", "tiny"), [c for c in PEAKS.values() if installed(c)]
-            self._peaks[threads] = _started(self, self.kept, work, contenders, threads)
-        return self._peaks[threads]
-
-    def note(self, text: str) -> None:
-        """Once."""
-        if text not in self.notes:
-            self.notes.append(text)
+SUITES = ("step", "forward", "custom", "cells", "training", "memory", "memory-budget", "first-call")
+#: Ours a second time in a row, for a ratio with ourselves: the layer beside another cell, and no budget beside one.
+NN_LSTM, NO_BUDGET = "ours, nn.LSTM", "ours, no budget"
+#: Custom cells: at larger shapes autograd is left out, and of jax's forms all but the fastest.
+SMALL, MIDDLING = ("tiny", "small", "online"), ("medium", "long")
 
 
 def run_suite(run: Run, suite: str, threads: int) -> None:
     """One suite with one number of threads; adds to the run's rows."""
-    settings = run.settings
-    if suite in ("step", "forward"):
-        shapes = settings.shapes if suite == "step" else settings.forward_shapes
-        works = [Work(suite, "lstm", shape) for shape in shapes]
-    elif suite == "custom":
-        works = [Work("step", cell, shape) for cell in settings.cells for shape in settings.custom_shapes]
-    elif suite == "training":
-        works = [Work("training", "lstm", settings.training)]
-    else:
+    if suite in ("memory", "first-call"):
         (memory if suite == "memory" else first_call)(run, threads)
         return
+    settings = run.settings
     peaks = [] if suite == "training" else run.peaks(threads)
-    for work in works:
-        _timed(run, suite, work, threads, peaks)
+    if suite in ("step", "forward"):
+        for shape in settings.shapes if suite == "step" else settings.forward_shapes:
+            work = Work(suite, "lstm", shape)
+            timed(run, suite, [(c, work) for c in run.contenders(suite)], threads, peaks)
+    elif suite == "training":
+        work = Work("training", "lstm", settings.training)
+        timed(run, suite, [(c, work) for c in run.contenders(suite)], threads, peaks)
+    elif suite == "memory-budget":
+        memory_budget(run, threads, peaks)
+    else:
+        shapes = settings.custom_shapes if suite == "custom" else settings.cells_shapes
+        for shape in shapes:
+            if shape_of(Work("step", "lstm", shape))[4] > 1:
+                run.note(f"{suite}: {shape} is left out, these cells have one layer")
+                continue
+            for cell in settings.cells if suite == "custom" else settings.own_cells:
+                (custom if suite == "custom" else own)(run, Work("step", cell, shape), threads, peaks)
     for peak in peaks:
         run.rates.setdefault(threads, {})[peak.name] = peak.ask("rate")["rates"]
 
 
-def _started(
-    run: Run, stack: contextlib.ExitStack, work: Work, contenders: list[Contender], threads: int
-) -> list[Process]:
-    """Workers with their case built and run once, started side by side; those that fail are reported and left out."""
-    started: list[Process] = []
-    for contender in contenders:
-        process = stack.enter_context(Process(contender, threads))
-        process.load()
-        process.send("make", work=list(work), options=contender.options)
-        started.append(process)
-    ready = []
-    for process in started:
-        try:
-            process.receive()
-            process.receive()
-        except WorkerError as problem:
-            _failed(run, process, f"{work.kind} {work.label}, {threads} threads: {problem}")
-        else:
-            ready.append(process)
-    return ready
-
-
-def _failed(run: Run, process: Process, text: str) -> None:
-    run.errors.append(text)
-    run.say(f"  ERROR {text.splitlines()[0]}")
-    process.close()
-
-
-def _timed(run: Run, suite: str, work: Work, threads: int, peaks: list[Process]) -> None:
-    """Build, check, let them take turns, keep the row."""
-    expected = run.expected(work)
-    if expected is None:
-        run.note(f"{suite} {work.label}: left out, there is no reference for it (install torch)")
-        return
-    contenders = run.contenders(suite)
-    if suite == "custom" and work.shape not in ("tiny", "small"):
+def custom(run: Run, work: Work, threads: int, peaks: list[Process]) -> None:
+    """A cell that nobody ships."""
+    contenders = run.contenders("custom")
+    if work.shape not in SMALL:
         contenders = [c for c in contenders if c.package != "autograd"]
+    thin_out = "jax" if work.shape not in SMALL + MIDDLING else None
+    timed(run, "custom", [(c, work) for c in contenders], threads, peaks, thin_out=thin_out)
+
+
+def own(run: Run, work: Work, threads: int, peaks: list[Process]) -> None:
+    """A cell that we ship, beside nn.LSTM in the same rounds: what a floating-point operation costs in each."""
+    contenders = [c for c in run.contenders("cells") if _has(c, work.cell)]
+    entrants = [(c, work) for c in contenders]
+    lstm = work._replace(cell="lstm")
+    if work != lstm:
+        entrants += [(c._replace(name=NN_LSTM), lstm) for c in contenders if c.name == OURS]
+    row = timed(run, "cells", entrants, threads, peaks)
+    if row and NN_LSTM in row["contenders"] and OURS in row["contenders"]:
+        share = flop(work) / flop(lstm)
+        row["per_flop"] = quartiles([ratio / share for ratio in ratios(row, OURS, NN_LSTM)])
+
+
+def _has(contender: Contender, cell: str) -> bool:
+    """Whether a peer has this cell: a layer of its own, or else typed in a loop."""
+    form = contender.options.get("form")
+    return form is None or (form == "fused") == (cell in ("lstm", "gru", "rnn", "projection"))
+
+
+def memory_budget(run: Run, threads: int, peaks: list[Process]) -> None:
+    """What keeping less for the backward pass costs."""
+    shape, part = run.settings.memory_budget
+    work = Work("step", "lstm", shape)
+    entrants = [
+        (contender._replace(name=name, options={"memory": budget}), work)
+        for contender in run.contenders("memory-budget")
+        for name, budget in ((OURS, part), (NO_BUDGET, None))
+    ]
+    row = timed(run, "memory-budget", entrants, threads, peaks, label=f"{shape}, memory={part:g}")
+    if row and OURS in row["contenders"] and NO_BUDGET in row["contenders"]:
+        row["slowdown"] = quartiles(ratios(row, OURS, NO_BUDGET))
+
+
+def timed(
+    run: Run, suite: str, entrants: list[tuple[Contender, Work]], threads: int, peaks: list[Process], *,
+    label: str | None = None, thin_out: str | None = None,
+) -> Row | None:  # fmt: skip
+    """Build, check, let them take turns, keep the row; None if there is none.
+
+    The row is about the first entrant's work.  ``thin_out`` names a package of which the fastest contender alone
+    takes turns.
+    """
+    if not entrants:
+        return None
+    work, works = entrants[0][1], {c.name: each for c, each in entrants}
+    label = label or (f"{work.cell} {work.shape}" if suite == "cells" else work.label)
+    where = f"{suite} {label}, {threads} thread{'s' if threads > 1 else ''}"
+    expected = {each: run.expected(each) for each in works.values()}
+    if any(value is None for value in expected.values()):
+        run.note(f"{suite} {label}: left out, there is no reference for it (install torch)")
+        return None
+    facts: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
-        ready, errors = [], {}
-        for process in _started(run, stack, work, contenders, threads):
+        ready = []
+        for process in started(run, stack, entrants, threads):
+            each = works[process.name]
+            right = expected[each]
+            assert right is not None
             try:
-                errors[process.name] = check(process, work, expected, run.folder)
+                facts[process.name] = {"error": check(process, each, right, run.folder)} | process.ask("facts")
             except (WorkerError, WrongResult) as problem:
-                _failed(run, process, str(problem))
+                failed(run, process, str(problem))
             else:
                 ready.append(process)
-        if not ready:
-            return
         try:
-            samples = take_turns(ready, run.settings.rounds, run.settings.budget, peaks)
+            if thin_out:
+                ready, slower = fastest_of(ready, thin_out)
+                if slower:
+                    run.note(f"{where}: slower forms, not timed: {'; '.join(slower)}")
+            if not ready:
+                return None
+            samples = take_turns(ready, run.settings.rounds, run.settings.budget, peaks, run.settings.row_seconds)
         except WorkerError as problem:
             run.errors.append(str(problem))
-            return
-    row = _row(suite, work, threads, samples, errors)
+            return None
+    row = row_of(suite, label, work, threads, samples, facts)
     run.rows.append(row)
+    _look_at_cores(run, where, threads, samples)
+    speedup = row.get("speedup", {}).get("median")
+    run.say(f"  {suite} {label}" + (f": {speedup:.2f} x the fastest peer" if speedup else ""))
+    return row
+
+
+def fastest_of(processes: list[Process], package: str) -> tuple[list[Process], list[str]]:
+    """Keep the fastest of a package's contenders (the better of two calls each), end the others; their names."""
+    once = {
+        process.name: min(process.ask("batch", calls=1, warm=warm)["seconds"] for warm in (1, 0))
+        for process in processes
+        if process.contender.package == package
+    }
+    slower = [name for name in once if name != min(once, key=once.__getitem__)]
+    for process in processes:
+        if process.name in slower:
+            process.close()
+    return [process for process in processes if process.name not in slower], slower
+
+
+def _look_at_cores(run: Run, where: str, threads: int, samples: dict[str, Sample]) -> None:
+    """Notes on who disturbed others, or had more than its share."""
     for name, sample in samples.items():
         if sample.idle > IDLE:
-            run.note(f"{name} used {sample.idle:.2f} cores while it waited ({suite} {work.label}, {threads} threads)")
+            run.note(f"{name} used {sample.idle:.2f} cores while it waited ({where})")
         if sample.cores > threads + 0.15:
-            run.note(f"{name} used {sample.cores:.1f} cores where {threads} were given ({suite} {work.label})")
-    speedup = row.get("speedup", {}).get("median")
-    run.say(f"  {suite} {work.label}" + (f": {speedup:.2f} x the fastest peer" if speedup else ""))
+            run.note(f"{name} used {sample.cores:.1f} cores where {threads} were given ({where})")
+
+
+# ---------------------------------------------------------------------------- rows
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -195,113 +178,29 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"q1": low, "median": middle, "q3": high}
 
 
-def _row(suite: str, work: Work, threads: int, samples: dict[str, Sample], errors: dict[str, float]) -> Row:
+def ratios(row: Row, above: str, below: str) -> list[float]:
+    """The time of one contender over that of another, in every round that has both."""
+    pairs = zip(row["contenders"][above]["seconds"], row["contenders"][below]["seconds"], strict=True)
+    return [a / b for a, b in pairs if a is not None and b is not None]
+
+
+def row_of(
+    suite: str, label: str, work: Work, threads: int, samples: dict[str, Sample], facts: dict[str, dict[str, Any]]
+) -> Row:
     """Times, and ours against the fastest peer: ratios within each round, then their median."""
     entries: dict[str, dict[str, Any]] = {
         name: quartiles([v for v in sample.seconds if v is not None])
-        | {"cores": sample.cores, "idle_cores": sample.idle, "error": errors[name], "seconds": sample.seconds}
+        | {"cores": sample.cores, "idle_cores": sample.idle, "seconds": sample.seconds, **facts[name]}
         for name, sample in samples.items()
     }
     row: Row = {
-        "suite": suite, "label": work.label, "cell": work.cell, "shape": work.shape, "sizes": shape_of(work),
+        "suite": suite, "label": label, "cell": work.cell, "shape": work.shape, "sizes": shape_of(work),
         "threads": threads, "flop": flop(work), "contenders": entries,
     }  # fmt: skip
     if work.kind == "training":
         row["tokens"] = shape_of(work)[0] * shape_of(work)[1]
-    peers = [name for name in entries if name != OURS]
-    medians = {name: float(entry["median"]) for name, entry in entries.items()}
+    peers = [name for name in entries if not is_ours(name)]
     if OURS in entries and peers:
-        fastest = min(peers, key=medians.__getitem__)
-        pairs = zip(samples[fastest].seconds, samples[OURS].seconds, strict=True)
-        ratios = [theirs / mine for theirs, mine in pairs if theirs is not None and mine is not None]
-        row |= {"fastest_peer": fastest, "speedup": quartiles(ratios)}
+        fastest = min(peers, key=lambda name: float(entries[name]["median"]))
+        row |= {"fastest_peer": fastest, "speedup": quartiles(ratios(row, fastest, OURS))}
     return row
-
-
-# ---------------------------------------------------------------------------- memory and the first call
-
-
-def memory(run: Run, threads: int) -> None:
-    """Peak above what a process needs after a small step, and whether it stays flat."""
-    large, settings = Work("step", "lstm", run.settings.memory), run.settings
-    row: Row = {"suite": "memory", "label": large.label, "threads": threads, "contenders": {}}
-    expected = run.expected(large)
-    for contender in run.contenders("memory"):
-        with Process(contender, threads) as process:
-            try:
-                process.load()
-                process.receive()
-                process.ask("make", work=list(large._replace(shape="tiny")), options=contender.options)
-                process.ask("memory", calls=2)
-                base = process.ask("memory", calls=0)["rss"][-1]
-                process.ask("make", work=list(large), options=contender.options)
-                found = process.ask("memory", calls=settings.memory_steps)
-                early = found["rss"][min(4, len(found["rss"]) - 1)]
-                row["contenders"][contender.name] = {
-                    "base": base, "peak": found["peak"] - base, "growth": found["rss"][-1] - early,
-                }  # fmt: skip
-                if expected is not None:
-                    check(process, large, expected, run.folder)
-            except (WorkerError, WrongResult) as problem:
-                row["contenders"].pop(contender.name, None)
-                _failed(run, process, str(problem))
-    run.rows.append(row)
-    run.say(f"  memory {large.label}")
-
-
-def first_call(run: Run, threads: int) -> None:
-    """Fresh processes: start and imports, building, the first and the second step."""
-    for cell, shape in run.settings.first:
-        work = Work("step", cell, shape)
-        row: Row = {"suite": "first-call", "label": work.label, "threads": threads, "contenders": {}}
-        for contender in run.contenders("first-call"):
-            if (
-                cell != "lstm"
-                and contender.module not in ("peers.ours", "peers.jax_peer")
-                and (contender.options.get("form") != "loop")
-            ):
-                continue
-            try:
-                if contender.name == OURS:
-                    other = Work("step", "minimal-gated" if cell == "lstm" else "lstm", shape)
-                    row["contenders"] |= _own_first_calls(run, contender, work, other, threads)
-                else:
-                    timed = [_first_call(contender, work, threads, {}) for _ in range(run.settings.repeats)]
-                    row["contenders"][contender.name] = _medians(timed)
-            except WorkerError as problem:
-                run.errors.append(str(problem))
-                run.say(f"  ERROR {str(problem).splitlines()[0]}")
-        run.rows.append(row)
-        run.say(f"  first-call {work.label}")
-
-
-def _own_first_calls(run: Run, contender: Contender, work: Work, other: Work, threads: int) -> dict[str, Any]:
-    """With an empty cache, from the cache, and with a cache that another cell has filled."""
-    found: dict[str, list[Row]] = {"ours, empty cache": [], "ours, cached": []}
-    if run.settings.other_cell:
-        found["ours, other cell cached"] = []
-    for _ in range(run.settings.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            extra = {"TINYGRAD_LSTM_CACHE_DIR": folder, "NUMBA_CACHE_DIR": folder}
-            for name in ("ours, empty cache", "ours, cached"):
-                found[name].append(_first_call(contender, work, threads, extra))
-        if run.settings.other_cell:
-            with tempfile.TemporaryDirectory() as folder:
-                extra = {"TINYGRAD_LSTM_CACHE_DIR": folder, "NUMBA_CACHE_DIR": folder}
-                _first_call(contender, other, threads, extra)
-                found["ours, other cell cached"].append(_first_call(contender, work, threads, extra))
-    return {name: _medians(timed) for name, timed in found.items()}
-
-
-def _first_call(contender: Contender, work: Work, threads: int, extra: dict[str, str]) -> Row:
-    with Process(contender, threads, extra) as process:
-        process.load()
-        imported = process.receive()["seconds"]
-        made = process.ask("make", work=list(work), options=contender.options)
-        second = process.ask("batch", calls=1, warm=0)
-    total = imported + made["build"] + made["first"]
-    return {"import": imported, **made, "second": second["seconds"], "total": total}
-
-
-def _medians(timed: list[Row]) -> Row:
-    return {key: median(one[key] for one in timed) for key in ("import", "build", "first", "second", "total")}

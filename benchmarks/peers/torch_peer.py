@@ -1,4 +1,4 @@
-"""torch: ``nn.LSTM`` (fused), any cell in a Python loop, the character model; in float64 it is the reference."""
+"""torch: its own layers (fused), any cell in a Python loop, the character model; in float64 it is the reference."""
 
 from __future__ import annotations
 
@@ -9,18 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from .work import Case, Work, inputs, model_weights, shape_of, tokens, weights, zeros
+from .work import (
+    LAYERS,
+    ZONEOUT,
+    Case,
+    Work,
+    inputs,
+    model_weights,
+    shape_of,
+    tokens,
+    weights,
+    zeros,
+    zoneout_masks,
+)  # fmt: skip
 
 torch: Any = importlib.import_module("torch")
 LIBRARIES = ("torch",)
 
 
 def build(work: Work, options: dict[str, Any]) -> Case:
-    """``options['form']``: "fused" (nn.LSTM) or "loop"."""
+    """``options['form']``: "fused" (nn.LSTM, nn.GRU, nn.RNN) or "loop"."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if work.kind == "training":
         return training(work)
-    run, parameters = fused(work) if options["form"] == "fused" else loop(work)
+    masks = Masks(work)
+    run, parameters = fused(work) if options["form"] == "fused" else loop(work, masks)
     x = torch.from_numpy(inputs(work)).requires_grad_(work.kind == "step")
     leaves = [x, *parameters.values()]
 
@@ -37,24 +50,43 @@ def build(work: Work, options: dict[str, Any]) -> Case:
         return loss
 
     def result() -> dict[str, np.ndarray]:
-        if work.kind == "forward":
-            return {"y": forward().numpy()}
-        loss = step()
+        masks.fixed = [torch.from_numpy(mask) for mask in zoneout_masks(work)]
+        try:
+            if work.kind == "forward":
+                return {"y": forward().numpy()}
+            loss = step()
+        finally:
+            masks.fixed = None
         found = {name: value.grad.numpy() for name, value in parameters.items()}
         return found | {"x": x.grad.numpy(), "loss": loss.detach().numpy()}
 
     return Case(forward if work.kind == "forward" else step, result)
 
 
+class Masks:
+    """Of zoneout, for all steps at once: drawn anew at each call, but ``fixed`` while a result is compared."""
+
+    def __init__(self, work: Work) -> None:
+        self.shape, self.fixed = (shape_of(work)[0], shape_of(work)[1], shape_of(work)[3]), None
+
+    def __call__(self) -> Any:
+        """Where h and c stay."""
+        return self.fixed or [torch.rand(self.shape) < rate for rate in ZONEOUT]
+
+
 def fused(work: Work) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     """The layer as everybody calls it."""
+    if work.cell not in LAYERS:
+        raise ValueError(f"torch has no layer for {work.cell}")
     _, _, width, hidden, layers = shape_of(work)
-    layer = torch.nn.LSTM(width, hidden, layers, dtype=getattr(torch, work.dtype))
+    kind = {"gru": torch.nn.GRU, "rnn": torch.nn.RNN}.get(work.cell, torch.nn.LSTM)
+    more = {"proj_size": hidden // 2} if work.cell == "projection" else {}
+    layer = kind(width, hidden, layers, dtype=getattr(torch, work.dtype), **more)
     layer.load_state_dict({name: torch.from_numpy(value) for name, value in weights(work).items()})
     return (lambda x: layer(x)[0]), dict(layer.named_parameters())
 
 
-def loop(work: Work) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+def loop(work: Work, masks: Masks) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     """The cell in a Python loop; what depends on x alone is computed for all steps before it."""
     w = {name: torch.from_numpy(value).requires_grad_(True) for name, value in weights(work).items()}
     h0 = torch.from_numpy(zeros(work))
@@ -64,6 +96,11 @@ def loop(work: Work) -> tuple[Callable[[Any], Any], dict[str, Any]]:
             for k in range(shape_of(work)[4]):
                 x = lstm_layer(w, k, x, h0)
             return x
+
+    elif work.cell == "zoneout":
+
+        def run(x: Any) -> Any:
+            return zoneout(w, x, h0, masks())
 
     else:
         cell = CELLS[work.cell]
@@ -108,6 +145,45 @@ def peephole_norm(w: dict[str, Any], x: Any, h0: Any) -> Any:
     return torch.stack(out)
 
 
+def peephole(w: dict[str, Any], x: Any, h0: Any) -> Any:
+    """LSTM whose gates see the cell state (Gers et al. 2002)."""
+    h, c, u, out = h0, h0, w["weight_hh"].T, []
+    for z_t in torch.nn.functional.linear(x, w["weight_ih"], w["bias_ih"] + w["bias_hh"]).unbind(0):
+        i, f, g, o = torch.addmm(z_t, h, u).chunk(4, 1)
+        i = torch.sigmoid(torch.addcmul(i, w["weight_ci"], c))
+        f = torch.sigmoid(torch.addcmul(f, w["weight_cf"], c))
+        c = f * c + i * torch.tanh(g)
+        h = torch.sigmoid(torch.addcmul(o, w["weight_co"], c)) * torch.tanh(c)
+        out.append(h)
+    return torch.stack(out)
+
+
+def layer_norm(w: dict[str, Any], x: Any, h0: Any) -> Any:
+    """LSTM with layer normalisation (Ba et al. 2016, equations 20 to 22)."""
+    h, c, u, out = h0, h0, w["weight_hh"].T, []
+
+    def norm(v: Any, which: str) -> Any:
+        return torch.nn.functional.layer_norm(v, v.shape[-1:], w[f"norm_{which}.weight"], w[f"norm_{which}.bias"])
+
+    for z_t in norm(x @ w["weight_ih"].T, "x").unbind(0):
+        i, f, g, o = (z_t + norm(h @ u, "h")).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(norm(c, "c"))
+        out.append(h)
+    return torch.stack(out)
+
+
+def zoneout(w: dict[str, Any], x: Any, h0: Any, stays: Any) -> Any:
+    """LSTM that keeps, at random, elements of h and c as they were (Krueger et al. 2017)."""
+    h, c, u, out = h0, h0, w["weight_hh"].T, []
+    z = torch.nn.functional.linear(x, w["weight_ih"], w["bias_ih"] + w["bias_hh"])
+    for z_t, h_stays, c_stays in zip(z.unbind(0), *(mask.unbind(0) for mask in stays), strict=True):
+        new_h, new_c = memory_update(torch.addmm(z_t, h, u).chunk(4, 1), c)
+        h, c = torch.where(h_stays, h, new_h), torch.where(c_stays, c, new_c)
+        out.append(h)
+    return torch.stack(out)
+
+
 def minimal_gated(w: dict[str, Any], x: Any, h0: Any) -> Any:
     """Minimal gated unit (Zhou et al. 2016)."""
     h, out = h0, []
@@ -139,6 +215,8 @@ def eight_matmuls(w: dict[str, Any], x: Any, h0: Any) -> Any:
 
 CELLS: dict[str, Callable[[dict[str, Any], Any, Any], Any]] = {
     "peephole-norm": peephole_norm,
+    "peephole": peephole,
+    "layer-norm": layer_norm,
     "minimal-gated": minimal_gated,
     "multiplicative": multiplicative,
     "eight-matmuls": eight_matmuls,

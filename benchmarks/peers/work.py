@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["CELLS", "SHAPES", "Case", "Work", "flop", "inputs", "shape_of", "tokens", "weights", "zeros"]
+__all__ = [
+    "CELLS", "LAYERS", "OWN_CELLS", "SHAPES", "ZONEOUT", "Case", "Work", "flop", "inputs", "shape_of", "tokens",
+    "weights", "zeros", "zoneout_masks",
+]  # fmt: skip
 
 #: name -> (T, B, I, H, layers)
 SHAPES: dict[str, tuple[int, int, int, int, int]] = {
@@ -30,7 +33,13 @@ TRAINING: dict[str, tuple[int, int, int, int, int]] = {
 }
 #: The cells of the suite ``custom``; each is typed once per library.
 CELLS = ("peephole-norm", "minimal-gated", "multiplicative", "eight-matmuls")
+#: What has a layer in torch.
+LAYERS = ("lstm", "gru", "rnn", "projection")
+#: The cells of the suite ``cells``: those that this library brings, and the smallest that a user types.
+OWN_CELLS = (*LAYERS, "peephole", "layer-norm", "zoneout", "minimal-gated")
 GATES = "ifgo"
+#: Probabilities that an element of h, of c stays as it was (Krueger et al. 2017, character level).
+ZONEOUT = (0.05, 0.5)
 
 
 class Work(NamedTuple):
@@ -39,7 +48,7 @@ class Work(NamedTuple):
     Attributes
     ----------
     kind : "step" (forward, sum of squares of every output, gradients of weights and x), "forward", "training" or "peak"
-    cell : "lstm" or one of CELLS
+    cell : a name in CELLS or OWN_CELLS
     shape : a name in SHAPES or TRAINING
     dtype : "float32", or "float64" for the reference
     """
@@ -51,7 +60,7 @@ class Work(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For tables: the cell of a custom row, and the shape."""
+        """For tables: the cell, unless it is the LSTM, and the shape."""
         return self.shape if self.cell == "lstm" else f"{self.cell} {self.shape}"
 
 
@@ -59,11 +68,13 @@ class Case(NamedTuple):
     """A contender ready to run: ``call`` is what is timed, ``result`` runs it once more and returns named arrays.
 
     Gradients are named like the weights, that of the input ``x``; ``loss`` is the sum of squares.  A forward pass
-    returns ``y (T, B, H)``, training ``losses``, the losses of the first steps from the given weights.
+    returns ``y (T, B, H)``, training ``losses``, the losses of the first steps from the given weights.  ``facts`` is
+    None or returns a dict of numbers that go to the row.
     """
 
     call: Any
     result: Any
+    facts: Any = None
 
 
 def shape_of(work: Work) -> tuple[int, int, int, int, int]:
@@ -73,13 +84,26 @@ def shape_of(work: Work) -> tuple[int, int, int, int, int]:
 
 def _weight_shapes(work: Work) -> dict[str, tuple[int, ...]]:
     _, _, width, hidden, layers = shape_of(work)
-    if work.cell == "lstm":
+    if work.cell in LAYERS:
         shapes: dict[str, tuple[int, ...]] = {}
+        rows = {"gru": 3, "rnn": 1}.get(work.cell, 4) * hidden
+        fed = hidden // 2 if work.cell == "projection" else hidden
         for k in range(layers):
-            shapes[f"weight_ih_l{k}"] = (4 * hidden, width if k == 0 else hidden)
-            shapes[f"weight_hh_l{k}"] = (4 * hidden, hidden)
-            shapes[f"bias_ih_l{k}"] = shapes[f"bias_hh_l{k}"] = (4 * hidden,)
+            shapes[f"weight_ih_l{k}"] = (rows, width if k == 0 else fed)
+            shapes[f"weight_hh_l{k}"] = (rows, fed)
+            shapes[f"bias_ih_l{k}"] = shapes[f"bias_hh_l{k}"] = (rows,)
+            if work.cell == "projection":
+                shapes[f"weight_hr_l{k}"] = (fed, hidden)
         return shapes
+    if work.cell in ("peephole", "layer-norm", "zoneout"):
+        rows = 4 * hidden
+        shapes = {"weight_ih": (rows, width), "weight_hh": (rows, hidden)}
+        if work.cell == "layer-norm":
+            sizes = {"norm_x": rows, "norm_h": rows, "norm_c": hidden}
+            return shapes | {f"{name}.{part}": (n,) for name, n in sizes.items() for part in ("weight", "bias")}
+        shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+        peepholes = ("weight_ci", "weight_cf", "weight_co") if work.cell == "peephole" else ()
+        return shapes | dict.fromkeys(peepholes, (hidden,))
     if work.cell == "peephole-norm":
         vectors = [f"{name}_{gate}" for name in ("gain", "shift") for gate in GATES] + ["p_i", "p_f", "p_o"]
         return {"W": (width, 4 * hidden), "U": (hidden, 4 * hidden)} | dict.fromkeys(vectors, (hidden,))
@@ -94,7 +118,7 @@ def _weight_shapes(work: Work) -> dict[str, tuple[int, ...]]:
         shapes = {f"W_{gate}": (width, hidden) for gate in GATES}
         shapes |= {f"U_{gate}": (hidden, hidden) for gate in GATES}
         return shapes | {f"b_{gate}": (hidden,) for gate in GATES}
-    raise ValueError(f"no cell {work.cell!r}; there are lstm, {', '.join(CELLS)}")
+    raise ValueError(f"no cell {work.cell!r}; there are {', '.join(dict.fromkeys(OWN_CELLS + CELLS))}")
 
 
 def _generator(work: Work, salt: str) -> np.random.Generator:
@@ -102,12 +126,18 @@ def _generator(work: Work, salt: str) -> np.random.Generator:
 
 
 def weights(work: Work) -> dict[str, np.ndarray]:
-    """Uniform in +-1/sqrt(H), gains around one; float32 numbers, whatever the dtype they are stored in."""
+    """Uniform in +-1/sqrt(H), gains around one; float32 numbers, whatever the dtype they are stored in.
+
+    The gain on what is normalised of h is around .3: with one, the gradients of the layer-norm cell explode (5,000 at
+    the first step of medium, from 1 at the last), and nobody's float32 agrees with float64 in 3e-4 of them.
+    """
     rng, scale = _generator(work, "weights"), np.float32(shape_of(work)[3] ** -0.5)
     found = {}
     for name, shape in _weight_shapes(work).items():
         value = (rng.random(shape, dtype=np.float32) * 2 - 1) * scale
-        found[name] = (value + name.startswith("gain")).astype(work.dtype, copy=False)
+        around_one = name.startswith("gain") or (name.startswith("norm") and name.endswith("weight"))
+        gain = np.float32(0.3 if name == "norm_h.weight" else 1.0)
+        found[name] = ((value + around_one) * gain).astype(work.dtype, copy=False)
     return found
 
 
@@ -121,6 +151,14 @@ def zeros(work: Work) -> np.ndarray:
     """An initial state ``(B, H)``."""
     _, batch, _, hidden, _ = shape_of(work)
     return np.zeros((batch, hidden), work.dtype)
+
+
+def zoneout_masks(work: Work) -> tuple[np.ndarray, np.ndarray]:
+    """Where h and c stay as they were, bool ``(T, B, H)``: what results are compared with; timed calls draw anew."""
+    steps, batch, _, hidden, _ = shape_of(work)
+    rng = _generator(work, "stays")
+    h, c = (rng.random((steps, batch, hidden)) < rate for rate in ZONEOUT)
+    return h, c
 
 
 def flop(work: Work) -> float:

@@ -9,6 +9,7 @@ first call can be timed.
 =========== ========================================= =========================================================
 load        module                                    ``seconds`` of importing the module's libraries
 make        work, options                             ``build``, ``first``: seconds of building, of the first call
+facts                                                 ``facts`` that the case states, if it does
 result      path                                      writes the named arrays there (npz), forgets them
 batch       calls, warm                               ``seconds`` of all calls, after ``warm`` untimed ones;
                                                       ``cpu`` seconds in them; ``at``, ``until``: the process's
@@ -58,6 +59,10 @@ class Worker:
         middle = time.perf_counter()
         self.case.call()
         return {"build": middle - begin, "first": time.perf_counter() - middle}
+
+    def facts(self) -> dict[str, Any]:
+        """What the case says about itself besides what it computes."""
+        return {"facts": self.case.facts()} if self.case.facts else {}
 
     def result(self, path: str) -> dict[str, Any]:
         """Save what the case computes."""
