@@ -95,6 +95,8 @@ def _user_line() -> str:
 class Trace:
     """The recorder that is in force while a body runs on data-free tensors."""
 
+    runs = False  # whether what is recorded runs as it is, rather than as the body of a loop or to be looked at
+
     def __init__(self) -> None:
         self.entries: list[tuple[Record, tuple[Any, ...], tuple[Tensor, ...]]] = []
         self.closed = False

@@ -47,6 +47,8 @@ class _NoDraws(dict):
 class FunctionTrace(Trace):
     """A recording of a whole function: also knows what was made, and what is to be drawn anew at each call."""
 
+    runs = True
+
     def __init__(self) -> None:
         super().__init__()
         self.made: list[Any] = []  # weak: what is alive when the recording is over has escaped

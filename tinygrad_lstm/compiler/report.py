@@ -274,7 +274,7 @@ def loop_report(plan: LoopPlan) -> Report:
 def program_report(name: str, recorded: int, before: Program, after: Program, parts: Sequence[Any]) -> Report:
     """The report of a compiled function: ``before`` and ``after`` fusing, and what its scans published."""
     native = [e for e in after.equations if e.primitive.name == "native"]
-    scans = [e for e in after.equations if e.primitive.name == "scan"]
+    scans = [e for e in after.equations if e.primitive.name in ("scan", "scan_within", "scan_within_back")]
     rest = [e for e in _real(after) if "kernel" not in e.params and e not in scans]
     groups = fused_groups(after)
     inside = [resolved(part) for part in parts]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.compiler.schedule import check_memory
+from tinygrad_lstm.compiler.schedule import Memory, check_memory
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
@@ -29,7 +29,7 @@ Trajectories = dict[str, Tensor]
 
 def run_cell(
     cell: Any, x: Any, init: Any, *, lengths: Any = None, reverse: bool = False, states: bool = False,
-    gates: bool = False, noise: Any = None, memory: int | float | None = None,
+    gates: bool = False, noise: Any = None, memory: Memory = None,
 ) -> tuple[Any, Any, Trajectories]:  # fmt: skip
     """Run a cell over a sequence: ``(outputs, final state, trajectories)``, all of them time-major.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.compiler.report import publish, stepwise
-from tinygrad_lstm.compiler.schedule import check_memory
+from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.ops.elementwise import where
 from tinygrad_lstm.ops.loop import bind_scan, canonical
@@ -60,11 +60,11 @@ def scan(
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
     memory : int or float, optional
-        The most that is kept for the backward pass, in bytes (int) or as a fraction in (0, 1] of what keeping
-        everything takes (float); None keeps everything.  It covers the residuals of the steps and the carries
+        The most that is kept for the backward pass, in bytes (int) or as a fraction in (0, 1] of what is
+        kept without a budget (float); None keeps everything.  It covers the residuals of the steps and the carries
         between segments, not xs, ys and their cotangents, which stay whole.  The backward pass runs segments of
         the loop again; :func:`memory_plan` says how many steps that is.  A gradient that is itself differentiated,
-        and a scan inside of a body, keep everything.
+        and a scan inside of a body, keep everything; in a function given to ``tg.compile`` the budget holds.
 
     Returns
     -------
@@ -113,8 +113,8 @@ def scan_with(
                 raise  # the enclosing recording needs the value as well
             if memory is not None and state().enabled:
                 raise ArgumentError(
-                    f"scan: memory={memory} needs a body that is recorded once, and this one runs step by step "
-                    f"({error}); leave memory out, or use ops.where instead of values"
+                    f"{who_asks(memory, 'scan')}: memory={memory!r} needs a body that is recorded once, and this one "
+                    f"runs step by step ({error}); leave memory out, or use ops.where instead of values"
                 ) from None
             publish(functools.partial(stepwise, error.with_traceback(None), steps))  # no frames are kept
     return _stepwise(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
@@ -254,7 +254,7 @@ class Recorded:
 
     def run(
         self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool,
-        memory: int | float | None = None,
+        memory: Memory = None,
     ) -> list[Any]:  # fmt: skip
         """The leaves of (carry, ys)."""
         if not self.program.outputs:
@@ -293,7 +293,7 @@ def _recorded(
     x_tree: TreeDef,
     steps: int,
     reverse: bool,
-    memory: int | float | None,
+    memory: Memory,
 ) -> tuple[Any, Any]:
     recorded = record(body, carry, carry_tree, xs, x_tree)
     outs = recorded.run(carry, xs, recorded.captures, steps, reverse, memory)
