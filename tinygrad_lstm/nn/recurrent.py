@@ -16,7 +16,8 @@ from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
 from tinygrad_lstm.nn.module import Parameter
 from tinygrad_lstm.nn.programs import recorder_for
-from tinygrad_lstm.ops.control import check_lengths, scan_with
+from tinygrad_lstm.ops.control import scan_with
+from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.tape import recording, state
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import describe as describe_tree

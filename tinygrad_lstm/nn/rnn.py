@@ -14,7 +14,7 @@ from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, GRUCell, LSTMCell, RNNCell, check_input, describe, positive
 from tinygrad_lstm.nn.module import Module, Parameter, Place
 from tinygrad_lstm.nn.recurrent import joined, run_cell
-from tinygrad_lstm.ops.control import check_lengths
+from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.primitive import REGISTRY
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor, asarray

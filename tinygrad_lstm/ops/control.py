@@ -11,8 +11,9 @@ import numpy as np
 
 from tinygrad_lstm.compiler.report import publish, stepwise
 from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
-from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError, TraceError
 from tinygrad_lstm.ops.elementwise import where
+from tinygrad_lstm.ops.lengths import check_lengths, valid_steps
 from tinygrad_lstm.ops.loop import bind_scan, canonical
 from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
@@ -103,7 +104,7 @@ def scan_with(
     if lengths is not None:
         valid = _valid_steps(lengths, steps, carry_leaves, x_leaves)
         full_body = _masked(body)
-        x_leaves = [*x_leaves, Tensor(valid)]
+        x_leaves = [*x_leaves, valid]
         x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
     if not state().eager:
         try:
@@ -168,29 +169,13 @@ def _steps(leaves: list[Tensor], xs: Any, length: int | None) -> int:
 # ---------------------------------------------------------------------------- lengths
 
 
-def check_lengths(lengths: Any, steps: int, batch: int, who: str = "scan") -> np.ndarray:
-    """``lengths`` as an int64 array (B,), every one in 0..T."""
-    array = np.asarray(lengths._data if isinstance(lengths, Tensor) else lengths)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise DTypeError(f"{who}: lengths are integers, found {array.dtype}; round and convert them first")
-    if array.shape != (batch,):
-        raise ShapeError(f"{who}: lengths of shape {array.shape}, expected ({batch},): one per row of the batch")
-    if array.size and (array.min() < 0 or array.max() > steps):
-        bad = array[(array < 0) | (array > steps)][0]
-        raise OutOfRangeError(f"{who}: length {bad} is outside of 0..{steps}")
-    return array.astype(np.int64)
-
-
-def _valid_steps(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> np.ndarray:
+def _valid_steps(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> Tensor:
     sizes = [leaf.shape[0] for leaf in carry if leaf.ndim] + [leaf.shape[1] for leaf in xs if leaf.ndim > 1]
     if len(sizes) != len(carry) + len(xs):
         raise ShapeError("scan: with lengths, batch is axis 0 of every carry leaf and axis 1 of every leaf of xs")
     if len(set(sizes)) > 1:
         raise ShapeError(f"scan: with lengths, all leaves have one batch size, found {sorted(set(sizes))}")
-    array = check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths))
-    return np.arange(steps)[:, None] < array
+    return valid_steps(check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths)), steps)
 
 
 def _rows(valid: Tensor, like: Tensor) -> Tensor:
