@@ -40,9 +40,11 @@ class TracedTensor(Tensor):
                 f"a tensor of shape {self.shape} that was made while a scan or compiled body was recorded is used "
                 f"outside of it ({_user_line()}); return it from the body instead of storing it"
             )
+        asked, line = _asked_by(), _user_line()
+        how, advice = _ADVICE.get(asked, ("", "use ops.where instead of if"))
         raise TraceError(
-            f"the value of a tensor of shape {self.shape} is needed while the body is being recorded ({_user_line()}); "
-            "a recorded body may use shapes and dtypes, not values: use ops.where instead of if"
+            f"the value of a tensor of shape {self.shape} is needed while the body is being recorded ({line}{how}); "
+            f"a recorded body may use shapes and dtypes, not values: {advice}"
         )
 
     @property
@@ -82,6 +84,24 @@ class TracedTensor(Tensor):
 
     def __repr__(self) -> str:
         return f"<traced {self._aval}>"
+
+
+_ON_TENSORS = "compute with ops on the tensor itself (ops.stop_gradient for a value without a gradient)"
+_ADVICE = {
+    "numpy": (", by .numpy()", _ON_TENSORS),
+    "data": (", by .data", _ON_TENSORS),
+    "tolist": (", by .tolist()", _ON_TENSORS),
+    "__array__": (", as a NumPy array", _ON_TENSORS),
+}
+
+
+def _asked_by() -> str:
+    """The method of Tensor that needs the values."""
+    frame: Any = sys._getframe(2)
+    asked = ""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("tinygrad_lstm."):
+        asked, frame = frame.f_code.co_name, frame.f_back
+    return asked
 
 
 def _user_line() -> str:

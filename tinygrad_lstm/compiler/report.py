@@ -161,6 +161,14 @@ def last() -> Report | None:
     return report
 
 
+def op_by_op() -> Report:
+    """What is shown after a call inside of ``tg.eager()``."""
+    return Report(
+        "the last call ran op by op, inside of tg.eager()",
+        notes=["call it outside of the block to see what is compiled"],
+    )
+
+
 def explain() -> Report:
     """What the last compiled call of this thread fused, moved and did not lower, and why.
 

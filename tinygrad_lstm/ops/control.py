@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.report import publish, stepwise
+from tinygrad_lstm.compiler.report import op_by_op, publish, stepwise
 from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError, TraceError
 from tinygrad_lstm.ops.elementwise import where
@@ -118,6 +118,8 @@ def scan_with(
                     f"runs step by step ({error}); leave memory out, or use ops.where instead of values"
                 ) from None
             publish(functools.partial(stepwise, error.with_traceback(None), steps))  # no frames are kept
+    else:
+        publish(op_by_op)
     return _stepwise(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
 
 
