@@ -136,6 +136,15 @@ def test_a_budget_that_cannot_be_met_names_the_layer():
         )
 
 
+def test_one_byte_is_not_all_of_it():
+    layer = lstm(1.0)
+    f = tg.compile(lambda x: layer(x)[0].sum())
+    f(np.ones((9, 2, 3)))
+    layer.memory = 1
+    with pytest.raises(tg.ArgumentError, match="memory=1 bytes"):
+        f(np.ones((9, 2, 3)))
+
+
 def test_scans_that_take_each_others_place():
     # The forward scan of a first derivative is merged with that of a second one, which stands further behind.
     layer = lstm(None)

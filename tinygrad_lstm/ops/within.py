@@ -27,7 +27,8 @@ __all__ = ["bind_within", "scan_within"]
 
 
 def _segments(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, memory: Memory) -> Segments | None:
-    key = ("within", n_carry, n_ys, length, reverse, memory, os.environ.get("TINYGRAD_LSTM_COMPILE"))
+    # By its text: one byte and all of it are equal as numbers.
+    key = ("within", n_carry, n_ys, length, reverse, repr(memory), os.environ.get("TINYGRAD_LSTM_COMPILE"))
     return _derived(body, key, lambda: segmented(_every_site(body, n_carry, n_ys, length, reverse), memory))
 
 
