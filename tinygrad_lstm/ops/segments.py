@@ -19,7 +19,7 @@ from tinygrad_lstm.compiler.schedule import Advance, Memory, Reverse, Schedule, 
 from tinygrad_lstm.errors import ArgumentError, TraceError
 from tinygrad_lstm.kernels.pool import empty
 from tinygrad_lstm.ops.loop import scan_primitive
-from tinygrad_lstm.ops.prepared import Site, _derived, _every_site, _plan
+from tinygrad_lstm.ops.prepared import Site, _derived, _every_site, _loops, _plan
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.tensor import Tensor
@@ -67,6 +67,7 @@ class Segments:
     def __init__(self, site: Site, schedule: Schedule) -> None:
         self.site, self.schedule = site, schedule
         self.body, self.n_carry, self.n_ys, self.reverse = site.body, site.n_carry, site.n_ys, site.reverse
+        self._plans: dict[tuple[Program, int], Any] = {}  # of the few kinds of pieces
         # (carries, residuals of the last segment, their slots) until a backward takes them; a list's pop is atomic.
         self._ready: list[tuple[list[Arrays], list[Arrays], tuple[int, ...]]] = []
 
@@ -79,12 +80,15 @@ class Segments:
         adjoint: tuple[Arrays, ...] = (),
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
         """A piece of the loop, or (``adjoint`` holds its residuals) of the adjoint loop: (carry, [ys..., sums...])."""
-        from tinygrad_lstm.compiler.runner import run_loop
-
         rows, length = self._rows(*at), at[1] - at[0]
-        inputs = [*(array for arrays in adjoint for array in arrays), *(x[rows] for x in xs)]
-        plan = _plan(program, len(carry), n_ys, length, self.schedule.steps)
-        return run_loop(plan, carry, inputs, captures, length, self.reverse != bool(adjoint))
+        inputs = [x[rows] for x in xs]
+        if adjoint:
+            inputs = [*adjoint[0], *inputs]
+        key = (program, length)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = _plan(program, len(carry), n_ys, length, self.schedule.steps)
+        return _loops().run_loop(plan, carry, inputs, captures, length, self.reverse != bool(adjoint))
 
     def _operands(self, operands: Arrays) -> tuple[Arrays, Arrays, Arrays]:
         n_inputs = len(self.body.inputs)
