@@ -51,7 +51,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--dropout", "1"], "1 is not below 1"),
         (["train", "--held-out", "1"], "not below 1"),
         (["train", "--steps", "3", "--epochs", "3"], "not allowed with"),
-        (["train", "--time-limit", "soon"], "not a number"),
+        (["train", "--time-limit", "soon"], "'soon' is no time; write seconds, or a number with s, m or h"),
+        (["train", "--time-limit", "3x"], "'3x' is no time"),
+        (["train", "--time-limit", "m"], "'m' is no time"),
+        (["train", "--time-limit", "0m"], "0 is not above 0"),
         (["train", "--seed", "-1"], "-1 is less than 0"),
         (["sample"], "required: CHECKPOINT"),
         (["sample", "x", "--prompt", ""], "--prompt is empty"),
@@ -157,3 +160,24 @@ def test_a_full_disk_while_training(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert train("--steps", "3", "--out", "run", "--quiet") == 1
     assert "no space left" in one_line(capsys)
     assert os.listdir("run") == []
+
+
+@pytest.mark.parametrize("text", ["", "g", "gr", "green"])
+def test_evaluate_on_a_short_text(run: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    Path("short.txt").write_text(text)
+    status = main(["evaluate", run, "--text", "short.txt"])
+    if len(text) > 1:
+        assert status == 0 and "bits per character on short.txt" in capsys.readouterr().out
+    else:
+        assert status == 1
+        assert f"short.txt has {len(text)} characters: at least 2 are needed" in one_line(capsys)
+
+
+def test_resuming_a_complete_run_says_so(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    before = Path("run/last.safetensors").read_bytes()
+    assert main(["train", "--resume", "run", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "the run in run is complete already: 3 of 3 steps" in out and "held out:" in out
+    assert Path("run/last.safetensors").read_bytes() == before

@@ -15,7 +15,6 @@ from thread_parts import forked
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
 from tinygrad_lstm.compiler import native
-from tinygrad_lstm.kernels import threads
 
 __all__ = ["runs"]
 

@@ -85,6 +85,7 @@ class Primitive(Differentiable):
         self.batch = batch  # "same": right with the same parameters when operands have one more leading axis
         self.explains = True  # say errors of the forward in terms of the operands; not those of a user's own function
         self.view = view  # the outputs share memory with the first operand
+        self.refuses = ""  # of an elementwise primitive: what values it does not take, and what to do
         self.always_tuple = always_tuple  # the forward returns a tuple even for one output
         self._jvp = jvp
         self.joint = joint
@@ -121,7 +122,7 @@ class Primitive(Differentiable):
             if x.__class__ is Tensor and y.__class__ is Tensor:
                 a, b = x._data, y._data
                 try:
-                    out = self.forward(a, b) if a.nbytes < SMALLEST else applied(self.forward, a, b)
+                    out = self.forward(a, b) if a.nbytes < SMALLEST else applied(self.forward, a, b)  # type: ignore[arg-type]
                 except (ValueError, TypeError, OverflowError) as error:
                     raise self._explained(error, args, params) from None
                 result = Tensor(out if out.__class__ is _ndarray else np.asarray(out))
@@ -182,6 +183,10 @@ class Primitive(Differentiable):
             return OutOfRangeError(f"{self.name}({found}{given}): index out of range for these shapes")
         if isinstance(error, (TypeError, AttributeError)):
             return DTypeError(f"{self.name}({found}{given}): these dtypes or argument types do not fit the operation")
+        if self.is_elementwise and _broadcast([a.shape for a in args if isinstance(a, Tensor)]):
+            return ArgumentError(
+                f"{self.name}({found}{given}): {self.refuses or 'these values do not fit the operation'}"
+            )
         return ShapeError(f"{self.name}({found}{given}): these shapes, axes or sizes do not fit together")
 
     def abstract(self, operands: Sequence[Any], params: Mapping[str, Any]) -> Any:
@@ -215,6 +220,15 @@ class Primitive(Differentiable):
             with np.errstate(all="ignore"):
                 cache[key] = self.forward(*ones, **params).dtype
         return Aval(np.broadcast_shapes(*[o.shape for o in operands if isinstance(o, Aval)]), cache[key])
+
+
+def _broadcast(shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether shapes fit together."""
+    try:
+        np.broadcast_shapes(*shapes)
+    except ValueError:
+        return False
+    return True
 
 
 def aval_of(value: Any) -> Aval:

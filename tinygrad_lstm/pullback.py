@@ -145,7 +145,7 @@ class Differentiable:
 
     # ------------------------------------------------------------------ derivatives
 
-    def pull(self, record: Any, cotangent: Any, wanted: Sequence[bool] | None = None) -> Sequence[Any]:
+    def pull(self, record: Any, cotangent: Any, wanted: Sequence[bool] | None = None) -> list[Any]:
         """Cotangents of the wanted inputs (of all that have a node): un-broadcast and in the input's dtype."""
         parents = record.parents
         if wanted is None:

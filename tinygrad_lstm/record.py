@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 
+from tinygrad_lstm.errors import DTypeError
+
 if TYPE_CHECKING:
     from tinygrad_lstm.primitive import Primitive
     from tinygrad_lstm.tape import Tape
@@ -285,12 +287,25 @@ def scope(path: str) -> Iterator[None]:
 def name(t: Tensor, label: str) -> Tensor:
     """Give a value a name for provenance (``i`` for an input gate) and return the same tensor.
 
-    Selections by gate, printed programs and error messages use it.  Free when nothing is recorded.
+    Selections by gate, printed programs and error messages use it.  Free when nothing is recorded.  Where a cell
+    gives one name to several values of a step, ``return_gates`` shows the first as ``i``, the next as ``i.1``.
+
+    Raises
+    ------
+    DTypeError
+        ``t`` is no Tensor, or ``label`` no string.
     """
+    try:
+        node = t._node
+    except AttributeError:
+        raise DTypeError(
+            f"name: a name is given to a Tensor, found {type(t).__name__}; make it one with tg.asarray"
+        ) from None
+    if label.__class__ is not str and not isinstance(label, str):
+        raise DTypeError(f"name: a name is a string, found {label!r}")
     names = _STATE.get().names
     if names is not None:
-        names[label] = t
-    node = t._node
+        names[_free_name(names, t, label)] = t
     if node is None:
         t._more().label = label
     else:
@@ -298,6 +313,15 @@ def name(t: Tensor, label: str) -> Tensor:
         extra = record.more()
         extra.label = {**(extra.label or {}), index: label}
     return t
+
+
+def _free_name(names: dict[str, Tensor], t: Tensor, label: str) -> str:
+    """The name itself, or with the first number that no other value has."""
+    free, count = label, 0
+    while free in names and names[free] is not t:
+        count += 1
+        free = f"{label}.{count}"
+    return free
 
 
 @contextmanager

@@ -40,9 +40,11 @@ class TracedTensor(Tensor):
                 f"a tensor of shape {self.shape} that was made while a scan or compiled body was recorded is used "
                 f"outside of it ({_user_line()}); return it from the body instead of storing it"
             )
+        asked, line = _asked_by(), _user_line()
+        how, advice = _ADVICE.get(asked, ("", "use ops.where instead of if"))
         raise TraceError(
-            f"the value of a tensor of shape {self.shape} is needed while the body is being recorded ({_user_line()}); "
-            "a recorded body may use shapes and dtypes, not values: use ops.where instead of if"
+            f"the value of a tensor of shape {self.shape} is needed while the body is being recorded ({line}{how}); "
+            f"a recorded body may use shapes and dtypes, not values: {advice}"
         )
 
     @property
@@ -84,6 +86,24 @@ class TracedTensor(Tensor):
         return f"<traced {self._aval}>"
 
 
+_ON_TENSORS = "compute with ops on the tensor itself (ops.stop_gradient for a value without a gradient)"
+_ADVICE = {
+    "numpy": (", by .numpy()", _ON_TENSORS),
+    "data": (", by .data", _ON_TENSORS),
+    "tolist": (", by .tolist()", _ON_TENSORS),
+    "__array__": (", as a NumPy array", _ON_TENSORS),
+}
+
+
+def _asked_by() -> str:
+    """The method of Tensor that needs the values."""
+    frame: Any = sys._getframe(2)
+    asked = ""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("tinygrad_lstm."):
+        asked, frame = frame.f_code.co_name, frame.f_back
+    return asked
+
+
 def _user_line() -> str:
     """``file:line`` of the first frame outside of this package."""
     frame: Any = sys._getframe(1)
@@ -94,6 +114,8 @@ def _user_line() -> str:
 
 class Trace:
     """The recorder that is in force while a body runs on data-free tensors."""
+
+    runs = False  # whether what is recorded runs as it is, rather than as the body of a loop or to be looked at
 
     def __init__(self) -> None:
         self.entries: list[tuple[Record, tuple[Any, ...], tuple[Tensor, ...]]] = []

@@ -20,15 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the bits per character."""
-    from tinygrad_lstm.data import TextCorpus
-    from tinygrad_lstm.data.text import encode
+    from tinygrad_lstm.data.text import encode, read_text
     from tinygrad_lstm.training.language_model import bits_per_character, load_model
 
     path = model_file(args.checkpoint)
     model, tree = load_model(path)
     if args.text is not None:
-        corpus = TextCorpus.from_file(args.text)
-        ids, what = encode(corpus.text, tree["vocabulary"]), args.text
+        ids, what = encode(read_text(args.text), tree["vocabulary"]), args.text
+        if len(ids) < 2:
+            raise Error(
+                f"{args.text} has {len(ids)} characters: at least 2 are needed, since the first is not predicted"
+            )
     else:
         corpus = training_corpus(tree["corpus"])
         ids, what = corpus.held_out, f"the held-out part of {corpus.name}"

@@ -64,7 +64,14 @@ def duration(text: str) -> float:
     (90.0, 90.0, 7200.0)
     """
     factor = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
-    return number(0, low_included=False)(text[:-1] if factor else text) * (factor or 1)
+    figures = text[:-1] if factor else text
+    try:
+        float(figures)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time; write seconds, or a number with s, m or h: 90, 1.5m, 2h"
+        ) from None
+    return number(0, low_included=False)(figures) * (factor or 1)
 
 
 def model_file(path: str) -> Path:

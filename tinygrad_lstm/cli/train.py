@@ -96,9 +96,15 @@ def run(args: argparse.Namespace) -> int:
     files = RunFolder(folder, config, about, corpus.vocabulary)
     if saved is not None and not (folder / LAST).exists():
         files.write(trainer)  # a resumed run that goes on in another folder is complete there too
+    complete = saved is not None and trainer.finished
     total = trainer.total or options["steps"] or options["epochs"] * len(streams)
     every = options["eval_every"] or max(1, total // 20)
-    if not args.quiet:
+    if complete:
+        print(
+            f"the run in {folder} is complete already: {trainer.step} of {total} steps, nothing is left to train; "
+            "for more steps start a new run"
+        )
+    elif not args.quiet:
         introduce(trainer, corpus, options, folder, total)
         tokens = options["batch"] * options["seq_len"]
         bits = lambda loss, _: {"bits": f"{loss / math.log(2):.3f}"}

@@ -60,6 +60,8 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         current = state()
         if current.eager or current.trace is not None:
+            if current.eager:
+                _report.publish(_report.op_by_op)
             return self.__wrapped__(*args, **kwargs)
         leaves: list[Any]
         treedef: TreeDef | int

@@ -415,15 +415,15 @@ class _Planner:
         return simplify(fill(program, extra))
 
 
-def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int) -> LoopPlan:
+def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | None = None) -> LoopPlan:
     """Hoist and sink; the loop's own program is then fused, or lowered to native code.
 
     ``body`` maps (carry..., x...; captures...) to (carry..., y..., s...): of the last ones the sum over all
-    steps is wanted.
+    steps is wanted.  ``whole``: the steps of the loop that these are a piece of; its pieces all take one path.
     """
     body = merge_matmuls(simplify(body), n_carry=n_carry)
     why: Any = None
-    if wanted(steps * work_of(body)):
+    if wanted((whole or steps) * work_of(body)):
         plan = _Planner(body, n_carry, n_ys, steps, native=True).plan()
         plan.native = why = native_loop(plan.inner, n_carry, len(plan.stacked))
         if plan.compiled:

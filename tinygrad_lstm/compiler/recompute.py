@@ -24,11 +24,12 @@ from tinygrad_lstm.compiler.simplify import dead_code, in_order
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Equation, Program
 
-__all__ = ["kept_bytes", "save_or_recompute"]
+__all__ = ["FLOPS_PER_BYTE", "SCARCE", "kept_bytes", "save_or_recompute"]
 
 # Operations on float32 in the time in which one byte is moved between a core and its outer cache or memory, and
 # what an element takes in such operations: measured on AVX2, fused loops in the inner cache against a copy.
 FLOPS_PER_BYTE = 3.0
+SCARCE = 2.0  # how much more a byte costs within a memory budget, where it shortens the segments of a loop
 CHEAP, ROOT, TRANSCENDENTAL, LIBRARY = 1.0, 5.0, 24.0, 300.0
 _FLOPS = {
     **dict.fromkeys(("divide", "sqrt"), ROOT),

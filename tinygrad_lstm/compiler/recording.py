@@ -47,6 +47,8 @@ class _NoDraws(dict):
 class FunctionTrace(Trace):
     """A recording of a whole function: also knows what was made, and what is to be drawn anew at each call."""
 
+    runs = True
+
     def __init__(self) -> None:
         super().__init__()
         self.made: list[Any] = []  # weak: what is alive when the recording is over has escaped
@@ -86,6 +88,7 @@ class Entry:
         self.capture_avals = [program.avals[s] for s in program.inputs[len(program.inputs) - len(captures) :]]
         self.outs = tuple(outs)  # ("value", which result), ("same", which operand) or ("static", anything)
         self.out_tree = out_tree
+        self.pieces = any(e.primitive.name == "scan_within" for e in program.equations)
         self.parts: list[Any] | None = None  # what the scans inside published at the first call
 
     def captured(self, reaches: Sequence[Reach]) -> list[Tensor] | None:
@@ -108,7 +111,8 @@ class Entry:
         if self.parts is None:
             with _report.collected() as parts:
                 results = bind_program(self.program, operands)
-            self.parts = parts
+            # A loop within a memory budget runs in many pieces of few kinds.
+            self.parts = list(dict.fromkeys(parts)) if self.pieces else parts
         else:
             results = bind_program(self.program, operands)
         _report.publish(self.report)

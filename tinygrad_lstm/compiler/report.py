@@ -161,6 +161,14 @@ def last() -> Report | None:
     return report
 
 
+def op_by_op() -> Report:
+    """What is shown after a call inside of ``tg.eager()``."""
+    return Report(
+        "the last call ran op by op, inside of tg.eager()",
+        notes=["call it outside of the block to see what is compiled"],
+    )
+
+
 def explain() -> Report:
     """What the last compiled call of this thread fused, moved and did not lower, and why.
 
@@ -274,7 +282,7 @@ def loop_report(plan: LoopPlan) -> Report:
 def program_report(name: str, recorded: int, before: Program, after: Program, parts: Sequence[Any]) -> Report:
     """The report of a compiled function: ``before`` and ``after`` fusing, and what its scans published."""
     native = [e for e in after.equations if e.primitive.name == "native"]
-    scans = [e for e in after.equations if e.primitive.name == "scan"]
+    scans = [e for e in after.equations if e.primitive.name in ("scan", "scan_within", "scan_within_back")]
     rest = [e for e in _real(after) if "kernel" not in e.params and e not in scans]
     groups = fused_groups(after)
     inside = [resolved(part) for part in parts]

@@ -29,7 +29,10 @@ import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 
-__all__ = ["Advance", "Reverse", "Schedule", "budget_bytes", "check_memory", "make_schedule", "share_memory"]
+__all__ = [
+    "Advance", "Budget", "Memory", "Reverse", "Schedule", "budget_bytes", "check_memory", "make_schedule",
+    "share_memory", "who_asks",
+]  # fmt: skip
 
 EXACT = 1024  # steps up to which the dynamic programme may place a border anywhere; beyond, cells of a grid
 _LENGTHS = 12  # besides powers of two
@@ -68,7 +71,7 @@ class Schedule:
     peak : int
         The most bytes of residuals and carries that are held at any moment.
     whole : int
-        Bytes that keeping everything takes.
+        Bytes that are kept without a budget.
 
     Examples
     --------
@@ -77,7 +80,10 @@ class Schedule:
 peak 710656 bytes, 5.0 % of the 14336000 for everything
     """
 
-    def __init__(self, steps: int, residual: int, carry: int, actions: tuple[Advance | Reverse, ...]) -> None:
+    def __init__(
+        self, steps: int, residual: int, carry: int, actions: tuple[Advance | Reverse, ...],
+        whole: int | None = None,
+    ) -> None:  # fmt: skip
         self.steps, self.residual, self.carry, self.actions = steps, residual, carry, actions
         self.segments = self.kept = self.recomputed = self.peak = self.longest = 0
         held = 0
@@ -92,7 +98,7 @@ peak 710656 bytes, 5.0 % of the 14336000 for everything
                 self.segments += 1
                 self.longest = max(self.longest, length)
             self.kept = max(self.kept, held)
-        self.whole = steps * residual
+        self.whole = steps * residual if whole is None else whole
         # Few lengths: those of most actions, and powers of two for the rest.
         often = Counter(min(action.stop - action.start, self.longest) for action in actions).most_common(_LENGTHS)
         powers = [1 << k for k in range(self.longest.bit_length())]
@@ -113,7 +119,7 @@ peak 710656 bytes, 5.0 % of the 14336000 for everything
         return found
 
     def __str__(self) -> str:
-        if self.segments <= 1:
+        if self.peak >= self.whole:
             return f"{self.steps} steps in one: keeps everything, {self.peak} bytes"
         return (
             f"{self.steps} steps in {self.segments} segments of at most {self.longest}: keeps {self.kept} carries, "
@@ -128,8 +134,21 @@ peak 710656 bytes, 5.0 % of the 14336000 for everything
 # ---------------------------------------------------------------------------- what the user gives
 
 
-def check_memory(memory: Any, who: str) -> int | float | None:
-    """``memory=`` as an int (bytes), a float (fraction), or None.
+class Budget(NamedTuple):
+    """The budget that a layer hands on to its loops: an amount, and whom errors name."""
+
+    amount: int | float
+    who: str
+
+    def __repr__(self) -> str:
+        return repr(self.amount)
+
+
+Memory = int | float | Budget | None  # after check_memory
+
+
+def check_memory(memory: Any, who: str) -> Any:
+    """``memory=`` as an int (bytes), a float (fraction), or None; a layer's Budget as it is.
 
     Raises
     ------
@@ -138,8 +157,8 @@ def check_memory(memory: Any, who: str) -> int | float | None:
     ArgumentError
         Bytes below 1, or a fraction outside of (0, 1].
     """
-    if memory is None:
-        return None
+    if memory is None or memory.__class__ is Budget:
+        return memory
     if isinstance(memory, (bool, np.bool_)) or not isinstance(memory, (int, float, np.integer, np.floating)):
         raise DTypeError(
             f"{who}: memory is a number of bytes (int) or a fraction of what keeping everything takes (float), "
@@ -156,20 +175,30 @@ def check_memory(memory: Any, who: str) -> int | float | None:
     return float(memory)
 
 
-def share_memory(memory: int | float | None, loops: int) -> int | float | None:
+def who_asks(memory: Memory, otherwise: str) -> str:
+    """Whom an error about a budget names."""
+    return memory.who if isinstance(memory, Budget) else otherwise
+
+
+def share_memory(memory: Memory, loops: int) -> Memory:
     """The part of each of several loops: bytes are shared out evenly, a fraction holds for each."""
+    if isinstance(memory, Budget):
+        return Budget(share_memory(memory.amount, loops), memory.who)  # type: ignore[arg-type]
     return max(1, memory // loops) if isinstance(memory, int) else memory
 
 
-def budget_bytes(memory: int | float, whole: int) -> int:
+def budget_bytes(memory: int | float | Budget, whole: int) -> int:
     """A budget in bytes."""
-    return memory if isinstance(memory, int) else int(memory * whole)
+    amount = memory.amount if isinstance(memory, Budget) else memory
+    return amount if isinstance(amount, int) else int(amount * whole)
 
 
 # ---------------------------------------------------------------------------- making schedules
 
 
-def make_schedule(steps: int, residual: int, carry: int, budget: int, who: str = "scan") -> Schedule:
+def make_schedule(
+    steps: int, residual: int, carry: int, budget: int, who: str = "scan", whole: int | None = None
+) -> Schedule:
     """The schedule of a loop within a budget.
 
     Parameters
@@ -181,6 +210,8 @@ def make_schedule(steps: int, residual: int, carry: int, budget: int, who: str =
         The most bytes of residuals and carries at any moment.
     who : str
         Who asks, for the message.
+    whole : int, optional
+        Bytes that are kept without a budget, where those are not ``steps * residual``.
 
     Raises
     ------
@@ -197,22 +228,22 @@ def make_schedule(steps: int, residual: int, carry: int, budget: int, who: str =
     tinygrad_lstm.errors.ArgumentError: scan: memory=8 bytes do not suffice for 10 steps with 7 bytes of residuals \
 each and a carry of 2; at least 9 are needed (70 keep everything)
     """
-    found = _schedule(steps, residual, carry, budget)
+    whole = steps * residual if whole is None else whole
+    found = _schedule(steps, residual, carry, budget, whole)
     if found is None:
         budgets = (residual + k * carry for k in range(5))
-        least = next(b for b in budgets if _schedule(steps, residual, carry, b) is not None)
+        least = next(b for b in budgets if _schedule(steps, residual, carry, b, whole) is not None)
         raise ArgumentError(
             f"{who}: memory={budget} bytes do not suffice for {steps} steps with {residual} bytes of residuals each "
-            f"and a carry of {carry}; at least {min(least, steps * residual)} are needed "
-            f"({steps * residual} keep everything)"
+            f"and a carry of {carry}; at least {min(least, steps * residual)} are needed ({whole} keep everything)"
         )
     return found
 
 
 @functools.lru_cache(maxsize=32)
-def _schedule(steps: int, residual: int, carry: int, budget: int) -> Schedule | None:
+def _schedule(steps: int, residual: int, carry: int, budget: int, whole: int) -> Schedule | None:
     actions = _actions(steps, residual, carry, budget)
-    return None if actions is None else Schedule(steps, residual, carry, actions)
+    return None if actions is None else Schedule(steps, residual, carry, actions, whole)
 
 
 def _actions(steps: int, residual: int, carry: int, budget: int) -> tuple[Advance | Reverse, ...] | None:

@@ -58,6 +58,7 @@ def merge_scans(program: Program) -> Program:
     scans = [(k, e) for k, e in enumerate(program.equations) if e.primitive is scan_primitive]
     replaced: dict[int, Equation] = {}
     dropped: set[int] = set()
+    place: dict[int, int] = {}  # where a scan stands that has taken the place of an earlier one
     same: dict[int, int] = {}
     for k, plain in scans:
         forwards = {
@@ -73,7 +74,8 @@ def merge_scans(program: Program) -> Program:
             tail = len(plain.outputs) - head
             same.update(zip(plain.outputs[:head], full.outputs[:head], strict=True))
             same.update(zip(plain.outputs[head:], full.outputs[len(full.outputs) - tail :], strict=True))
-            replaced[k] = full
+            place[j] = place.get(k, k)
+            replaced[place[j]] = full
             dropped.add(j)
             break
     if not replaced:

@@ -14,6 +14,29 @@ from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, Sha
 __all__ = ["TextCorpus", "TextStreams"]
 
 
+def read_text(path: str | os.PathLike[str], encoding: str = "utf-8") -> str:
+    """The text in a file; line ends become ``\\n`` and a byte-order mark is dropped.
+
+    Raises
+    ------
+    OSError
+        The file is missing or cannot be read.
+    ArgumentError
+        It is not text in this encoding.
+    """
+    with open(path, "rb") as file:
+        raw = file.read()
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            f"{os.fspath(path)} is not text in {encoding}: byte 0x{raw[error.start]:02x} at offset {error.start}"
+        ) from None
+    except LookupError:
+        raise ArgumentError(f"there is no encoding called {encoding!r}") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
 class TextCorpus:
     """A text, its vocabulary of characters, and its split into a training and a held-out part.
 
@@ -85,17 +108,7 @@ class TextCorpus:
         ArgumentError
             It is empty, too short, or not text in this encoding.
         """
-        with open(path, "rb") as file:
-            raw = file.read()
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError as error:
-            raise ArgumentError(
-                f"{os.fspath(path)} is not text in {encoding}: byte 0x{raw[error.start]:02x} at offset {error.start}"
-            ) from None
-        except LookupError:
-            raise ArgumentError(f"there is no encoding called {encoding!r}") from None
-        text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        text = read_text(path, encoding)
         corpus = cls(text, held_out, name=os.fspath(path))
         corpus.path = os.path.abspath(path)
         return corpus

@@ -3,7 +3,8 @@
 Each source becomes one module file ``<stem>_<hash>.py`` in the cache directory; Numba's own cache puts the
 machine code next to it.  The hash covers the source, the sources of this package's generators, and the
 versions of Numba, NumPy and Python with the target CPU and its features, so a stale file cannot be found.
-A checksum file guards the machine code, which Numba itself would load unseen.
+A checksum file guards the machine code, which Numba itself would load unseen.  What was not used for longest is
+deleted when there is more than ``$TINYGRAD_LSTM_CACHE_LIMIT`` (see :mod:`.cachefiles`).
 
 The directory is ``$TINYGRAD_LSTM_CACHE_DIR``, else ``$XDG_CACHE_HOME/tinygrad_lstm``, else
 ``~/.cache/tinygrad_lstm``; it is made with mode 0700.  One that is not ours, not writable, or writable by
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.abc
 import importlib.machinery
 import linecache
 import os
@@ -27,6 +29,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from .cachefiles import limit_bytes, touch, trim
 
 __all__ = ["cache_directory", "load", "trouble", "wanted_directory"]
 
@@ -42,6 +46,7 @@ _loaded: dict[tuple[str, str], Any] = {}
 _warned = False
 _compiling = 0.0  # seconds so far
 _announced = False
+_held: dict[Path, int] = {}  # bytes in a folder: counted when this process first adds to it, and what it added
 
 
 def _after_fork() -> None:
@@ -62,11 +67,31 @@ class _Finder:
         if not name.startswith(_PREFIX + "_"):
             return None
         directory = cache_directory()
-        file = None if directory is None else directory / f"{name[len(_PREFIX) + 1 :]}.py"
-        if file is None or not file.exists():
+        base = name[len(_PREFIX) + 1 :]
+        if directory is None:
             return None
-        loader = importlib.machinery.SourceFileLoader(name, str(file))
-        return importlib.machinery.ModuleSpec(name, loader, origin=str(file))
+        file = directory / f"{base}.py"
+        try:
+            source = file.read_bytes().decode()
+        except (OSError, UnicodeDecodeError):
+            return None
+        if _base(source, base.rpartition("_")[0]) != base:
+            return None  # not what was written under that name
+        if not _checksums_hold(directory, base):
+            _discard(directory, base)
+        touch(directory, base)
+        return importlib.machinery.ModuleSpec(name, _Loader(source, str(file)), origin=str(file))
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs the source that was looked at: no bytecode of Python's stands beside it that could be damaged."""
+
+    def __init__(self, source: str, filename: str) -> None:
+        self.source, self.filename = source, filename
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__file__ = self.filename
+        exec(compile(self.source, self.filename, "exec"), module.__dict__)
 
 
 def wanted_directory() -> Path:
@@ -151,32 +176,62 @@ def load(source: str, function_name: str, *, stem: str) -> Callable[..., Any]:
     return function
 
 
-def _module(source: str, stem: str) -> types.ModuleType:
+def _base(source: str, stem: str) -> str:
+    """The name of a program: its kind, and a hash of all that its machine code depends on."""
     digest = hashlib.sha256(f"{_environment()}\0{source}".encode()).hexdigest()[:32]
-    base = f"{stem}_{digest}"
+    return f"{stem}_{digest}"
+
+
+def _module(source: str, stem: str) -> types.ModuleType:
+    base = _base(source, stem)
     directory = cache_directory()
     if directory is None:
         return _in_memory(source, base)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
     try:
-        file = directory / f"{base}.py"
-        if not _holds(file, source.encode()):
-            _write(file, source.encode())
-        if not _checksums_hold(directory, base):
-            _discard(directory, base)
         try:
-            with contextlib.nullcontext() if _machine_code(directory, base) else _notice(directory):
-                module = _execute(source, base, str(file))
+            return _on_disk(source, base, directory)
         except Exception:
-            # Whatever Numba found in a damaged index: once more from nothing, then errors are real.
+            # Whatever Numba found in a damaged index, or missed of what another process deleted meanwhile: once more
+            # from nothing, then errors are real.
             _discard(directory, base)
-            module = _execute(source, base, str(file))
-        _write_checksums(directory, base)
-        return module
+            return _on_disk(source, base, directory)
     except OSError as error:  # the disk is full, or the directory went away meanwhile
         _warn(f"the cache of compiled code is off: {error}")
         return _in_memory(source, base)
+
+
+def _on_disk(source: str, base: str, directory: Path) -> types.ModuleType:
+    """A module from its files in the directory, which are made (again) where they are missing or damaged."""
+    limit = limit_bytes()
+    touch(directory, base)  # first, so that no other process deletes it now
+    file = directory / f"{base}.py"
+    if not _holds(file, source.encode()):
+        _write(file, source.encode())
+    if not _checksums_hold(directory, base):
+        _discard(directory, base)
+    kept = bool(_machine_code(directory, base))
+    with contextlib.nullcontext() if kept else _notice(directory):
+        module = _execute(source, base, str(file))
+    _write_checksums(directory, base)
+    if not kept and limit is not None:
+        with contextlib.suppress(OSError):  # another process deletes too
+            _keep_within(limit, directory, base)
+    return module
+
+
+def _keep_within(limit: int, directory: Path, base: str) -> None:
+    """Delete what was not used for longest where the directory has grown beyond the limit.
+
+    All of it is looked at when this process first adds something, and when by its own account the limit is passed.
+    """
+    held = _held.get(directory)
+    if held is not None:
+        held += sum(path.stat().st_size for path in (*_machine_code(directory, base), directory / f"{base}.py"))
+    if held is None or held > limit:
+        held = trim(directory, limit)
+    _held[directory] = held
 
 
 def _execute(source: str, base: str, filename: str) -> types.ModuleType:
@@ -245,6 +300,7 @@ def _write_checksums(directory: Path, base: str) -> None:
     content = _checksums(directory, base)
     if not _holds(directory / f"{base}.sum", content):
         _write(directory / f"{base}.sum", content)
+        touch(directory, base)
 
 
 def _discard(directory: Path, base: str) -> None:

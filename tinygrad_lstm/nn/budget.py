@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.schedule import check_memory, share_memory
+from tinygrad_lstm.compiler.schedule import Budget, Memory, check_memory, share_memory
 from tinygrad_lstm.errors import ArgumentError
+from tinygrad_lstm.nn.cells import describe
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.ops.segments import MemoryPlan, memory_plan
 
@@ -26,10 +27,17 @@ class Budgeted(Module):
 
     memory: int | float | None = None
 
-    def budget(self, given: int | float | None = None, parts: int = 1) -> int | float | None:
-        """The budget of each of so many parts, from the one given in a call or else the layer's own."""
-        memory = check_memory(self.memory if given is None else given, type(self).__name__)
-        return share_memory(memory, parts)
+    def budget(self, given: Memory = None, parts: int = 1) -> Memory:
+        """The budget of each of so many parts, from the one given in a call or else the layer's own.
+
+        Errors name the layer that it was given to, also where a layer inside hands it on.
+        """
+        memory = self.memory if given is None else given
+        if memory is None:
+            return None
+        who = describe(self)
+        memory = check_memory(memory, who)
+        return share_memory(memory if isinstance(memory, Budget) else Budget(memory, who), parts)
 
     def sharing(self, wanted: dict[str, Any], parts: int) -> dict[str, Any]:
         """The keyword arguments of a call as each of so many parts gets them: its share, where there is a budget."""

@@ -43,9 +43,14 @@ class GatedCell(Module):
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, *, proj_size: int = 0,
-        dtype: Any = np.float32, generator: Generator | None = None,
+        dtype: Any = np.float32, generator: Generator | None = None, **unknown: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        if unknown:
+            raise DTypeError(
+                f"{type(self).__name__} takes no argument {', '.join(sorted(unknown))}; it takes input_size, "
+                "hidden_size, bias, proj_size (LSTM), dtype, generator"
+            )
         positive(type(self).__name__, input_size=input_size, hidden_size=hidden_size)
         if proj_size and self.gates != 4:
             raise ArgumentError(f"{type(self).__name__}: proj_size={proj_size}, but only LSTM cells have a projection")

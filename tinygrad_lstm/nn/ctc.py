@@ -8,7 +8,7 @@ import numpy as np
 
 from tinygrad_lstm import ops
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
-from tinygrad_lstm.ops.control import check_lengths
+from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.tensor import Tensor, asarray
 
 __all__ = ["ctc_loss"]

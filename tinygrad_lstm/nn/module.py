@@ -189,6 +189,12 @@ class Module:
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, (Module, Parameter, list, tuple, dict)):
             self._adopt(name, value)
+        elif value is not None and isinstance(self.__dict__.get(name), Parameter):
+            who = f"{type(self).__name__}.{name}"
+            raise DTypeError(
+                f"{who} is a Parameter; in its place, this {type(value).__name__} would not be trained: set its values "
+                f"by {who.partition('.')[2]}.data = array, or assign nn.Parameter(array) (None takes it away)"
+            )
         self.__dict__[name] = value
         _changes[0] = next(_versions)
         if "_version" in self.__dict__:

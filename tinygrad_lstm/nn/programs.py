@@ -55,17 +55,16 @@ _KNOWN = frozenset({type(None), bool, int, float, str, type, Tensor, Parameter, 
 
 def known_of(module: Module, make: bool = False) -> Any:
     """What is kept for a module between calls; None where there is nothing yet (and none is to be made)."""
-    known = _programs.get(id(module))
-    if known is None and make:
-        with _lock:
-            known = _programs.get(id(module))
-            if known is None:
-                known = _programs[id(module)] = {}
-                weakref.finalize(module, _programs.pop, id(module), None)
-    if make:
-        with _lock:
-            while len(known) >= _MOST:
-                del known[next(iter(known))]
+    known: Any = _programs.get(id(module))
+    if not make:
+        return known
+    with _lock:
+        known = _programs.get(id(module))
+        if known is None:
+            known = _programs[id(module)] = {}
+            weakref.finalize(module, _programs.pop, id(module), None)
+        while len(known) >= _MOST:
+            del known[next(iter(known))]
     return known
 
 
@@ -190,7 +189,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
             if _has_opaque_state(cell):
                 return record_body(body, carry, carry_tree, xs, x_tree)
             structure = (cell.version, tuple(module.training for module in cell.modules()))
-        known = known_of(cell) or known_of(cell, make=True)
+        known = known_of(cell) or {}
         key = (
             variant,
             type(cell).forward,

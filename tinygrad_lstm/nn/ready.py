@@ -74,7 +74,7 @@ class ReadyLayers:
             and not current.eager
             and not current.tapes
             and current.names is None
-            and all([run.kind.forward is run.forward for run in self.runs])
+            and all(run.kind.forward is run.forward for run in self.runs)
         )
 
     def __call__(self, x: Tensor, current: State) -> tuple[Tensor, Any]:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.compiler.schedule import check_memory
+from tinygrad_lstm.compiler.schedule import Memory, check_memory
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
 from tinygrad_lstm.nn.module import Parameter
 from tinygrad_lstm.nn.programs import recorder_for
-from tinygrad_lstm.ops.control import check_lengths, scan_with
+from tinygrad_lstm.ops.control import scan_with
+from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.tape import recording, state
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import describe as describe_tree
@@ -29,7 +30,7 @@ Trajectories = dict[str, Tensor]
 
 def run_cell(
     cell: Any, x: Any, init: Any, *, lengths: Any = None, reverse: bool = False, states: bool = False,
-    gates: bool = False, noise: Any = None, memory: int | float | None = None,
+    gates: bool = False, noise: Any = None, memory: Memory = None,
 ) -> tuple[Any, Any, Trajectories]:  # fmt: skip
     """Run a cell over a sequence: ``(outputs, final state, trajectories)``, all of them time-major.
 
@@ -57,8 +58,9 @@ def run_cell(
 
 def _stepped(cell: Any, x: Any, carry: Any, *noise: Any) -> tuple[Any, Any]:
     """One step of the cell; errors in terms of a cell, not of a scan."""
-    result = cell(x, carry, *noise)
     who = type(cell).__name__
+    _check_state_dtype(x, carry, who)
+    result = cell(x, carry, *noise)
     if not isinstance(result, tuple) or len(result) != 2:
         raise DTypeError(
             f"{who}.forward returned {type(result).__name__}, expected a pair (output, state); "
@@ -79,6 +81,21 @@ def _stepped(cell: Any, x: Any, carry: Any, *noise: Any) -> tuple[Any, Any]:
                 f"make initial_state and forward of {who} agree"
             )
     return result
+
+
+def _check_state_dtype(x: Any, carry: Any, who: str) -> None:
+    """Raise where all of the state has another floating dtype than x: the whole loop would silently run in that one.
+
+    A state of several dtypes is meant so.
+    """
+    of_x = {leaf.dtype for leaf in flatten(x)[0] if leaf.dtype.kind == "f"}
+    of_state = {leaf.dtype for leaf in map(asarray, flatten(carry)[0]) if leaf.dtype.kind == "f"}
+    if len(of_x) == len(of_state) == 1 and of_x != of_state:
+        (expected,), (found,) = of_x, of_state
+        raise DTypeError(
+            f"{who}: x is {expected}, the state that it starts from is {found}; give initial_state (or the state of "
+            f"the call) dtype=np.{expected}, or convert x with astype(np.{found})"
+        )
 
 
 def _selected(named: dict[str, Tensor], carry: Any, gates: bool) -> Trajectories:
@@ -201,8 +218,16 @@ class Recurrent(Budgeted):
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
-        x = tree_map(asarray, x)
-        for leaf in flatten(x)[0]:
+        given, x = x, tree_map(asarray, x)
+        leaves = flatten(x)[0]
+        if not leaves:
+            raise DTypeError(
+                f"{who}: x is {given!r}, expected an array (time and batch are its first axes), or a tree of them"
+            )
+        if given.__class__ in (list, tuple) and all(leaf.ndim == 0 for leaf in leaves):
+            x = asarray(given)  # nested lists of numbers
+            leaves = [x]
+        for leaf in leaves:
             if leaf.ndim < 2:
                 raise ShapeError(f"{who}: x has shape {leaf.shape}, expected at least two axes (time and batch)")
         if isinstance(self.cell, GatedCell):
@@ -210,7 +235,8 @@ class Recurrent(Budgeted):
             check_input(x, self.cell.input_size, self.cell.weight_ih.dtype, who, expected)
         if self.batch_first:
             x = flipped(x)
-        steps, batch = flatten(x)[0][0].shape[:2]
+            leaves = flatten(x)[0]
+        steps, batch = leaves[0].shape[:2]
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, who)
         outputs, final, trajectories = run_cell(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from tinygrad_lstm.nn.cells import GatedCell, GRUCell, LSTMCell, RNNCell, check_
 from tinygrad_lstm.nn.module import Module, Parameter, Place
 from tinygrad_lstm.nn.ready import find, keep
 from tinygrad_lstm.nn.recurrent import joined, run_cell
-from tinygrad_lstm.ops.control import check_lengths
+from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.primitive import REGISTRY
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tape import _STATE
@@ -40,6 +41,7 @@ class RecurrentLayers(Budgeted):
 
     returns_state = True
     state_parts = 1
+    cell_options: tuple[str, ...] = ()  # what the cell takes beyond what every layer does
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
@@ -55,6 +57,9 @@ class RecurrentLayers(Budgeted):
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
         self.return_states, self.return_gates = return_states, return_gates
         self.generator, self.memory = generator, check_memory(memory, who)
+        if not set(options) <= set(self.cell_options):
+            unknown = ", ".join(sorted(set(options) - set(self.cell_options)))
+            raise DTypeError(f"{who} takes no argument {unknown}; it takes {', '.join(_arguments(self))}")
         self.proj_size = options.get("proj_size", 0)
         width = (self.proj_size or hidden_size) * self.directions
         self._cells = [
@@ -154,6 +159,8 @@ class RecurrentLayers(Budgeted):
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
+        if x is None:
+            raise DTypeError(f"{who}: x is None, expected an array")
         given = x = asarray(x)
         unbatched = x.ndim == 2
         expected = "(T, {})" if unbatched else "(B, T, {})" if self.batch_first else "(T, B, {})"
@@ -239,6 +246,12 @@ class RecurrentLayers(Budgeted):
         return ", ".join(shown)
 
 
+def _arguments(layer: RecurrentLayers) -> list[str]:
+    """The names of the arguments of a layer's class."""
+    names = [*inspect.signature(type(layer)).parameters, *inspect.signature(RecurrentLayers).parameters]
+    return [name for name in dict.fromkeys(names) if name != "options"]
+
+
 class RNN(RecurrentLayers):
     """Simple recurrent layers (Elman 1990), see :class:`~tinygrad_lstm.nn.RNNCell`.
 
@@ -277,6 +290,8 @@ class RNN(RecurrentLayers):
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 
+    cell_options = ("nonlinearity",)
+
     @staticmethod
     def make_cell(input_size: int, hidden_size: int, bias: bool, **options: Any) -> GatedCell:
         """An RNNCell."""
@@ -314,6 +329,7 @@ class LSTM(RecurrentLayers):
     """
 
     state_parts = 2
+    cell_options = ("proj_size",)
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,

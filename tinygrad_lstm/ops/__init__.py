@@ -1,7 +1,8 @@
 """Every primitive of the package, and the functions made of them.  NumPy's names, arguments and defaults."""
 
 from tinygrad_lstm.ops import control, elementwise, indexing, linalg, random, reduction, shape
-from tinygrad_lstm.ops import loop as loop  # the primitive of scan, declared with the others
+from tinygrad_lstm.ops import loop as loop  # the primitives of scan, declared with the others
+from tinygrad_lstm.ops import within as within
 from tinygrad_lstm.ops.control import *  # noqa: F403
 from tinygrad_lstm.ops.elementwise import *  # noqa: F403
 from tinygrad_lstm.ops.indexing import *  # noqa: F403

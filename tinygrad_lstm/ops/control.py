@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.report import publish, stepwise
-from tinygrad_lstm.compiler.schedule import check_memory
-from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
+from tinygrad_lstm.compiler.report import op_by_op, publish, stepwise
+from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError, TraceError
 from tinygrad_lstm.ops.elementwise import where
+from tinygrad_lstm.ops.lengths import check_lengths, valid_steps
 from tinygrad_lstm.ops.loop import bind_scan, canonical
 from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
@@ -60,11 +61,11 @@ def scan(
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
     memory : int or float, optional
-        The most that is kept for the backward pass, in bytes (int) or as a fraction in (0, 1] of what keeping
-        everything takes (float); None keeps everything.  It covers the residuals of the steps and the carries
+        The most that is kept for the backward pass, in bytes (int) or as a fraction in (0, 1] of what is
+        kept without a budget (float); None keeps everything.  It covers the residuals of the steps and the carries
         between segments, not xs, ys and their cotangents, which stay whole.  The backward pass runs segments of
         the loop again; :func:`memory_plan` says how many steps that is.  A gradient that is itself differentiated,
-        and a scan inside of a body, keep everything.
+        and a scan inside of a body, keep everything; in a function given to ``tg.compile`` the budget holds.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def scan_with(
     if lengths is not None:
         valid = _valid_steps(lengths, steps, carry_leaves, x_leaves)
         full_body = _masked(body)
-        x_leaves = [*x_leaves, Tensor(valid)]
+        x_leaves = [*x_leaves, valid]
         x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
     if not state().eager:
         try:
@@ -113,10 +114,12 @@ def scan_with(
                 raise  # the enclosing recording needs the value as well
             if memory is not None and state().enabled:
                 raise ArgumentError(
-                    f"scan: memory={memory} needs a body that is recorded once, and this one runs step by step "
-                    f"({error}); leave memory out, or use ops.where instead of values"
+                    f"{who_asks(memory, 'scan')}: memory={memory!r} needs a body that is recorded once, and this one "
+                    f"runs step by step ({error}); leave memory out, or use ops.where instead of values"
                 ) from None
             publish(functools.partial(stepwise, error.with_traceback(None), steps))  # no frames are kept
+    else:
+        publish(op_by_op)
     return _stepwise(full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse)
 
 
@@ -169,29 +172,13 @@ def _steps(leaves: list[Tensor], xs: Any, length: int | None) -> int:
 # ---------------------------------------------------------------------------- lengths
 
 
-def check_lengths(lengths: Any, steps: int, batch: int, who: str = "scan") -> np.ndarray:
-    """``lengths`` as an int64 array (B,), every one in 0..T."""
-    array = np.asarray(lengths._data if isinstance(lengths, Tensor) else lengths)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise DTypeError(f"{who}: lengths are integers, found {array.dtype}; round and convert them first")
-    if array.shape != (batch,):
-        raise ShapeError(f"{who}: lengths of shape {array.shape}, expected ({batch},): one per row of the batch")
-    if array.size and (array.min() < 0 or array.max() > steps):
-        bad = array[(array < 0) | (array > steps)][0]
-        raise OutOfRangeError(f"{who}: length {bad} is outside of 0..{steps}")
-    return array.astype(np.int64)
-
-
-def _valid_steps(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> np.ndarray:
+def _valid_steps(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> Tensor:
     sizes = [leaf.shape[0] for leaf in carry if leaf.ndim] + [leaf.shape[1] for leaf in xs if leaf.ndim > 1]
     if len(sizes) != len(carry) + len(xs):
         raise ShapeError("scan: with lengths, batch is axis 0 of every carry leaf and axis 1 of every leaf of xs")
     if len(set(sizes)) > 1:
         raise ShapeError(f"scan: with lengths, all leaves have one batch size, found {sorted(set(sizes))}")
-    array = check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths))
-    return np.arange(steps)[:, None] < array
+    return valid_steps(check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths)), steps)
 
 
 def _rows(valid: Tensor, like: Tensor) -> Tensor:
@@ -256,7 +243,7 @@ class Recorded:
 
     def run(
         self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool,
-        memory: int | float | None = None,
+        memory: Memory = None,
     ) -> list[Any]:  # fmt: skip
         """The leaves of (carry, ys)."""
         if not self.program.outputs:
@@ -295,7 +282,7 @@ def _recorded(
     x_tree: TreeDef,
     steps: int,
     reverse: bool,
-    memory: int | float | None,
+    memory: Memory,
 ) -> tuple[Any, Any]:
     recorded = record(body, carry, carry_tree, xs, x_tree)
     outs = recorded.run(carry, xs, recorded.captures, steps, reverse, memory)

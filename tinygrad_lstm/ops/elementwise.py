@@ -52,6 +52,9 @@ power: Primitive = elementwise(
     (_power_base, lambda g, x, out: g * where(equal(x, 0), 0.0, out * log(where(equal(x, 0), 1.0, x)))),
     doc="x ** y, elementwise with broadcasting.",
 )
+power.refuses = (
+    "an integer to a negative integer power is a fraction; convert the base first, e.g. x.astype(np.float32)"
+)
 square: Primitive = elementwise("square", e.square, (lambda g, x: g * (2 * x),), doc="x * x, elementwise.")
 sqrt: Primitive = elementwise(
     "sqrt", e.sqrt, (lambda g, out: g * 0.5 / out,), doc="Square root; its derivative at 0 is inf."

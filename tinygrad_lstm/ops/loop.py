@@ -87,17 +87,18 @@ def _vjp(
         back = kept.site.backward(present, asked)
         if back is not None and back.picks is not None:
             return back.run(g, inputs, kept.arrays)
-    pair = _adjoint(body, n_carry, n_ys, present, asked)
     segments = kept.segments if isinstance(kept, Residuals) and not state().enabled else None
     n_inputs = len(body.inputs)
     floats = _float_carries(body, n_carry)
     seeds = [zeros(body.avals[body.inputs[k]]) if g[k] is None else g[k] for k in floats]
-    xs = inputs[n_carry:n_inputs]
     y_seeds = [c for c in g[n_carry : n_carry + n_ys] if c is not None]
     s_seeds = [c for c in g[n_carry + n_ys :] if c is not None]
     if segments is not None:
-        results = segments.backward(pair, inputs, seeds, y_seeds, s_seeds, sum(asked[: len(xs)]))
+        arrays = [[t._data for t in tensors] for tensors in (inputs, seeds, y_seeds, s_seeds)]
+        results = tuple([Tensor(array) for array in segments.backward(present, asked, *arrays)])
     else:
+        pair = _adjoint(body, n_carry, n_ys, present, asked)
+        xs = inputs[n_carry:n_inputs]
         residuals = _residuals(pair, inputs, body, n_carry, n_ys, length, reverse, record)
         results = scan_primitive.bind(
             (*seeds, *residuals, *(xs[k] for k in pair.reads), *y_seeds, *inputs[n_inputs:], *s_seeds),
@@ -109,7 +110,12 @@ def _vjp(
                 "reverse": not reverse,
             },
         )
-    shares: list[Any] = [None] * len(inputs)
+    return _shares(results, floats, n_carry, asked)
+
+
+def _shares(results: Sequence[Any], floats: Sequence[int], n_carry: int, asked: Sequence[bool]) -> list[Any]:
+    """The results of an adjoint loop as cotangents of the scan's operands, None where none is asked for."""
+    shares: list[Any] = [None] * (n_carry + len(asked))
     for k, share in zip(floats, results, strict=False):
         shares[k] = share
     positions = [n_carry + k for k, yes in enumerate(asked) if yes]
@@ -222,7 +228,7 @@ scan_primitive: Primitive = Primitive(
 
 def bind_scan(
     body: Program, operands: Sequence[Tensor], n_carry: int, n_ys: int, length: int, reverse: bool,
-    memory: int | float | None = None,
+    memory: Any = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Run a scan, keeping residuals (within ``memory``) where somebody may ask for gradients."""
     params: dict[str, Any] = {"body": body, "n_carry": n_carry, "n_ys": n_ys, "length": length, "reverse": reverse}
@@ -230,7 +236,11 @@ def bind_scan(
     every, needs = bool(current.tapes), True in [t._rg for t in operands]
     if not current.enabled or current.trace is not None or not (every or needs):
         if memory is not None and current.trace is not None:
-            params["memory"] = memory  # part of what is recorded
+            if current.enabled and current.trace.runs:
+                from tinygrad_lstm.ops.within import bind_within
+
+                return bind_within(body, operands, n_carry, n_ys, length, reverse, memory)
+            params["memory"] = memory  # part of what is recorded: memory_plan reads it
         return scan_primitive.bind(tuple(operands), params)
     linked = tuple([(t._rg or every) and t._data.dtype.kind == "f" for t in operands[n_carry:]])
     site = site_of(body, n_carry, n_ys, length, reverse, linked)
@@ -239,7 +249,7 @@ def bind_scan(
     kept = Residuals(site)
     from tinygrad_lstm.ops.segments import segmented
 
-    kept.segments = segmented(body, n_carry, n_ys, length, reverse, kept.present, linked, memory)
+    kept.segments = segmented(site, memory)
     return bind_site(site, tuple(operands), needs, current, kept)
 
 
@@ -260,9 +270,10 @@ def bind_site(
             made = list(kept.segments.forward(tuple(arrays)))
     except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise scan_primitive._explained(error, operands, {**site.params, "keep": kept}) from None
-    if site.shared is None:
-        site.shared = _shared(made, kept.arrays)
-    kept.shared = site.shared
+    if kept.segments is None:
+        if site.shared is None:
+            site.shared = _shared(made, kept.arrays)
+        kept.shared = site.shared
     if lead:
         made[: site.n_carry] = [a[None] for a in made[: site.n_carry]]
     outs = tuple([Tensor(a if a.__class__ is np.ndarray else np.asarray(a)) for a in made])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from tinygrad_lstm import ops
@@ -72,6 +73,15 @@ def _array_function(self: Tensor, function: Any, types: Any, args: Any, kwargs: 
     counterpart = getattr(ops, name, None)
     if counterpart is None or name not in ops.__all__:
         raise ArgumentError(f"numpy.{function.__name__} has no counterpart in ops; use t.numpy()")
+    try:
+        inspect.signature(counterpart).bind(*args, **kwargs)
+    except TypeError:
+        taken = list(inspect.signature(counterpart).parameters)
+        unknown = sorted(set(kwargs) - set(taken))
+        found = f"the keyword {', '.join(unknown)}" if unknown else f"{len(args)} arguments"
+        raise ArgumentError(
+            f"numpy.{function.__name__} on a Tensor takes what ops.{name} takes ({', '.join(taken)}), found {found}"
+        ) from None
     return counterpart(*args, **kwargs)
 
 

@@ -65,13 +65,15 @@ def _derived(program: Program, key: tuple[Any, ...], make: Callable[[], Any]) ->
     return found
 
 
-def plan_of(body: Program, n_carry: int, n_ys: int, steps: int) -> Any:
+def plan_of(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | None = None) -> Any:
+    """The plan of a loop; of a piece of a loop of ``whole`` steps, which is native where that one is."""
+
     def make() -> Any:
         from tinygrad_lstm.compiler.loop import plan_loop
 
-        return plan_loop(body, n_carry, n_ys, steps)
+        return plan_loop(body, n_carry, n_ys, steps, whole)
 
-    return _derived(body, ("plan", n_carry, n_ys, steps, compile_mode()), make)
+    return _derived(body, ("plan", n_carry, n_ys, steps, whole, compile_mode()), make)
 
 
 def _adjoint(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> Any:
@@ -82,18 +84,22 @@ def _adjoint(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], 
     )
 
 
-def _thrifty(body: Program, n_carry: int, n_ys: int, pair: Any, steps: int, kept: Collection[int] | None = None) -> Any:
+def _thrifty(
+    body: Program, n_carry: int, n_ys: int, pair: Any, steps: int, kept: Collection[int] | None = None,
+    lean: bool = False,
+) -> Any:  # fmt: skip
     """The adjoint pair that keeps what costs least where the loops are native; as it is on NumPy.
 
-    ``kept``: what a forward has stored already.
+    ``kept``: what a forward has stored already.  ``lean``: within a memory budget, where bytes cost more.
     """
     from tinygrad_lstm.compiler.native import wanted, work_of
-    from tinygrad_lstm.compiler.recompute import save_or_recompute
+    from tinygrad_lstm.compiler.recompute import FLOPS_PER_BYTE, SCARCE, save_or_recompute
 
     if not wanted(steps * work_of(body)):
         return pair
     try:
-        return save_or_recompute(pair, n_carry, n_ys, kept=kept)
+        price = FLOPS_PER_BYTE * SCARCE if lean else FLOPS_PER_BYTE
+        return save_or_recompute(pair, n_carry, n_ys, kept=kept, flops_per_byte=price)
     except ValueError:  # not to be had from what was stored: the forward runs again
         return pair
 
@@ -105,8 +111,10 @@ class Site:
     """
 
     def __init__(
-        self, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]
-    ) -> None:
+        self, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...],
+        lean: bool = False,
+    ) -> None:  # fmt: skip
+        self.lean = lean  # within a memory budget
         self.body, self.n_carry, self.n_ys, self.length, self.reverse = body, n_carry, n_ys, length, reverse
         self.wanted = wanted  # the xs and captures that are differentiated
         self.present = _float_outputs(body, n_carry)
@@ -121,13 +129,36 @@ class Site:
         self.led_avals = tuple(Aval((1, *a.shape), a.dtype) if k < n_carry else a for k, a in enumerate(self.avals))
         self.shared: frozenset[int] | None = None  # outputs that lie where residuals do; seen at the first call
         self._forward: Any = None
+        self._pair: Any = None
         self._backward: dict[Any, Backward] = {}
+
+    def anew(self) -> Site:
+        """The same site by the rules that are in force now."""
+        return site_of(self.body, self.n_carry, self.n_ys, self.length, self.reverse, self.wanted, self.lean)
+
+    def within_budget(self) -> Site:
+        """The same scan where bytes cost more."""
+        return site_of(self.body, self.n_carry, self.n_ys, self.length, self.reverse, self.wanted, True)
+
+    @property
+    def pair(self) -> Any:
+        """The adjoint pair that says what a forward keeps."""
+        if self._pair is None:
+            pair = _adjoint(self.body, self.n_carry, self.n_ys, self.present, self.wanted)
+            self._pair = _thrifty(self.body, self.n_carry, self.n_ys, pair, self.length, lean=self.lean)
+        return self._pair
+
+    def pair_of(self, present: tuple[bool, ...], asked: tuple[bool, ...]) -> Any:
+        """The pair for these cotangents and inputs, which reads what :attr:`pair` keeps."""
+        if (present, asked) == (self.present, self.wanted):
+            return self.pair
+        pair = _adjoint(self.body, self.n_carry, self.n_ys, present, asked)
+        return _thrifty(self.body, self.n_carry, self.n_ys, pair, self.length, self.pair.residuals, self.lean)
 
     def forward(self) -> tuple[Any, Any]:
         """The adjoint pair, and the plan of its forward loop."""
         if self._forward is None:
-            pair = _adjoint(self.body, self.n_carry, self.n_ys, self.present, self.wanted)
-            pair = _thrifty(self.body, self.n_carry, self.n_ys, pair, self.length)
+            pair = self.pair
             plan = plan_of(pair.forward, self.n_carry, self.n_ys + len(pair.residuals), self.length)
             self._forward = pair, plan
         return self._forward
@@ -158,18 +189,13 @@ class Backward:
 
     def __init__(self, site: Site, present: tuple[bool, ...], asked: tuple[bool, ...]) -> None:
         body, n_carry = site.body, site.n_carry
-        kept = site.forward()[0]
-        if (present, asked) == (site.present, site.wanted):
-            pair = kept
-        else:
-            pair = _adjoint(body, n_carry, site.n_ys, present, asked)
-            pair = _thrifty(body, n_carry, site.n_ys, pair, site.length, kept.residuals)
+        pair = site.pair_of(present, asked)
         self.n_inputs, self.length, self.reverse = len(body.inputs), site.length, not site.reverse
         self.floats = _float_carries(body, n_carry)
         # The loop only reads what it starts from.
         self.zeros = [np.zeros(body.avals[slot].shape, body.avals[slot].dtype) for slot in body.inputs[:n_carry]]
         # Where what it reads stands among the residuals that the forward kept; None where something is missing.
-        known = {slot: k for k, slot in enumerate(kept.residuals)}
+        known = {slot: k for k, slot in enumerate(site.pair.residuals)}
         self.picks = [known[slot] for slot in pair.residuals] if known.keys() >= set(pair.residuals) else None
         self.reads = [n_carry + k for k in pair.reads]
         given = [n_carry + k for k, yes in enumerate(present) if yes]
@@ -204,9 +230,18 @@ class Backward:
         return shares
 
 
-def site_of(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...]) -> Site:
-    key = ("site", n_carry, n_ys, length, reverse, wanted, compile_mode())
-    return _derived(body, key, lambda: Site(body, n_carry, n_ys, length, reverse, wanted))
+def site_of(
+    body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, wanted: tuple[bool, ...], lean: bool = False
+) -> Site:
+    """The site of a scan whose gradients with respect to the ``wanted`` xs and captures may be asked for."""
+    key = ("site", n_carry, n_ys, length, reverse, wanted, lean, compile_mode())
+    return _derived(body, key, lambda: Site(body, n_carry, n_ys, length, reverse, wanted, lean))
+
+
+def _every_site(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool) -> Site:
+    """The site of a scan of which every gradient may be asked for."""
+    linked = tuple(np.dtype(body.avals[s].dtype).kind == "f" for s in (*body.inputs[n_carry:], *body.captures))
+    return site_of(body, n_carry, n_ys, length, reverse, linked)
 
 
 def compile_mode() -> Any:

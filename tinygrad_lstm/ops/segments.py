@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.schedule import Advance, Schedule, budget_bytes, check_memory, make_schedule
+from tinygrad_lstm.compiler.schedule import Advance, Memory, Reverse, Schedule, budget_bytes, make_schedule, who_asks
 from tinygrad_lstm.errors import ArgumentError, TraceError
 from tinygrad_lstm.kernels.pool import empty
-from tinygrad_lstm.ops.loop import _adjoint, _derived, plan_of, scan_primitive
-from tinygrad_lstm.primitive import Aval
+from tinygrad_lstm.ops.loop import scan_primitive
+from tinygrad_lstm.ops.prepared import Site, _derived, _every_site, _loops, plan_of
+from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.tensor import Tensor
 from tinygrad_lstm.trace import trace
@@ -34,25 +35,27 @@ def _bytes(avals: Sequence[Aval]) -> int:
     return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in avals)
 
 
-def _sizes(body: Program, n_carry: int, n_ys: int, present: tuple[bool, ...], wanted: tuple[bool, ...]) -> Any:
-    """Bytes of the residuals of a step, and of a carry."""
-    pair = _adjoint(body, n_carry, n_ys, present, wanted)
-    carry = _bytes([body.avals[slot] for slot in body.inputs[:n_carry]])
-    return _bytes([pair.forward.avals[slot] for slot in pair.residuals]), carry
-
-
-def segmented(
-    body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, present: tuple[bool, ...],
-    wanted: tuple[bool, ...], memory: int | float,
-) -> Segments | None:  # fmt: skip
-    """How a scan runs within a budget; None where that suffices for all residuals."""
-    residual, carry = _sizes(body, n_carry, n_ys, present, wanted)
-    whole = length * residual
-    budget = budget_bytes(memory, whole)
+def _schedule(site: Site, memory: Memory) -> Schedule:
+    """What a scan keeps within a budget, as part of what it keeps without one."""
+    residual, whole = _residual(site), site.length * _residual(site)
+    if memory is None:
+        return make_schedule(site.length, residual, 0, whole)
+    budget, who = budget_bytes(memory, whole), who_asks(memory, "scan")
     if whole <= budget:
-        return None
-    schedule = make_schedule(length, residual, carry, budget)
-    return Segments(body, n_carry, n_ys, reverse, present, wanted, schedule)
+        return make_schedule(site.length, residual, 0, budget, who)
+    carry = _bytes([site.body.avals[slot] for slot in site.body.inputs[: site.n_carry]])
+    return make_schedule(site.length, _residual(site.within_budget()), carry, budget, who, whole)
+
+
+def _residual(site: Site) -> int:
+    """Bytes of the residuals of a step."""
+    return _bytes([site.pair.forward.avals[slot] for slot in site.pair.residuals])
+
+
+def segmented(site: Site, memory: Memory) -> Segments | None:
+    """How a scan runs within a budget; None where that suffices for all that it keeps without one."""
+    schedule = _schedule(site, memory)
+    return None if schedule.peak >= schedule.whole else Segments(site.within_budget(), schedule)
 
 
 class Segments:
@@ -61,13 +64,10 @@ class Segments:
     Time is counted in the order in which the loop runs; with ``reverse`` step 0 is the last row of xs.
     """
 
-    def __init__(
-        self, body: Program, n_carry: int, n_ys: int, reverse: bool, present: tuple[bool, ...],
-        wanted: tuple[bool, ...], schedule: Schedule,
-    ) -> None:  # fmt: skip
-        self.present, self.wanted = present, wanted
-        self.body, self.n_carry, self.n_ys, self.reverse = body, n_carry, n_ys, reverse
-        self.schedule = schedule
+    def __init__(self, site: Site, schedule: Schedule) -> None:
+        self.site, self.schedule = site, schedule
+        self.body, self.n_carry, self.n_ys, self.reverse = site.body, site.n_carry, site.n_ys, site.reverse
+        self._plans: dict[tuple[Program, int], Any] = {}  # of the few kinds of pieces
         # (carries, residuals of the last segment, their slots) until a backward takes them; a list's pop is atomic.
         self._ready: list[tuple[list[Arrays], list[Arrays], tuple[int, ...]]] = []
 
@@ -80,12 +80,15 @@ class Segments:
         adjoint: tuple[Arrays, ...] = (),
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
         """A piece of the loop, or (``adjoint`` holds its residuals) of the adjoint loop: (carry, [ys..., sums...])."""
-        from tinygrad_lstm.compiler.runner import run_loop
-
         rows, length = self._rows(*at), at[1] - at[0]
-        inputs = [*(array for arrays in adjoint for array in arrays), *(x[rows] for x in xs)]
-        plan = plan_of(program, len(carry), n_ys, length)
-        return run_loop(plan, carry, inputs, captures, length, self.reverse != bool(adjoint))
+        inputs = [x[rows] for x in xs]
+        if adjoint:
+            inputs = [*adjoint[0], *inputs]
+        key = (program, length)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = plan_of(program, len(carry), n_ys, length, self.schedule.steps)
+        return _loops().run_loop(plan, carry, inputs, captures, length, self.reverse != bool(adjoint))
 
     def _operands(self, operands: Arrays) -> tuple[Arrays, Arrays, Arrays]:
         n_inputs = len(self.body.inputs)
@@ -95,10 +98,43 @@ class Segments:
 
     def forward(self, operands: Arrays) -> tuple[np.ndarray, ...]:
         """The whole scan; keeps what the schedule says."""
-        n_carry, n_ys = self.n_carry, self.n_ys
-        carry, xs, captures = self._operands(operands)
-        pair = _adjoint(self.body, n_carry, n_ys, self.present, self.wanted)
-        more = len(pair.residuals)
+        pair, carries = self.site.pair, [self._operands(operands)[0]]
+        outs, residuals = self._first(operands, pair, carries, _copies)
+        carries.pop()
+        self._ready = [(carries, residuals, pair.residuals)]
+        return outs
+
+    @property
+    def border_avals(self) -> list[Aval]:
+        """The carries between segments, stacked: what :meth:`forward_with_borders` returns beside the results.
+
+        None where later segments keep further carries in place of earlier ones: those run from the start again.
+        """
+        actions = self.schedule.actions
+        count = self.schedule.kept if all(isinstance(a, Reverse) for a in actions[self._first_reversed() :]) else 0
+        carry = [self.body.avals[slot] for slot in self.body.inputs[: self.n_carry]]
+        return [Aval((count, *aval.shape), aval.dtype) for aval in carry] if count else []
+
+    def forward_with_borders(self, operands: Arrays) -> tuple[np.ndarray, ...]:
+        """The whole scan, and the carries at which its segments begin."""
+        stacks = [empty(aval.shape, aval.dtype) for aval in self.border_avals]
+        carries = [self._operands(operands)[0]]
+
+        def hold(carry: Arrays) -> Arrays:
+            row = len(carries) - 1
+            for stack, value in zip(stacks, carry, strict=False):
+                stack[row] = value
+            return [stack[row, ...] for stack in stacks] or _copies(carry)
+
+        outs, _ = self._first(operands, None, carries, hold)
+        return (*outs, *stacks)
+
+    def _first(
+        self, operands: Arrays, pair: Any, carries: list[Arrays], hold: Callable[[Arrays], Arrays]
+    ) -> tuple[tuple[np.ndarray, ...], list[Arrays]]:
+        """The forward pass: its results, and the residuals of the pieces that are reversed first (with a ``pair``)."""
+        _, xs, captures = self._operands(operands)
+        body, n_ys, more = (self.body, self.n_ys, 0) if pair is None else (pair.forward, self.n_ys, len(pair.residuals))
         whole = _Whole(self.schedule.steps, n_ys)
 
         def advance(at: tuple[int, int], start: Arrays) -> Arrays:
@@ -107,19 +143,22 @@ class Segments:
             return start
 
         def keep(at: tuple[int, int], start: Arrays) -> tuple[Arrays, Arrays]:
-            start, outs = self._run(pair.forward, n_ys + more, at, start, xs, captures)
+            start, outs = self._run(body, n_ys + more, at, start, xs, captures)
             whole.add(self._rows(*at), [*outs[:n_ys], *outs[n_ys + more :]])
             return start, outs[n_ys : n_ys + more]
 
-        carries = [carry]
-        _, residuals, final = self._sweep(0, carries, advance, keep)
-        self._ready = [(carries, residuals, pair.residuals)]
-        return (*final, *whole.arrays)
+        _, residuals, final = self._sweep(0, carries, advance, keep, hold)
+        return (*final, *whole.arrays), residuals
+
+    def _first_reversed(self) -> int:
+        """The number of the first action that runs with residuals."""
+        return next(k for k, action in enumerate(self.schedule.actions) if not isinstance(action, Advance))
 
     def _sweep(
-        self, done: int, carries: list[Arrays], advance: Callable[..., Arrays], keep: Callable[..., Any]
-    ) -> tuple[int, list[Arrays], Arrays]:
-        """Run actions from number ``done`` up to the next run with residuals, whose carry is popped.
+        self, done: int, carries: list[Arrays], advance: Callable[..., Arrays], keep: Callable[..., Any],
+        hold: Callable[[Arrays], Arrays],
+    ) -> tuple[int, list[Arrays], Arrays]:  # fmt: skip
+        """Run actions from number ``done`` up to the next run with residuals, from the carry on top.
 
         Returns the number of that action, the residuals of its pieces, and the carry behind it.
         """
@@ -128,10 +167,9 @@ class Segments:
             carry = carries[-1]
             for at in self.schedule.pieces(actions[done]):
                 carry = advance(at, carry)
-            # A copy of its own: a row of a larger buffer would keep all of that buffer.
-            carries.append([np.array(c) for c in carry])
+            carries.append(hold(carry))
             done += 1
-        carry, residuals = carries.pop(), []
+        carry, residuals = carries[-1], []
         for at in self.schedule.pieces(actions[done]):
             carry, arrays = keep(at, carry)
             residuals.append(arrays)
@@ -140,13 +178,19 @@ class Segments:
     # ------------------------------------------------------------------ backward
 
     def backward(
-        self, pair: Any, inputs: Sequence[Tensor], seeds: Sequence[Tensor], y_seeds: Sequence[Tensor],
-        s_seeds: Sequence[Tensor], n_dx: int,
-    ) -> list[Tensor]:  # fmt: skip
-        """What scanning ``pair.backward`` over all steps gives: cotangents of (carry..., xs..., captures...)."""
-        first, xs, captures = self._operands([t._data for t in inputs])
-        read = [*(xs[k] for k in pair.reads), *(t._data for t in y_seeds)]
-        constants = [*captures, *(t._data for t in s_seeds)]
+        self, present: tuple[bool, ...], asked: tuple[bool, ...], operands: Arrays, seeds: Arrays, y_seeds: Arrays,
+        s_seeds: Arrays, borders: Arrays = (),
+    ) -> list[np.ndarray]:  # fmt: skip
+        """What scanning the adjoint over all steps gives: cotangents of (carry..., xs..., captures...).
+
+        ``borders``: what :meth:`forward_with_borders` returned, where it was not :meth:`forward` that ran.
+        """
+        site = self.site if self.site.generation == Primitive.generation else self.site.anew()
+        pair = site.pair_of(present, asked)
+        first, xs, captures = self._operands(operands)
+        n_dx = sum(asked[: len(xs)])
+        read = [*(xs[k] for k in pair.reads), *y_seeds]
+        constants = [*captures, *s_seeds]
         body, n_carry, n_ys, more = self.body, self.n_carry, self.n_ys, len(pair.residuals)
         # Neither needs ys: those are there already.
         bare = _derived(body, ("carries", n_carry), lambda: _without_ys(body, n_carry, n_carry, 0))
@@ -161,33 +205,44 @@ class Segments:
             return self._run(again, more, at, start, xs, captures)
 
         whole = _Whole(self.schedule.steps, n_dx)
-        carry: Arrays = [t._data for t in seeds]
-        done, carries, residuals = self._resume(tuple(first), pair.residuals, advance, keep)
+        carry = seeds
+        done, carries, residuals = self._resume(tuple(first), pair.residuals, borders, advance, keep)
         while True:
             for at in reversed(self.schedule.pieces(self.schedule.actions[done])):
                 carry, outs = self._run(pair.backward, n_dx, at, carry, read, constants, (residuals.pop(),))
                 whole.add(self._rows(*at), outs)
             done += 1
             if done == len(self.schedule.actions):
-                return [Tensor(array) for array in (*carry, *whole.arrays)]
-            done, residuals, _ = self._sweep(done, carries, advance, keep)
+                return [*carry, *whole.arrays]
+            done, residuals, _ = self._sweep(done, carries, advance, keep, _copies)
+            carries.pop()
 
     def _resume(
-        self, first: Arrays, slots: tuple[int, ...], advance: Callable[..., Arrays], keep: Callable[..., Any]
-    ) -> tuple[int, list[Arrays], list[Arrays]]:
+        self, first: Arrays, slots: tuple[int, ...], borders: Arrays, advance: Callable[..., Arrays],
+        keep: Callable[..., Any],
+    ) -> tuple[int, list[Arrays], list[Arrays]]:  # fmt: skip
         """Where the forward pass stopped; run again from the first carry where a backward has used that up."""
-        try:
-            carries, kept, made = self._ready.pop()
-        except IndexError:
-            carries, kept, made = [], [], ()
-        if not kept or not set(slots) <= set(made):
-            carries = [first]
-            done, residuals, _ = self._sweep(0, carries, advance, keep)
-            return done, carries, residuals
-        # With fewer cotangents, or fewer gradients asked for, fewer residuals are read than were kept.
-        places = [made.index(slot) for slot in slots]
-        done = next(k for k, action in enumerate(self.schedule.actions) if not isinstance(action, Advance))
-        return done, carries, [[arrays[k] for k in places] for arrays in kept]
+        done, carries = 0, [first]
+        if borders:
+            done = self._first_reversed()
+            carries += [[stack[k, ...] for stack in borders] for k in range(len(borders[0]))]
+        else:
+            try:
+                held, kept, made = self._ready.pop()
+            except IndexError:
+                held, kept, made = [], [], ()
+            if kept and set(slots) <= set(made):
+                # With fewer cotangents, or fewer gradients asked for, fewer residuals are read than were kept.
+                places = [made.index(slot) for slot in slots]
+                return self._first_reversed(), held, [[arrays[k] for k in places] for arrays in kept]
+        done, residuals, _ = self._sweep(done, carries, advance, keep, _copies)
+        carries.pop()
+        return done, carries, residuals
+
+
+def _copies(carry: Arrays) -> Arrays:
+    """A carry of its own: a row of a larger buffer would keep all of that buffer."""
+    return [np.array(c) for c in carry]
 
 
 def _without_ys(program: Program, n_carry: int, start: int, more: int) -> Program:
@@ -294,10 +349,5 @@ def memory_plan(f: Callable[..., Any], *args: Any) -> MemoryPlan:
     return MemoryPlan(_planned(**params) for params in scans)
 
 
-def _planned(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, memory: Any = None) -> Schedule:
-    floats = tuple(np.dtype(body.aval(o).dtype).kind == "f" for o in body.outputs[n_carry:])
-    linked = tuple(np.dtype(body.avals[s].dtype).kind == "f" for s in (*body.inputs[n_carry:], *body.captures))
-    residual, carry = _sizes(body, n_carry, n_ys, floats, linked)
-    whole = length * residual
-    memory = check_memory(memory, "memory_plan")
-    return make_schedule(length, residual, carry, whole if memory is None else budget_bytes(memory, whole))
+def _planned(body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, memory: Memory = None) -> Schedule:
+    return _schedule(_every_site(body, n_carry, n_ys, length, reverse), memory)

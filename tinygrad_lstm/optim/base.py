@@ -24,6 +24,17 @@ def _ascending(rule: Rule, position: int) -> Rule:
     return lambda *x: rule(*x[:position], -x[position], *x[position + 1 :])
 
 
+# Options that are numbers in every optimizer; one of a user may have others, of any kind.
+_NUMBERS = frozenset({"alpha", "dampening", "eps", "lr", "lr_decay", "momentum", "rho", "weight_decay"})
+
+
+def _is_number(value: Any) -> bool:
+    """A number, or something like a 0-d array that can be one."""
+    return not isinstance(value, (bool, str, bytes)) and (
+        isinstance(value, (int, float, np.number)) or (hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0)
+    )
+
+
 def as_parameters(params: Any, who: str) -> list[Tensor]:
     """The parameters of a module, or those in an iterable."""
     if isinstance(params, Tensor):
@@ -99,6 +110,10 @@ class Optimizer:
         for key, value in options.items():
             numbers = value if isinstance(value, (tuple, list)) else (value,)
             bounded = key in ("betas", "alpha", "rho")
+            if key in _NUMBERS and not all(_is_number(number) for number in numbers):
+                raise DTypeError(f"{who}: {key} is a number, found {value!r}")
+            if key == "betas" and not (len(numbers) == 2 and all(_is_number(number) for number in numbers)):
+                raise DTypeError(f"{who}: betas is a pair of numbers, found {value!r}")
             for number in numbers:
                 if isinstance(number, bool) or not isinstance(number, (int, float, np.number)):
                     continue

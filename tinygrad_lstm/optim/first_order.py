@@ -18,6 +18,11 @@ from tinygrad_lstm.optim.base import Optimizer, Rule
 __all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RMSprop"]
 
 
+def _pair(betas: Any) -> Any:
+    """A list as a tuple; what is no pair is refused by name when the options are checked."""
+    return tuple(betas) if isinstance(betas, list) else betas
+
+
 def _decayed(p: Any, g: Any, decay: Any, on: bool) -> Any:
     """The gradient of the loss plus ``decay / 2 * p^2`` (no product at all without decay: 0 * inf is NaN)."""
     return g + decay * p if on else g
@@ -269,7 +274,7 @@ class Adam(Optimizer):
         weight_decay: float = 0.0, amsgrad: bool = False, *, maximize: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(params, {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "lr": lr, "betas": _pair(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize,
         })  # fmt: skip
 
@@ -336,7 +341,7 @@ class NAdam(Optimizer):
         maximize: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(params, {
-            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "momentum_decay": momentum_decay,
+            "lr": lr, "betas": _pair(betas), "eps": eps, "weight_decay": weight_decay, "momentum_decay": momentum_decay,
             "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
         })  # fmt: skip
 
