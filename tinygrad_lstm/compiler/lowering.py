@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class Lowering:
         self.batched: set[int] = {slot for slot in program.inputs if program.avals[slot].shape or not split}
         self.shared: set[str] = set()
         self.shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        self.numbers = count()  # of what moves in inner loops (nested.py)
 
     # ------------------------------------------------------------------ views of inputs
 

@@ -16,7 +16,7 @@ from tinygrad_lstm.program import Equation
 if TYPE_CHECKING:
     from tinygrad_lstm.compiler.lowering import Lowering
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "fill"]
 
 
 def _fused(low: Lowering, equation: Equation) -> None:
@@ -129,12 +129,12 @@ def _put(low: Lowering, equation: Equation) -> None:
         raise Unsupported(equation, "an index made of arrays")
     target = low.target(equation.outputs[0])
     source = low.operand(equation, 0, None)
-    _fill(low, target, 0.0)
+    fill(low, target, 0.0)
     place = _indexed(low, equation, target, -1, missing=1)
     low.operations.append(Copy(source, place))
 
 
-def _fill(low: Lowering, target: View, value: float) -> None:
+def fill(low: Lowering, target: View, value: float) -> None:
     """Write one value everywhere."""
     from tinygrad_lstm.kernels import build
     from tinygrad_lstm.kernels import expression as e
@@ -252,6 +252,12 @@ def _astype(low: Lowering, equation: Equation) -> None:
     low.chain(expression, target.shape, [source], ("",), [(target, 0)])
 
 
+def _scan(low: Lowering, equation: Equation) -> None:
+    from tinygrad_lstm.compiler.nested import lower_inner  # which lowers the inner body by these rules
+
+    lower_inner(low, equation)
+
+
 RULES: dict[str, Callable[[Lowering, Equation], None]] = {
     FUSED.name: _fused,
     "matmul": _matmul,
@@ -269,4 +275,6 @@ RULES: dict[str, Callable[[Lowering, Equation], None]] = {
     "min": _reduce,
     "take": _take,
     "astype": _astype,
+    "scan": _scan,
+    "inner_scan": _scan,
 }

@@ -16,7 +16,9 @@ from tinygrad_lstm.compiler.views import View, contiguous
 from tinygrad_lstm.kernels import Expression
 from tinygrad_lstm.kernels.printer import literal
 
-__all__ = ["Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer"]
+__all__ = [
+    "Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer", "emit_all", "walk",
+]  # fmt: skip
 
 
 class Writer:
@@ -92,6 +94,20 @@ def collapsed(
 @dataclass
 class Operation:
     """Reads and writes views of one row."""
+
+    alone = False  # whether it works on all rows of a thread, outside of the loops over rows
+
+    def parts(self) -> Sequence[Operation]:
+        """The operations inside of a loop."""
+        return ()
+
+    def repeats(self) -> int:
+        """How often they run."""
+        return 1
+
+    def bases(self) -> list[View]:
+        """Where what changes its place in a loop begins."""
+        return []
 
     def reads(self) -> list[View]:
         raise NotImplementedError
@@ -281,6 +297,7 @@ class Product(Operation):
     packed: int
     pack: Packed
     target: View
+    alone = True
 
     def reads(self) -> list[View]:
         return [self.left]
@@ -338,10 +355,10 @@ class RowProduct(Operation):
 
 
 def grouped(operations: Sequence[Operation]) -> Iterator[tuple[bool, list[Operation]]]:
-    """Runs of operations that share a loop over rows (True), and products by themselves (False)."""
+    """Runs of operations that share a loop over rows (True), and what works on all rows by itself (False)."""
     run: list[Operation] = []
     for operation in operations:
-        if isinstance(operation, Product):
+        if operation.alone:
             if run:
                 yield True, run
             yield False, [operation]
@@ -350,6 +367,26 @@ def grouped(operations: Sequence[Operation]) -> Iterator[tuple[bool, list[Operat
             run.append(operation)
     if run:
         yield True, run
+
+
+def walk(operations: Sequence[Operation]) -> Iterator[tuple[Operation, int]]:
+    """Every operation, those of inner loops too, and how often it runs in a step."""
+    for operation in operations:
+        yield operation, 1
+        for part, times in walk(operation.parts()):
+            yield part, times * operation.repeats()
+
+
+def emit_all(operations: Sequence[Operation], writer: Writer, rows: bool = True) -> None:
+    """The text of operations, with loops over the rows of a thread around what works on one of them."""
+    for in_rows, run in grouped(operations):
+        if in_rows and rows:
+            writer.line("for r in range(r0, r1):")
+            writer.indent += 1
+        for operation in run:
+            operation.emit(writer)
+        if in_rows and rows:
+            writer.indent -= 1
 
 
 def combine(kind: str, dtype: np.dtype) -> Expression:
