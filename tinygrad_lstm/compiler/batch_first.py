@@ -9,6 +9,7 @@ the inputs: an equation that the rules do not cover gets its operands in their o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +27,14 @@ from tinygrad_lstm.tensor import Tensor, asarray
 __all__ = ["batch_first"]
 
 
+MIXED = -1
+
+
 class Value(NamedTuple):
-    """A value as a tensor; with a ``place``, that axis of the original is axis 0 of the tensor."""
+    """A value as a tensor; with a ``place``, that axis of the original is axis 0 of the tensor.
+
+    None: all rows share it.  ``MIXED``: it was computed from rows in a way that the rules do not follow.
+    """
 
     tensor: Any  # or a Python number
     place: int | None
@@ -48,7 +55,7 @@ def _forwards(t: Any, place: int) -> Any:
 
 def _back(value: Value) -> Any:
     """The value in its original form."""
-    if not value.place:
+    if value.place is None or value.place <= 0:
         return value.tensor
     return transpose(value.tensor, tuple(int(k) for k in np.argsort(_order(value.rank, value.place))))
 
@@ -68,28 +75,34 @@ def batch_first(program: Program, n_carry: int) -> Program:
     batch = leading.pop() if len(leading) == 1 else ()
     if not batch:
         return program
-    scanned = {
-        slot
-        for e in program.equations
-        if e.primitive.name == "scan"
-        for slot in e.operands[e.params["n_carry"] : len(e.params["body"].inputs)]
-    }
-    places: dict[int, int] = {}
+    choices: list[list[int]] = []
     for k, slot in enumerate(program.inputs):
-        found = [axis for axis, n in enumerate(avals[slot].shape) if n == batch[0]]
-        if k >= n_carry and slot in scanned:
-            found = [axis for axis in found if axis]
-        if found:
-            places[slot] = found[0]
-        elif avals[slot].shape:
+        shape = avals[slot].shape
+        found = [axis for axis, n in enumerate(shape) if n == batch[0]]
+        if shape and not found:
             return program
+        choices.append(found[:1] if k < n_carry else found)
+    # A batch may be as large as another axis is long: the first guess that leaves no loop over rows is taken.
+    first = None
+    for guess in itertools.islice(itertools.product(*(found or [-1] for found in choices)), _GUESSES):
+        places = {slot: axis for slot, axis in zip(program.inputs, guess, strict=True) if axis >= 0}
+        moved = _moved(program, places, batch[0])
+        if not has_scans(moved):
+            return moved
+        first = first or moved
+    return first or program
 
+
+_GUESSES = 16
+
+
+def _moved(program: Program, places: Mapping[int, int], batch: int) -> Program:
     def equations(environment: dict[int, Any]) -> list[Any]:
         values = {
             slot: Value(_forwards(t, places[slot]), places[slot]) if slot in places else Value(t, None)
             for slot, t in environment.items()
         }
-        return [_back(value) for value in _follow(program, values, batch[0])]
+        return [_back(value) for value in _follow(program, values, batch)]
 
     return simplify(rewritten(program, equations))
 
@@ -102,13 +115,15 @@ def _follow(program: Program, values: dict[int, Value], batch: int) -> list[Valu
 
     for equation in program.equations:
         operands = [read(operand) for operand in equation.operands]
+        places = {value.place for value in operands} - {None}
         results = None
-        if any(value.place is not None for value in operands):
+        if places and MIXED not in places:
             rule = _RULES.get(equation.primitive.name, _elementwise if equation.primitive.is_elementwise else None)
             results = rule(program, equation, operands, batch) if rule is not None else None
         if results is None:
             out = equation.primitive.bind(tuple(_back(value) for value in operands), dict(equation.params))
-            results = [Value(t, None) for t in (out if isinstance(out, tuple) else (out,))]
+            place = MIXED if places else None
+            results = [Value(t, place) for t in (out if isinstance(out, tuple) else (out,))]
         sourced(results[0].tensor, equation.source)
         values.update(zip(equation.outputs, results, strict=True))
     return [read(output) for output in program.outputs]
@@ -341,12 +356,12 @@ def _inner_body(
         for output, result in zip(body.outputs, results, strict=True):
             shared = result.place is None and output.__class__ is int and output not in made
             at = 0 if shared and body.avals[output].shape[:1] == (batch,) else result.place
-            places.append(-1 if at is None else at)
+            places.append(MIXED if at is None else at)
         return [result.tensor for result in results]
 
     # The recording starts from the moved shapes of what goes in.
     moved = rewritten(body.replaced(avals=avals), equations)
-    if any(places[:n_carry]) or -1 in places:
+    if any(places[:n_carry]) or MIXED in places:
         return None
     return simplify(moved), places
 
