@@ -22,7 +22,7 @@ __all__ = ["RULES", "fill"]
 def _fused(low: Lowering, equation: Equation) -> None:
     kernel = equation.params["kernel"]
     dtypes = tuple(np.dtype(low.program.avals[slot].dtype) for slot in equation.operands)
-    if not lowerable(kernel.expression, dtypes):
+    if not lowerable(kernel.expression, dtypes, integers=True):
         raise Unsupported(equation, f"elementwise maths on {', '.join(sorted({d.name for d in dtypes}))}")
     shape = tuple(kernel.shape[low.skip :])
     inputs = [low.view(slot, len(shape)) for slot in equation.operands]
@@ -139,8 +139,6 @@ def fill(low: Lowering, target: View, value: float) -> None:
     from tinygrad_lstm.kernels import build
     from tinygrad_lstm.kernels import expression as e
 
-    if target.dtype.name not in {"float32", "float64", "bool"}:
-        raise Unsupported(None, f"a constant of dtype {target.dtype}")
     expression = build(lambda x: e.cast(e.constant(value), target.dtype), 1)
     low.chain(expression, target.shape, [target], ("",), [(target, 0)])
 
@@ -246,7 +244,7 @@ def _astype(low: Lowering, equation: Equation) -> None:
     source = low.operand(equation)
     goal = np.dtype(equation.params["dtype"])
     expression = build(lambda x: e.cast(x, goal), 1)
-    if not lowerable(expression, (source.dtype,)):
+    if not lowerable(expression, (source.dtype,), integers=True):
         raise Unsupported(equation, f"conversion from {source.dtype} to {goal}")
     target = low.target(equation.outputs[0])
     low.chain(expression, target.shape, [source], ("",), [(target, 0)])
