@@ -111,7 +111,7 @@ def shared_sequence(c: Any, inner: int) -> Any:
 
     def body(h: Any, x: Any) -> Any:
         def step(s: Any, m: Any) -> Any:
-            s = ops.tanh(s @ c["U"] + m) * x
+            s = ops.tanh(s @ c["U"] + ops.sin(m)) * x
             return s, s.sum(axis=-1)
 
         s, ys = ops.scan(step, h, c["M"])

@@ -289,6 +289,17 @@ def _take(program: Program, equation: Equation, operands: Sequence[Value], batch
     return None
 
 
+def _untake(program: Program, equation: Equation, operands: Sequence[Value], batch: int) -> list[Value] | None:
+    g, indices = operands
+    fits = g.place == 0 and indices.place is None and equation.params["axis"] != -len(equation.params["shape"])
+    return _bound(equation, [g.tensor, indices.tensor], 0) if fits else None
+
+
+def _prod(program: Program, equation: Equation, operands: Sequence[Value], batch: int) -> list[Value] | None:
+    (value,) = operands
+    return _bound(equation, [value.tensor], value.place) if value.place not in (None, value.rank - 1) else None
+
+
 def _pair_along(program: Program, equation: Equation, operands: Sequence[Value], batch: int) -> list[Value] | None:
     """``take_along_axis`` and its transpose: both operands have the batch in one place."""
     first, second = operands
@@ -375,6 +386,8 @@ _RULES: dict[str, Rule] = {
     "getitem": _getitem,
     "put": _put,
     "take": _take,
+    "untake": _untake,
+    "prod": _prod,
     "take_along_axis": _pair_along,
     "untake_along_axis": _pair_along,
     "scan": _scan,

@@ -71,7 +71,10 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
     return f'''"""A compiled loop."""
 from numba import cfunc, types
 
-from tinygrad_lstm.kernels.memory import call_address, load32, load64
+from tinygrad_lstm.kernels.memory import (
+    call_address, load8, load32, load64, load_float32, load_float64, store8, store32, store64, store_float32,
+    store_float64,
+)
 from tinygrad_lstm.kernels.rows import copy_row, row_kernel
 
 {described}

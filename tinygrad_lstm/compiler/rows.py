@@ -178,6 +178,23 @@ def _take(program: Program, equation: Equation, mapped: set[int]) -> str:
     return "" if equation.params["axis"] == -len(program.avals[table].shape) else "take along an inner axis"
 
 
+def _untake(program: Program, equation: Equation, mapped: set[int]) -> str:
+    g, indices = equation.operands
+    inner = equation.params["axis"] != -len(equation.params["shape"])
+    return "" if g in mapped and indices not in mapped and inner else "rows are added up at an index"
+
+
+def _along_pairs(program: Program, equation: Equation, mapped: set[int]) -> str:
+    shapes = [program.aval(operand).shape for operand in equation.operands]
+    if shapes[0][:1] != shapes[1][:1] or len(shapes[0]) != len(shapes[1]):
+        return "operands with other rows"
+    return "" if equation.params["axis"] % len(shapes[0]) else f"{equation.primitive.name} along the batch axis"
+
+
+def _last(program: Program, equation: Equation, mapped: set[int]) -> str:
+    return "" if len(program.aval(equation.operands[0]).shape) > 1 else f"{equation.primitive.name} over the batch axis"
+
+
 def _inner_scan(program: Program, equation: Equation, mapped: set[int]) -> str:
     """The proof for the body of an inner loop whose batch has been moved to the front (batch_first.py)."""
     body, n_carry, lead = equation.params["body"], equation.params["n_carry"], equation.params["lead"]
@@ -215,6 +232,10 @@ _RULES: dict[str, Rule] = {
     "alias": _unary,
     "stop_gradient": _unary,
     "one_hot": _unary,
+    "untake": _untake,
+    "take_along_axis": _along_pairs,
+    "untake_along_axis": _along_pairs,
+    "prod": _last,
     "inner_scan": _inner_scan,
 }
 _RULES |= dict.fromkeys(("concatenate", "split", "flip", "roll", "cumsum", "sum", "max", "min", "norm", "argmax",

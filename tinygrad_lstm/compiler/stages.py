@@ -17,7 +17,8 @@ from tinygrad_lstm.kernels import Expression
 from tinygrad_lstm.kernels.printer import literal
 
 __all__ = [
-    "Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer", "emit_all", "walk",
+    "Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer", "emit_all", "looped",
+    "nested", "walk",
 ]  # fmt: skip
 
 
@@ -210,31 +211,38 @@ class Fold(Operation):
         first[self.axis] = 1
         start = self.source.moved(0, tuple(first), self.source.strides)
         Copy(start, self.target).emit(writer)
-        step = self.source.strides[self.axis]
-        if self.source.shape[self.axis] == 1:
-            return
-        index = writer.fresh("j")
-        writer.line(f"for {index} in range(1, {self.source.shape[self.axis]}):")
-        writer.indent += 1
+        n = self.source.shape[self.axis]
+        if n > 1:
+            step = self.source.strides[self.axis]
+            places = [(0, 0), (0, step), (0, 0)]
+            looped(writer, n, self.combine, self.source.dtype.name, [self.target, start, self.target], places)
+
+
+def looped(
+    writer: Writer, n: int, expression: Expression, dtype: str, views: Sequence[View], places: Sequence[tuple[int, int]]
+) -> None:
+    """Steps 1 to n - 1 of an operation on slices: (a, b) -> c, each at (offset, step) of its view, all of one shape."""
+    index = writer.fresh("j")
+    writer.line(f"for {index} in range(1, {n}):")
+    writer.indent += 1
+    addresses = []
+    for view, (offset, step) in zip(views, places, strict=True):
         here = writer.fresh("a")
-        writer.line(f"{here} = {writer.address(self.source, 'r')} + {index} * {step}")
-        views = [self.target, start, self.target]
-        lengths, strides = collapsed(tuple(first), [v.strides for v in views])
-        if any(s[-1] not in (0, self.source.dtype.itemsize) for s in strides):
-            lengths, strides = [*lengths, 1], [[*s, 0] for s in strides]  # one element at a time
-        along = tuple(s[-1] != 0 for s in strides[:2])
-        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {literal(n.param)})" for n in self.combine.nodes)
-        dtype = self.source.dtype.name
-        name = writer.kernel(
-            f"row_kernel(2, ({nodes},), {self.combine.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), "
-            f"{lengths[-1]})"
-        )
-        there = writer.address(self.target, "r")
-        nested(
-            writer, lengths[:-1], [there, here, there], [s[:-1] for s in strides],
-            lambda moved: writer.line(f"{name}({', '.join(moved)})"),
-        )  # fmt: skip
-        writer.indent -= 1
+        writer.line(f"{here} = {writer.address(view, 'r')} + {offset} + {index} * {step}")
+        addresses.append(here)
+    lengths, strides = collapsed(views[0].shape, [v.strides for v in views])
+    if any(s[-1] not in (0, v.dtype.itemsize) for s, v in zip(strides, views, strict=True)):
+        lengths, strides = [*lengths, 1], [[*s, 0] for s in strides]  # one element at a time
+    along = tuple(s[-1] != 0 for s in strides[:2])
+    nodes = ", ".join(f"({n.op!r}, {n.args!r}, {literal(n.param)})" for n in expression.nodes)
+    name = writer.kernel(
+        f"row_kernel(2, ({nodes},), {expression.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), {lengths[-1]})"
+    )
+    nested(
+        writer, lengths[:-1], addresses, [s[:-1] for s in strides],
+        lambda moved: writer.line(f"{name}({', '.join(moved)})"),
+    )  # fmt: skip
+    writer.indent -= 1
 
 
 @dataclass
@@ -394,5 +402,5 @@ def combine(kind: str, dtype: np.dtype) -> Expression:
     from tinygrad_lstm.kernels import build
     from tinygrad_lstm.kernels import expression as e
 
-    rule: Any = {"sum": lambda a, b: a + b, "max": e.maximum, "min": e.minimum}[kind]
+    rule: Any = {"sum": lambda a, b: a + b, "prod": lambda a, b: a * b, "max": e.maximum, "min": e.minimum}[kind]
     return build(rule, 2)
