@@ -248,7 +248,7 @@ def test_gradients_by_finite_differences(name: str, runs: list[bool]) -> None:
         h, ys = ops.scan(body, h, [x, *fixed] if fixed else x)
         return (h, ys)
 
-    gradcheck(f, init, xs[0] if fixed else xs, *captures.values(), order=2)
+    gradcheck(f, init, xs[0] if fixed else xs, *captures.values(), order=2 if name == "cumulated" else 1)
     assert runs
 
 
