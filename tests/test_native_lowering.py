@@ -23,8 +23,8 @@ from tinygrad_lstm.compiler import native
 from tinygrad_lstm.compiler.expand import expand
 from tinygrad_lstm.compiler.narrow import narrow
 from tinygrad_lstm.compiler.rows import row_values
-from tinygrad_lstm.compiler.stages import collapsed
 from tinygrad_lstm.compiler.views import Root, View, contiguous, is_contiguous
+from tinygrad_lstm.compiler.writer import collapsed
 from tinygrad_lstm.kernels import codecache
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Program

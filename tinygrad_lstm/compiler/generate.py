@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from itertools import count
 
 from tinygrad_lstm.compiler.lowering import Lowered
-from tinygrad_lstm.compiler.stages import Operation, Product, Writer, emit_all, grouped, walk
+from tinygrad_lstm.compiler.stages import Operation, Product, emit_all, grouped, walk
+from tinygrad_lstm.compiler.writer import Writer
 
 __all__ = ["FIELDS", "generate", "roots_of", "scratch_bytes"]
 

@@ -93,30 +93,10 @@ class LoopPlan:
 
 # Elementwise operations of about one instruction an element.
 _CHEAP = frozenset(
-    {
-        "add",
-        "subtract",
-        "multiply",
-        "divide",
-        "negative",
-        "square",
-        "abs",
-        "sign",
-        "maximum",
-        "minimum",
-        "relu",
-        "where",
-        "equal",
-        "not_equal",
-        "less",
-        "less_equal",
-        "greater",
-        "greater_equal",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-    }
-)
+    {"add", "subtract", "multiply", "divide", "negative", "square", "abs", "sign", "maximum", "minimum", "relu",
+     "where", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or",
+     "logical_not"}
+)  # fmt: skip
 
 
 # What is one large operation in front of the loop or behind it, and many small ones in it.

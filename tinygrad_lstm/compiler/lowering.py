@@ -15,8 +15,9 @@ import numpy as np
 
 from tinygrad_lstm.compiler.movement import MOVEMENT
 from tinygrad_lstm.compiler.rules import RULES
-from tinygrad_lstm.compiler.stages import Chain, Copy, Operation, Packed, collapsed, combine
+from tinygrad_lstm.compiler.stages import Chain, Copy, Operation, Packed, combine
 from tinygrad_lstm.compiler.views import Root, Unsupported, View, contiguous, dense
+from tinygrad_lstm.compiler.writer import collapsed
 from tinygrad_lstm.program import Equation, Program
 
 __all__ = ["Lowered", "lower_body"]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinygrad_lstm.compiler.rules import converted, fill, not_the_batch
-from tinygrad_lstm.compiler.stages import Copy, Operation, Writer, combine, looped, nested
+from tinygrad_lstm.compiler.stages import Copy, Operation, combine, looped
 from tinygrad_lstm.compiler.views import Unsupported, View
+from tinygrad_lstm.compiler.writer import Writer, nested
 from tinygrad_lstm.kernels import Expression
 from tinygrad_lstm.program import Equation
 

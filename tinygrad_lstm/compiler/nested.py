@@ -15,8 +15,9 @@ from tinygrad_lstm.compiler.lowering import Lowering
 from tinygrad_lstm.compiler.narrow import narrow
 from tinygrad_lstm.compiler.rules import fill
 from tinygrad_lstm.compiler.simplify import simplify
-from tinygrad_lstm.compiler.stages import Copy, Operation, Writer, combine, emit_all
+from tinygrad_lstm.compiler.stages import Copy, Operation, combine, emit_all
 from tinygrad_lstm.compiler.views import Root, Unsupported, View
+from tinygrad_lstm.compiler.writer import Writer
 from tinygrad_lstm.ops.loop import INNER
 from tinygrad_lstm.program import Equation, Program
 
