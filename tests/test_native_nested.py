@@ -226,7 +226,8 @@ def compare(name: str, runs: list[bool], steps: int, rows: int, inner: int, **op
     if steps and rows and inner:
         # One native loop forward and one backward: the inner loops are part of them.
         assert len(ran) == 2, f"{name} ran as {ran}: {tg.explain()}"
-        if rows > 1:
+        # Where a sequence of (steps, width) could be one of (steps, rows), sharing the rows out may be given up.
+        if rows > 1 and (name, rows) != ("shared_sequence", H):
             assert ran == [case.split] * 2, f"{name} ran as {ran}: {tg.explain()}"
 
 

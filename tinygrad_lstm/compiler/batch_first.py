@@ -43,8 +43,13 @@ def batch_first(program: Program, n_carry: int) -> Program:
             return program
         choices.append(found[:1] if k < n_carry else found)
     # A batch may be as large as another axis is long: the first guess that leaves no loop over rows is taken.
+    # Values with inner steps have more axes than those without, so their last choice is tried together, early.
+    ranks = [len(avals[slot].shape) for slot in program.inputs]
+    choices = [found or [-1] for found in choices]
+    alike = tuple(found[-1] if rank > 2 else found[0] for found, rank in zip(choices, ranks, strict=True))
+    guesses = list(itertools.islice(itertools.product(*choices), _GUESSES))
     first = None
-    for guess in itertools.islice(itertools.product(*(found or [-1] for found in choices)), _GUESSES):
+    for guess in (guesses[0], alike, *guesses[1:]):
         places = {slot: axis for slot, axis in zip(program.inputs, guess, strict=True) if axis >= 0}
         moved = _moved(program, places, batch[0])
         if not has_scans(moved):

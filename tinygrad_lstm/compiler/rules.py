@@ -180,8 +180,6 @@ def _reshape(low: Lowering, equation: Equation) -> None:
 def _broadcast_to(low: Lowering, equation: Equation) -> None:
     shape, _ = low.aval(equation.outputs[0])
     source = low.operand(equation, 0, len(shape))
-    if equation.operands[0] not in low.batched and source.shape:
-        raise Unsupported(equation, "broadcasting an invariant to the batch")
     low.define(equation.outputs[0], source.broadcast(shape))
     low.batched.add(equation.outputs[0])
 
