@@ -217,13 +217,25 @@ def test_conversions_as_numpy_makes_them(runs: list[bool]) -> None:
     assert len(runs) == 2
 
 
+def test_long_integers_are_compared_and_wrap_around(runs: list[bool]) -> None:
+    """Beyond 2**53 a float64 would not tell neighbours apart."""
+    a = np.array([2**53, 2**53 + 1, -(2**62), 2**63 - 1, 0])
+    b = np.array([2**53 + 1, 2**53, -(2**62) + 1, 2**63 - 2, -(2**63)])
+    ways = (ops.equal, ops.less, ops.greater_equal, ops.maximum, ops.add, ops.multiply)
+    _, found = ops.scan(lambda c, x: (c, [f(x[0], x[1]) for f in ways]), np.zeros(5), (a[None], b[None]))
+    with np.errstate(over="ignore"):
+        for values, f in zip(
+            found, (np.equal, np.less, np.greater_equal, np.maximum, np.add, np.multiply), strict=True
+        ):
+            np.testing.assert_array_equal(values.numpy()[0], f(a, b))
+    assert runs == [True]
+
+
 @pytest.mark.parametrize("bad", [-1, 7])
 def test_a_class_out_of_range(bad: int, runs: list[bool]) -> None:
     case = MOVES["hot"]
     init, xs, captures = case.arrays(0, 3, 5)
     init[1][3] = bad
-    if bad < 0:
-        init[1][3] = -5
     with pytest.raises(tg.errors.OutOfRangeError, match="class"):
         ops.scan(case.make(captures), init, xs)
     assert not runs
