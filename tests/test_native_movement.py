@@ -222,11 +222,10 @@ def test_long_integers_are_compared_and_wrap_around(runs: list[bool]) -> None:
     a = np.array([2**53, 2**53 + 1, -(2**62), 2**63 - 1, 0])
     b = np.array([2**53 + 1, 2**53, -(2**62) + 1, 2**63 - 2, -(2**63)])
     ways = (ops.equal, ops.less, ops.greater_equal, ops.maximum, ops.add, ops.multiply)
+    expected = (np.equal, np.less, np.greater_equal, np.maximum, np.add, np.multiply)
     _, found = ops.scan(lambda c, x: (c, [f(x[0], x[1]) for f in ways]), np.zeros(5), (a[None], b[None]))
     with np.errstate(over="ignore"):
-        for values, f in zip(
-            found, (np.equal, np.less, np.greater_equal, np.maximum, np.add, np.multiply), strict=True
-        ):
+        for values, f in zip(found, expected, strict=True):
             np.testing.assert_array_equal(values.numpy()[0], f(a, b))
     assert runs == [True]
 
