@@ -215,6 +215,10 @@ def _inner_scan(program: Program, equation: Equation, mapped: set[int]) -> str:
     return f"result {shared[0]} of a scan is shared" if shared else ""
 
 
+def _scan(program: Program, equation: Equation, mapped: set[int]) -> str:
+    return "an inner loop over rows, or with rows that mix in it or share its carry"  # batch_first.py left it as it is
+
+
 def _unary(program: Program, equation: Equation, mapped: set[int]) -> str:
     return ""
 
@@ -237,6 +241,7 @@ _RULES: dict[str, Rule] = {
     "untake_along_axis": _along_pairs,
     "prod": _last,
     "inner_scan": _inner_scan,
+    "scan": _scan,
 }
 _RULES |= dict.fromkeys(("concatenate", "split", "flip", "roll", "cumsum", "sum", "max", "min", "norm", "argmax",
                          "argmin", "logsumexp", "softmax", "log_softmax"), _along_axes)  # fmt: skip
