@@ -139,9 +139,46 @@ OPS: dict[str, Callable[[Any, Any, Step, Get, Any], Any]] = {
     "in_halves": lambda a, b, s, get, x: halves(a, lambda v: v @ get("Wh", v.shape[-1], v.shape[-1])),
     "cumsum": lambda a, b, s, get, x: ops.cumsum(a, axis=-1) / a.shape[-1],
     "moved": lambda a, b, s, get, x: ops.flip(a, -1) * 0.5 + ops.roll(b, 1, -1) * 0.5,
+    "prod": lambda a, b, s, get, x: ops.prod(0.5 + ops.sigmoid(a), axis=-1, keepdims=True) * b,
+    "picked": lambda a, b, s, get, x: a * ops.take_along_axis(b, _place(x, b), axis=-1),
+    "counted": lambda a, b, s, get, x: a * _counted(x).astype(a.dtype),
+    "hot": lambda a, b, s, get, x: b + ops.one_hot(x["token"], TOKENS, np.float64) @ get("codes", TOKENS, b.shape[-1]),
+    "largest": lambda a, b, s, get, x: b * (1.0 + ops.argmax(_apart(a), axis=-1, keepdims=True).astype(b.dtype)) * 0.4,
+    "pondered": lambda a, b, s, get, x: _pondered(a, b, get("Wp", a.shape[-1], a.shape[-1])),
+    "walked": lambda a, b, s, get, x: _walked(a, [b, ops.tanh(a), b * 0.3], get("bw", a.shape[-1])),
     "stopped": lambda a, b, s, get, x: a * ops.stop_gradient(ops.tanh(b)),
     "named": lambda a, b, s, get, x: tg.name(ops.tanh(a), "named") * 0.8,
 }  # fmt: skip
+
+
+def _counted(x: Any) -> Any:
+    """Whole numbers of a few bits, one a row."""
+    n = x["token"].reshape((-1, 1))
+    return ops.where(n > 2, ops.maximum(n * n - 7, 1), -n) + ops.abs(n - 3)
+
+
+def _place(x: Any, b: Any) -> Any:
+    return ops.minimum(x["token"], b.shape[-1] - 1).reshape((-1, 1))
+
+
+def _apart(a: Any) -> Any:
+    """Without equal columns, whose order would be chance."""
+    return ops.stop_gradient(a) + np.linspace(0.0, 0.37, a.shape[-1])
+
+
+def _pondered(a: Any, b: Any, w: Any) -> Any:
+    """An inner loop on the state alone; its last state."""
+    return ops.scan(lambda s, _: (ops.tanh(s @ w + b),) * 2, a, None, length=2)[0]
+
+
+def _walked(a: Any, values: Sequence[Any], bias: Any) -> Any:
+    """An inner loop over values of the pool, backwards; all of its states."""
+
+    def step(s: Any, v: Any) -> Any:
+        s = ops.sigmoid(v) * s + 0.5 * v + bias
+        return s, ops.sin(s)
+
+    return ops.scan(step, a, ops.stack(values, axis=0), reverse=True)[1].mean(axis=0)
 
 
 def _gates(a: Any, s: Step, get: Get, x: Any, count: int) -> Any:

@@ -205,6 +205,6 @@ class TimeSum:
         a, b = self.value_of(left)[0], self.value_of(right)[0]  # (T, M, K), (T, K, N)
         steps, m, k = a.shape
         n = b.shape[-1]
-        # (T, M, K) is usually a transposed view of (T, K, M): moving T next to K makes no copy.
-        flat = _shape.reshape(_shape.transpose(a, (1, 0, 2)), (m, steps * k))
-        return _matmul(flat, _shape.reshape(b, (steps * k, n)))
+        # (T, M, K) is usually a transposed view of (T, K, M): turned back, moving T next to K makes no copy.
+        flat = _shape.reshape(_shape.transpose(a, (0, 2, 1)), (steps * k, m))
+        return _matmul(_shape.transpose(flat, (1, 0)), _shape.reshape(b, (steps * k, n)))

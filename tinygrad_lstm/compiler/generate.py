@@ -7,9 +7,12 @@ sequence or batch finds the same machine code.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import count
 
 from tinygrad_lstm.compiler.lowering import Lowered
-from tinygrad_lstm.compiler.stages import Product, Writer, grouped
+from tinygrad_lstm.compiler.stages import Operation, Product, emit_all, grouped, walk
+from tinygrad_lstm.compiler.writer import Writer
 
 __all__ = ["FIELDS", "generate", "in_order", "operands_of", "roots_of", "scratch_bytes"]
 
@@ -20,13 +23,13 @@ FIELDS = ("operands", "start", "stop", "rows", "chunk", "steps", "reverse", "pac
 
 
 def roots_of(lowered: Lowered) -> list[str]:
-    """The buffers that the operations name, in the order of the table; scratch is not among them."""
+    """The buffers that the operations name, in the order of the table; what lies in scratch is not among them."""
     names: set[str] = set()
     for operation in lowered.operations:
         for view in (*operation.reads(), *operation.writes()):
             names.add(view.root.name)
     # The rows of a carry before and after the step are one buffer.
-    return sorted({name.replace("o", "i") for name in names if not name.startswith("t")})
+    return sorted({name.replace("o", "i") for name in names if name[0] not in "tn"})
 
 
 def operands_of(lowered: Lowered) -> list[str]:
@@ -85,14 +88,7 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
             writer.line(f"b_{name} = a_{name} + step * s_{name}")
         else:
             writer.line(f"b_{name} = a_{name}")
-    for in_rows, operations in grouped(lowered.operations):
-        if in_rows:
-            writer.line("for r in range(r0, r1):")
-            writer.indent += 1
-        for operation in operations:
-            operation.emit(writer)
-        if in_rows:
-            writer.indent -= 1
+    emit_all(lowered.operations, writer)
     writer.indent = 0
     _carry(writer, lowered, split, place, first=False)
     body = "\n".join("    " + line for line in writer.lines)
@@ -101,7 +97,10 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
     return f'''"""A compiled loop."""
 from numba import cfunc, types
 
-from tinygrad_lstm.kernels.memory import call_address, load32, load64
+from tinygrad_lstm.kernels.memory import (
+    call_address, load8, load32, load64, load_float32, load_float64, store8, store32, store64, store_float32,
+    store_float64,
+)
 from tinygrad_lstm.kernels.rows import copy_row, row_kernel
 
 {described}
@@ -198,15 +197,26 @@ def _prepare(lowered: Lowered, place: dict[str, int]) -> str:
 def _crossing(lowered: Lowered) -> set[str]:
     """Scratch that lives longer than one loop over rows."""
     where: dict[str, set[int]] = {}
-    for k, (_, operations) in enumerate(grouped(lowered.operations)):
-        for operation in operations:
-            for view in (*operation.reads(), *operation.writes()):
-                if view.root.kind == "t":
+    found: set[str] = set()
+    runs = count()
+
+    def visit(operations: Sequence[Operation]) -> None:
+        for in_rows, run in grouped(operations):
+            k = next(runs)
+            for operation in run:
+                if not in_rows and operation.parts():
+                    found.update(view.root.name for view in operation.bases())  # from one inner step to the next
+                    visit(operation.parts())
+                    continue
+                for view in (*operation.reads(), *operation.writes()):
                     where.setdefault(view.root.name, set()).add(k)
-    products = {
-        v.root.name for op in lowered.operations if isinstance(op, Product) for v in (*op.reads(), *op.writes())
-    }
-    return {name for name, runs in where.items() if len(runs) > 1 or name in products}
+
+    visit(lowered.operations)
+    for operation, _ in walk(lowered.operations):
+        if isinstance(operation, Product):
+            found.update(view.root.name for view in (*operation.reads(), *operation.writes()))
+    found.update(name for name, places in where.items() if len(places) > 1)
+    return {name for name in found if name[0] == "t"}
 
 
 def _scratch(lowered: Lowered, used: set[str], crossing: set[str], writer: Writer) -> None:

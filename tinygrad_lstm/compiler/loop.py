@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_lstm.compiler.batch_first import batch_first
 from tinygrad_lstm.compiler.batching import TimeSum, can_batch, run_batched
 from tinygrad_lstm.compiler.constants import fill
 from tinygrad_lstm.compiler.fuse import fuse, worth_compiling
@@ -22,6 +23,7 @@ from tinygrad_lstm.compiler.native import NativeLoop, chosen, native_loop, wante
 from tinygrad_lstm.compiler.report import Report, loop_report
 from tinygrad_lstm.compiler.rows import common_batch, mixing
 from tinygrad_lstm.compiler.simplify import dead_code, simplify
+from tinygrad_lstm.compiler.unnest import unnest
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Equation, Program, lower
 from tinygrad_lstm.tape import recording
@@ -116,30 +118,10 @@ class LoopPlan:
 
 # Elementwise operations of about one instruction an element.
 _CHEAP = frozenset(
-    {
-        "add",
-        "subtract",
-        "multiply",
-        "divide",
-        "negative",
-        "square",
-        "abs",
-        "sign",
-        "maximum",
-        "minimum",
-        "relu",
-        "where",
-        "equal",
-        "not_equal",
-        "less",
-        "less_equal",
-        "greater",
-        "greater_equal",
-        "logical_and",
-        "logical_or",
-        "logical_not",
-    }
-)
+    {"add", "subtract", "multiply", "divide", "negative", "square", "abs", "sign", "maximum", "minimum", "relu",
+     "where", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or",
+     "logical_not"}
+)  # fmt: skip
 
 
 # What is one large operation in front of the loop or behind it, and many small ones in it.
@@ -160,6 +142,7 @@ class _Planner:
         self.kind: dict[int, str] = {}
         self.mapped: set[int] = set()
         self.mixed: set[int] = set()
+        self.apart: set[int] = set()  # runs in front all the same
         if native:
             self._trace_rows()
         self._classify()
@@ -203,21 +186,38 @@ class _Planner:
 
     def _trace_rows(self) -> None:
         """Find out what has a row for every row of the batch, and what is computed from several rows at once."""
-        if common_batch(self.body, self.n_carry) is None:
+        avals, xs = self.body.avals, self.body.inputs[self.n_carry :]
+        # Batches that were moved to the front (batch_first.py) count as inputs.
+        turned = {
+            e.operands[0]: e.outputs[0]
+            for e in self.body.equations
+            if e.primitive.name == "transpose" and e.operands[0] in xs and self._moves_batch(e)
+        }
+        inputs = [turned.get(slot, slot) for slot in self.body.inputs]
+        if common_batch(self.body.replaced(inputs=inputs), self.n_carry) is None:
             self.mixed.update(slot for e in self.body.equations for slot in e.outputs)
             return
-        self.mapped.update(slot for slot in self.body.inputs if self.body.avals[slot].shape)
+        self.mapped.update(slot for slot in inputs if avals[slot].shape)
+        self.apart.update(turned.values())
         for equation in self.body.equations:
             reads = equation.reads()
+            if equation.outputs[0] in self.apart:
+                continue
             if any(slot in self.mixed for slot in reads):
                 self.mixed.update(equation.outputs)
             elif any(slot in self.mapped for slot in reads):
                 mixes = mixing(self.body, equation, self.mapped)
                 (self.mixed if mixes else self.mapped).update(equation.outputs)
 
+    def _moves_batch(self, equation: Equation) -> bool:
+        before, after = (self.body.avals[slot].shape for slot in (equation.operands[0], equation.outputs[0]))
+        batch = self.body.avals[self.body.inputs[0]].shape[:1] if self.n_carry else before[:1]
+        return after[:1] == batch and bool(equation.params["axes"][0] % len(after))
+
     def _stays(self, equation: Equation) -> bool:
         """Whether native code does this in passing, row by row: anything but products and gathers."""
-        return self.native and equation.primitive.name not in _APART and equation.outputs[0] not in self.mixed
+        out = equation.outputs[0]
+        return self.native and equation.primitive.name not in _APART and out not in self.mixed and out not in self.apart
 
     def _keep_what_stays(self) -> None:
         """Leave in the loop what nothing in front of it reads; it is stacked where it is a result."""
@@ -424,7 +424,8 @@ def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | N
     body = merge_matmuls(simplify(body), n_carry=n_carry)
     why: Any = None
     if wanted((whole or steps) * work_of(body)):
-        plan = _Planner(body, n_carry, n_ys, steps, native=True).plan()
+        opened = batch_first(unnest(body, lambda b, c, y, t: _Planner(b, c, y, t, native=True).plan()), n_carry)
+        plan = _Planner(opened, n_carry, n_ys, steps, native=True).plan()
         plan.native = why = native_loop(plan.inner, n_carry, len(plan.stacked))
         if plan.compiled:
             return plan

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.compiler.movement import MOVEMENT
 from tinygrad_lstm.compiler.rules import RULES
-from tinygrad_lstm.compiler.stages import Chain, Copy, Operation, Packed, collapsed, combine
+from tinygrad_lstm.compiler.stages import Chain, Copy, Operation, Packed, combine
 from tinygrad_lstm.compiler.views import Root, Unsupported, View, contiguous, dense
+from tinygrad_lstm.compiler.writer import collapsed
 from tinygrad_lstm.program import Equation, Program
 
 __all__ = ["Lowered", "lower_body"]
 
 _DTYPES = frozenset({"float32", "float64", "bool", "int64", "int32"})
+_VIEWS = frozenset(
+    {"split", "getitem", "reshape", "transpose", "alias", "stop_gradient", "broadcast_to", "flip"}
+)  # fmt: skip
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Lowering:
         self.batched: set[int] = {slot for slot in program.inputs if program.avals[slot].shape or not split}
         self.shared: set[str] = set()
         self.shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        self.numbers = count()  # of what moves in inner loops (nested.py)
 
     # ------------------------------------------------------------------ views of inputs
 
@@ -185,10 +192,13 @@ class Lowering:
                 dtype = np.dtype(self.program.avals[slot].dtype)
                 if dtype.name not in _DTYPES or not dtype.isnative:
                     raise Unsupported(equation, f"dtype {dtype.str}")
-            rule = RULES.get(equation.primitive.name)
+            rule = RULES.get(equation.primitive.name) or MOVEMENT.get(equation.primitive.name)
             if rule is None:
                 raise Unsupported(equation, f"no native form of {equation.primitive.name}")
             mapped = any(slot in self.batched for slot in equation.reads())
+            computed = equation.primitive.name not in _VIEWS
+            if self.split and computed and not mapped and any(self.program.avals[s].shape for s in equation.outputs):
+                raise Unsupported(equation, "a value that all rows share and that changes from step to step")
             rule(self, equation)
             if mapped:
                 self.batched.update(equation.outputs)

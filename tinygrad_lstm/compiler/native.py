@@ -22,7 +22,7 @@ from tinygrad_lstm.compiler.lowering import Lowered, lower_body
 from tinygrad_lstm.compiler.narrow import narrow
 from tinygrad_lstm.compiler.rows import Mixing, row_values
 from tinygrad_lstm.compiler.simplify import simplify
-from tinygrad_lstm.compiler.stages import Product, RowProduct
+from tinygrad_lstm.compiler.stages import Product, RowProduct, walk
 from tinygrad_lstm.compiler.views import Unsupported
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import codecache, threads
@@ -53,6 +53,8 @@ def work_of(program: Program) -> int:
             total += size * len(equation.params["kernel"].expression.nodes)
         elif equation.primitive.name == "matmul":
             total += size * program.aval(equation.operands[0]).shape[-1] // 8
+        elif "body" in equation.params:  # a loop in the loop
+            total += equation.params["length"] * work_of(equation.params["body"])
         else:
             total += size
     return total
@@ -89,7 +91,7 @@ class NativeLoop:
         self.lowered, self.split, self.program, self.mixing, self.source = lowered, split, program, mixing, source
         self.roots = roots_of(lowered)
         self.rows = row_count  # of the batch; 1 where rows mix
-        self.flops = sum(_flops(op) for op in lowered.operations)
+        self.flops = sum(times * _flops(op) for op, times in walk(lowered.operations))
         self.n_carry, self.n_stacked = len(lowered.kept), n_stacked
         self._entry: tuple[int, int, Any, Any] | None = None
         self._free: list[_Workspace] = []
@@ -199,7 +201,7 @@ class _Frame:
         order = [places[name] for name in operands_of(low)]
         self.checked = in_order(low)
         self.pick = chosen(order)
-        by_row = any(isinstance(op, RowProduct) and op.right is None for op in low.operations)
+        by_row = any(isinstance(op, RowProduct) and op.right is None for op, _ in walk(low.operations))
         self.packed = by_row or steps * loop.rows > FEW
         self.packs = bool(low.packs) and self.packed
         self.work = steps * loop.flops * loop.rows
@@ -246,7 +248,7 @@ def _flops(operation: Any) -> int:
         return 2 * operation.pack.shape[0] * operation.pack.shape[1]
     if isinstance(operation, RowProduct):
         return 2 * operation.target.size * operation.left.shape[-1]
-    return 8 * sum(view.size for view in operation.writes())
+    return 0 if operation.parts() else 8 * sum(view.size for view in operation.writes())
 
 
 class _Workspace:
@@ -266,7 +268,7 @@ class _Workspace:
     def _functions(self, loop: NativeLoop) -> None:
         """Addresses of the products of the dtypes that occur."""
         low = loop.lowered
-        products = [op.target for op in low.operations if isinstance(op, (Product, RowProduct))]
+        products = [op.target for op, _ in walk(low.operations) if isinstance(op, (Product, RowProduct))]
         for dtype in sorted({view.dtype.name for view in products}):
             from tinygrad_lstm.kernels.gemm import functions
 

@@ -43,19 +43,27 @@ def row_values(program: Program, n_carry: int, summed: Sequence[int] = ()) -> Ro
         why = f"carry and inputs have no common batch axis 0: {', '.join(shapes)}"
         return Rows(0, frozenset(), Mixing(nowhere, why))
     mapped = {slot for slot in program.inputs if avals[slot].shape}
-    for equation in program.equations:
-        if not any(slot in mapped for slot in equation.reads()):
-            continue
-        why = mixing(program, equation, mapped)
-        if not why and any(avals[slot].shape[:1] != (batch,) for slot in equation.outputs):
-            why = f"a result of shape {avals[equation.outputs[0]].shape} has other rows"
-        if why:
-            return Rows(batch, frozenset(mapped), Mixing(equation, why))
-        mapped.update(equation.outputs)
+    mixed = _followed(program, mapped, batch)
+    if mixed is not None:
+        return Rows(batch, frozenset(mapped), mixed)
     for place, output in enumerate(program.outputs[:n_carry]):
         if output.__class__ is int and output not in mapped and output in program.definitions():
             return Rows(batch, frozenset(mapped), Mixing(program.definitions()[output], f"carry {place} is shared"))
     return Rows(batch, frozenset(mapped), None)
+
+
+def _followed(program: Program, mapped: set[int], batch: int) -> Mixing | None:
+    """Add to ``mapped`` what has a row per sequence; returns the first equation that mixes them."""
+    for equation in program.equations:
+        if not any(slot in mapped for slot in equation.reads()):
+            continue
+        why = mixing(program, equation, mapped)
+        if not why and any(program.avals[slot].shape[:1] != (batch,) for slot in equation.outputs):
+            why = f"a result of shape {program.avals[equation.outputs[0]].shape} has other rows"
+        if why:
+            return Mixing(equation, why)
+        mapped.update(equation.outputs)
+    return None
 
 
 def common_batch(program: Program, n_carry: int) -> int | None:
@@ -170,6 +178,47 @@ def _take(program: Program, equation: Equation, mapped: set[int]) -> str:
     return "" if equation.params["axis"] == -len(program.avals[table].shape) else "take along an inner axis"
 
 
+def _untake(program: Program, equation: Equation, mapped: set[int]) -> str:
+    g, indices = equation.operands
+    inner = equation.params["axis"] != -len(equation.params["shape"])
+    return "" if g in mapped and indices not in mapped and inner else "rows are added up at an index"
+
+
+def _along_pairs(program: Program, equation: Equation, mapped: set[int]) -> str:
+    shapes = [program.aval(operand).shape for operand in equation.operands]
+    if shapes[0][:1] != shapes[1][:1] or len(shapes[0]) != len(shapes[1]):
+        return "operands with other rows"
+    return "" if equation.params["axis"] % len(shapes[0]) else f"{equation.primitive.name} along the batch axis"
+
+
+def _last(program: Program, equation: Equation, mapped: set[int]) -> str:
+    return "" if len(program.aval(equation.operands[0]).shape) > 1 else f"{equation.primitive.name} over the batch axis"
+
+
+def _inner_scan(program: Program, equation: Equation, mapped: set[int]) -> str:
+    """The proof for the body of an inner loop whose batch has been moved to the front (batch_first.py)."""
+    body, n_carry, lead = equation.params["body"], equation.params["n_carry"], equation.params["lead"]
+    n_inputs = len(body.inputs)
+    rowed = {*body.inputs[:n_carry], *(slot for slot, at in zip(body.inputs[n_carry:], lead, strict=True) if at)}
+    if any(o in mapped and s not in rowed for s, o in zip(body.inputs, equation.operands, strict=False)):
+        return "a scan over the rows of a batch"
+    leading = {body.avals[slot].shape[:1] for slot in rowed}
+    leading |= {program.aval(o).shape[:1] for o in equation.operands if o in mapped}
+    if len(leading) != 1 or not (batch := leading.pop()):
+        return "carry and inputs of a scan have no common batch axis"
+    inside = rowed | {s for s, o in zip(body.captures, equation.operands[n_inputs:], strict=True) if o in mapped}
+    found = _followed(body, inside, batch[0])
+    if found is not None:
+        return f"{found.why} in a scan"
+    made = body.definitions()
+    shared = [k for k, o in enumerate(body.outputs) if o not in inside and (k >= n_carry or o in made)]
+    return f"result {shared[0]} of a scan is shared" if shared else ""
+
+
+def _scan(program: Program, equation: Equation, mapped: set[int]) -> str:
+    return "an inner loop over rows, or with rows that mix in it or share its carry"  # batch_first.py left it as it is
+
+
 def _unary(program: Program, equation: Equation, mapped: set[int]) -> str:
     return ""
 
@@ -187,6 +236,12 @@ _RULES: dict[str, Rule] = {
     "alias": _unary,
     "stop_gradient": _unary,
     "one_hot": _unary,
+    "untake": _untake,
+    "take_along_axis": _along_pairs,
+    "untake_along_axis": _along_pairs,
+    "prod": _last,
+    "inner_scan": _inner_scan,
+    "scan": _scan,
 }
 _RULES |= dict.fromkeys(("concatenate", "split", "flip", "roll", "cumsum", "sum", "max", "min", "norm", "argmax",
                          "argmin", "logsumexp", "softmax", "log_softmax"), _along_axes)  # fmt: skip

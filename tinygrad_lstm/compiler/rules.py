@@ -16,13 +16,13 @@ from tinygrad_lstm.program import Equation
 if TYPE_CHECKING:
     from tinygrad_lstm.compiler.lowering import Lowering
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "converted", "fill", "not_the_batch"]
 
 
 def _fused(low: Lowering, equation: Equation) -> None:
     kernel = equation.params["kernel"]
     dtypes = tuple(np.dtype(low.program.avals[slot].dtype) for slot in equation.operands)
-    if not lowerable(kernel.expression, dtypes):
+    if not lowerable(kernel.expression, dtypes, integers=True):
         raise Unsupported(equation, f"elementwise maths on {', '.join(sorted({d.name for d in dtypes}))}")
     shape = tuple(kernel.shape[low.skip :])
     inputs = [low.view(slot, len(shape)) for slot in equation.operands]
@@ -73,7 +73,7 @@ def _row_product(a: View, b: View | None, target: View, packed: int = -1) -> Ope
 def _split(low: Lowering, equation: Equation) -> None:
     source = low.operand(equation)
     axis = equation.params["axis"] + len(source.shape)
-    _not_the_batch(low, equation, axis)
+    not_the_batch(low, equation, axis)
     start = 0
     for n, slot in zip(equation.params["sizes"], equation.outputs, strict=True):
         shape = list(source.shape)
@@ -82,7 +82,7 @@ def _split(low: Lowering, equation: Equation) -> None:
         start += n
 
 
-def _not_the_batch(low: Lowering, equation: Equation, axis: int) -> None:
+def not_the_batch(low: Lowering, equation: Equation, axis: int) -> None:
     if axis < 0:
         raise Unsupported(equation, f"{equation.primitive.name} along the batch axis")
 
@@ -129,18 +129,16 @@ def _put(low: Lowering, equation: Equation) -> None:
         raise Unsupported(equation, "an index made of arrays")
     target = low.target(equation.outputs[0])
     source = low.operand(equation, 0, None)
-    _fill(low, target, 0.0)
+    fill(low, target, 0.0)
     place = _indexed(low, equation, target, -1, missing=1)
     low.operations.append(Copy(source, place))
 
 
-def _fill(low: Lowering, target: View, value: float) -> None:
+def fill(low: Lowering, target: View, value: float) -> None:
     """Write one value everywhere."""
     from tinygrad_lstm.kernels import build
     from tinygrad_lstm.kernels import expression as e
 
-    if target.dtype.name not in {"float32", "float64", "bool"}:
-        raise Unsupported(None, f"a constant of dtype {target.dtype}")
     expression = build(lambda x: e.cast(e.constant(value), target.dtype), 1)
     low.chain(expression, target.shape, [target], ("",), [(target, 0)])
 
@@ -149,7 +147,7 @@ def _concatenate(low: Lowering, equation: Equation) -> None:
     out = equation.outputs[0]
     target = low.target(out)
     axis = equation.params["axis"] + len(target.shape)
-    _not_the_batch(low, equation, axis)
+    not_the_batch(low, equation, axis)
     start = 0
     for operand in equation.operands:
         view = low.view(operand, len(target.shape))
@@ -182,8 +180,6 @@ def _reshape(low: Lowering, equation: Equation) -> None:
 def _broadcast_to(low: Lowering, equation: Equation) -> None:
     shape, _ = low.aval(equation.outputs[0])
     source = low.operand(equation, 0, len(shape))
-    if equation.operands[0] not in low.batched and source.shape:
-        raise Unsupported(equation, "broadcasting an invariant to the batch")
     low.define(equation.outputs[0], source.broadcast(shape))
     low.batched.add(equation.outputs[0])
 
@@ -203,12 +199,12 @@ def _alias(low: Lowering, equation: Equation) -> None:
 
 
 def _reduce(low: Lowering, equation: Equation) -> None:
-    (axis,) = equation.params["axis"]
+    (axis,) = equation.params.get("axis", (-1,))  # a product is always of the last axis
     source = low.operand(equation)
     if source.dtype.kind != "f":
-        raise Unsupported(equation, f"{equation.primitive.name} of {source.dtype}")
+        source = converted(low, equation, source, np.dtype(low.program.avals[equation.outputs[0]].dtype))
     place = axis + len(source.shape)
-    _not_the_batch(low, equation, place)
+    not_the_batch(low, equation, place)
     if not source.shape[place]:
         raise Unsupported(equation, "a reduction of nothing")
     source = low.dense(source)
@@ -225,11 +221,35 @@ def _reduce(low: Lowering, equation: Equation) -> None:
     low.dense_target(equation.outputs[0], fold)
 
 
+def converted(low: Lowering, equation: Equation, source: View, goal: np.dtype) -> View:
+    """The view in the dtype of a sum: NumPy adds bools and short integers as long ones."""
+    if goal.kind not in "fi":
+        raise Unsupported(equation, f"{equation.primitive.name} of {source.dtype}")
+    if source.dtype == goal:
+        return source
+    target = low.temporary(source.shape, goal)
+    _cast(low, equation, source, target)
+    return target
+
+
+def _cast(low: Lowering, equation: Equation, source: View, target: View) -> None:
+    from tinygrad_lstm.kernels import build
+    from tinygrad_lstm.kernels import expression as e
+
+    expression = build(lambda x: e.cast(x, target.dtype), 1)
+    if not lowerable(expression, (source.dtype,), integers=True):
+        raise Unsupported(equation, f"conversion from {source.dtype} to {target.dtype}")
+    low.chain(expression, target.shape, [source], ("",), [(target, 0)])
+
+
 def _take(low: Lowering, equation: Equation) -> None:
     table, index = equation.operands
     shape = tuple(low.program.avals[table].shape)
     if table in low.batched or equation.params["axis"] != -len(shape):
-        raise Unsupported(equation, "take along an inner axis")
+        from tinygrad_lstm.compiler.movement import take_inside
+
+        take_inside(low, equation)
+        return
     if index not in low.batched and low.split:
         raise Unsupported(equation, "an index that all rows share")
     indices = low.view(index)
@@ -240,16 +260,14 @@ def _take(low: Lowering, equation: Equation) -> None:
 
 
 def _astype(low: Lowering, equation: Equation) -> None:
-    from tinygrad_lstm.kernels import build
-    from tinygrad_lstm.kernels import expression as e
-
     source = low.operand(equation)
-    goal = np.dtype(equation.params["dtype"])
-    expression = build(lambda x: e.cast(x, goal), 1)
-    if not lowerable(expression, (source.dtype,)):
-        raise Unsupported(equation, f"conversion from {source.dtype} to {goal}")
-    target = low.target(equation.outputs[0])
-    low.chain(expression, target.shape, [source], ("",), [(target, 0)])
+    _cast(low, equation, source, low.target(equation.outputs[0]))
+
+
+def _scan(low: Lowering, equation: Equation) -> None:
+    from tinygrad_lstm.compiler.nested import lower_inner  # which lowers the inner body by these rules
+
+    lower_inner(low, equation)
 
 
 RULES: dict[str, Callable[[Lowering, Equation], None]] = {
@@ -267,6 +285,9 @@ RULES: dict[str, Callable[[Lowering, Equation], None]] = {
     "sum": _reduce,
     "max": _reduce,
     "min": _reduce,
+    "prod": _reduce,
     "take": _take,
     "astype": _astype,
+    "scan": _scan,
+    "inner_scan": _scan,
 }

@@ -6,92 +6,40 @@ product over all rows of a thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.compiler.views import View, contiguous
+from tinygrad_lstm.compiler.writer import Writer, collapsed, nested
 from tinygrad_lstm.kernels import Expression
 from tinygrad_lstm.kernels.printer import literal
 
-__all__ = ["Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "Writer"]
-
-
-class Writer:
-    """Collects the text of a module: kernels by content, and lines."""
-
-    def __init__(self) -> None:
-        self.kernels: dict[str, str] = {}
-        self.lines: list[str] = []
-        self.indent = 0
-        self._names = 0
-
-    def line(self, text: str) -> None:
-        self.lines.append("    " * self.indent + text)
-
-    def kernel(self, text: str) -> str:
-        """The name of a kernel with this definition."""
-        return self.kernels.setdefault(text, f"k{len(self.kernels)}")
-
-    def fresh(self, prefix: str) -> str:
-        self._names += 1
-        return f"{prefix}{self._names}"
-
-    def address(self, view: View, row: str) -> str:
-        """The address of a view's first element in a row."""
-        parts = [f"b_{view.root.name}"]
-        if view.rowed:
-            parts.append(f"{row} * r_{view.root.name}")
-        if view.offset:
-            parts.append(str(view.offset))
-        return " + ".join(parts)
-
-
-def nested(
-    writer: Writer, shape: Sequence[int], addresses: Sequence[str], strides: Sequence[Sequence[int]],
-    body: Callable[[list[str]], None],
-) -> None:  # fmt: skip
-    """Loops over ``shape``; the body gets every address moved to where the loops are."""
-    indices = []
-    start = writer.indent
-    for n in shape:
-        index = writer.fresh("j")
-        indices.append((index, n))
-        if n != 1:
-            writer.line(f"for {index} in range({n}):")
-            writer.indent += 1
-    moved = []
-    for address, steps in zip(addresses, strides, strict=True):
-        terms = [address]
-        terms += [f"{index} * {step}" for (index, n), step in zip(indices, steps, strict=True) if step and n != 1]
-        moved.append(" + ".join(terms))
-    body(moved)
-    writer.indent = start
-
-
-def collapsed(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], last_fixed: bool = False
-) -> tuple[list[int], list[list[int]]]:
-    """Neighbouring axes that lie one behind the other in every operand, as one axis."""
-    axes = [(n, [s[k] for s in strides]) for k, n in enumerate(shape) if n != 1 or (last_fixed and k == len(shape) - 1)]
-    merged: list[tuple[int, list[int]]] = []
-    for k in range(len(axes) - 1, -1, -1):
-        n, steps = axes[k]
-        may = merged and not (last_fixed and len(merged) == 1)
-        if may and all(step == inner * merged[0][0] for step, inner in zip(steps, merged[0][1], strict=True)):
-            merged[0] = (n * merged[0][0], merged[0][1])
-        else:
-            merged.insert(0, (n, steps))
-    if not merged:
-        merged = [(1, [0] * len(strides))]
-    return [n for n, _ in merged], [[steps[k] for _, steps in merged] for k in range(len(strides))]
+__all__ = [
+    "Chain", "Copy", "Fold", "Gather", "Operation", "Packed", "Product", "RowProduct", "combine", "emit_all", "grouped",
+    "looped", "walk",
+]  # fmt: skip
 
 
 @dataclass
 class Operation:
     """Reads and writes views of one row."""
+
+    alone = False  # whether it works on all rows of a thread, outside of the loops over rows
+
+    def parts(self) -> Sequence[Operation]:
+        """The operations inside of a loop."""
+        return ()
+
+    def repeats(self) -> int:
+        """How often they run."""
+        return 1
+
+    def bases(self) -> list[View]:
+        """Where what changes its place in a loop begins."""
+        return []
 
     def reads(self) -> list[View]:
         raise NotImplementedError
@@ -194,31 +142,38 @@ class Fold(Operation):
         first[self.axis] = 1
         start = self.source.moved(0, tuple(first), self.source.strides)
         Copy(start, self.target).emit(writer)
-        step = self.source.strides[self.axis]
-        if self.source.shape[self.axis] == 1:
-            return
-        index = writer.fresh("j")
-        writer.line(f"for {index} in range(1, {self.source.shape[self.axis]}):")
-        writer.indent += 1
+        n = self.source.shape[self.axis]
+        if n > 1:
+            step = self.source.strides[self.axis]
+            places = [(0, 0), (0, step), (0, 0)]
+            looped(writer, n, self.combine, self.source.dtype.name, [self.target, start, self.target], places)
+
+
+def looped(
+    writer: Writer, n: int, expression: Expression, dtype: str, views: Sequence[View], places: Sequence[tuple[int, int]]
+) -> None:
+    """Steps 1 to n - 1 of an operation on slices: (a, b) -> c, each at (offset, step) of its view, all of one shape."""
+    index = writer.fresh("j")
+    writer.line(f"for {index} in range(1, {n}):")
+    writer.indent += 1
+    addresses = []
+    for view, (offset, step) in zip(views, places, strict=True):
         here = writer.fresh("a")
-        writer.line(f"{here} = {writer.address(self.source, 'r')} + {index} * {step}")
-        views = [self.target, start, self.target]
-        lengths, strides = collapsed(tuple(first), [v.strides for v in views])
-        if any(s[-1] not in (0, self.source.dtype.itemsize) for s in strides):
-            lengths, strides = [*lengths, 1], [[*s, 0] for s in strides]  # one element at a time
-        along = tuple(s[-1] != 0 for s in strides[:2])
-        nodes = ", ".join(f"({n.op!r}, {n.args!r}, {literal(n.param)})" for n in self.combine.nodes)
-        dtype = self.source.dtype.name
-        name = writer.kernel(
-            f"row_kernel(2, ({nodes},), {self.combine.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), "
-            f"{lengths[-1]})"
-        )
-        there = writer.address(self.target, "r")
-        nested(
-            writer, lengths[:-1], [there, here, there], [s[:-1] for s in strides],
-            lambda moved: writer.line(f"{name}({', '.join(moved)})"),
-        )  # fmt: skip
-        writer.indent -= 1
+        writer.line(f"{here} = {writer.address(view, 'r')} + {offset} + {index} * {step}")
+        addresses.append(here)
+    lengths, strides = collapsed(views[0].shape, [v.strides for v in views])
+    if any(s[-1] not in (0, v.dtype.itemsize) for s, v in zip(strides, views, strict=True)):
+        lengths, strides = [*lengths, 1], [[*s, 0] for s in strides]  # one element at a time
+    along = tuple(s[-1] != 0 for s in strides[:2])
+    nodes = ", ".join(f"({n.op!r}, {n.args!r}, {literal(n.param)})" for n in expression.nodes)
+    name = writer.kernel(
+        f"row_kernel(2, ({nodes},), {expression.outputs!r}, {(dtype, dtype)!r}, {along!r}, ('',), (0,), {lengths[-1]})"
+    )
+    nested(
+        writer, lengths[:-1], addresses, [s[:-1] for s in strides],
+        lambda moved: writer.line(f"{name}({', '.join(moved)})"),
+    )  # fmt: skip
+    writer.indent -= 1
 
 
 @dataclass
@@ -281,6 +236,7 @@ class Product(Operation):
     packed: int
     pack: Packed
     target: View
+    alone = True
 
     def reads(self) -> list[View]:
         return [self.left]
@@ -342,10 +298,10 @@ class RowProduct(Operation):
 
 
 def grouped(operations: Sequence[Operation]) -> Iterator[tuple[bool, list[Operation]]]:
-    """Runs of operations that share a loop over rows (True), and products by themselves (False)."""
+    """Runs of operations that share a loop over rows (True), and what works on all rows by itself (False)."""
     run: list[Operation] = []
     for operation in operations:
-        if isinstance(operation, Product):
+        if operation.alone:
             if run:
                 yield True, run
             yield False, [operation]
@@ -356,10 +312,30 @@ def grouped(operations: Sequence[Operation]) -> Iterator[tuple[bool, list[Operat
         yield True, run
 
 
+def walk(operations: Sequence[Operation]) -> Iterator[tuple[Operation, int]]:
+    """Every operation, those of inner loops too, and how often it runs in a step."""
+    for operation in operations:
+        yield operation, 1
+        for part, times in walk(operation.parts()):
+            yield part, times * operation.repeats()
+
+
+def emit_all(operations: Sequence[Operation], writer: Writer, rows: bool = True) -> None:
+    """The text of operations, with loops over the rows of a thread around what works on one of them."""
+    for in_rows, run in grouped(operations):
+        if in_rows and rows:
+            writer.line("for r in range(r0, r1):")
+            writer.indent += 1
+        for operation in run:
+            operation.emit(writer)
+        if in_rows and rows:
+            writer.indent -= 1
+
+
 def combine(kind: str, dtype: np.dtype) -> Expression:
     """The expression that adds one more element to a reduction."""
     from tinygrad_lstm.kernels import build
     from tinygrad_lstm.kernels import expression as e
 
-    rule: Any = {"sum": lambda a, b: a + b, "max": e.maximum, "min": e.minimum}[kind]
+    rule: Any = {"sum": lambda a, b: a + b, "prod": lambda a, b: a * b, "max": e.maximum, "min": e.minimum}[kind]
     return build(rule, 2)

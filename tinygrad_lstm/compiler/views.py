@@ -25,7 +25,7 @@ class Root(NamedTuple):
 
     ``kind``: ``x`` (a sequence value, its row of this step), ``v`` (an invariant), ``i`` and ``o`` (a carry before
     and after the step), ``y`` (what is stacked, the row of this step), ``s`` (a sum over the steps),
-    ``t`` (scratch).
+    ``t`` (scratch), ``n`` (what lies elsewhere at every step of an inner loop).
     """
 
     kind: str

@@ -29,20 +29,40 @@ _ndarray = np.ndarray
 _NATIVE_DTYPES = frozenset({"bool", "float32", "float64"})
 
 
+_INTEGERS = frozenset({"int32", "int64"})
+# What integers have an instruction for; where the result is a float, they are converted first.
+_WHOLE_OPS = frozenset(
+    {"input", "cast", "add", "subtract", "multiply", "negative", "square", "absolute", "sign", "maximum", "minimum",
+     "where"}
+)  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4096)
-def lowerable(expression: Expression, dtypes: tuple[np.dtype, ...]) -> bool:
-    """Whether native code can compute the expression: every value a bool, float32 or float64."""
-    if not all(d.name in _NATIVE_DTYPES and d.isnative for d in dtypes):
+def lowerable(expression: Expression, dtypes: tuple[np.dtype, ...], integers: bool = False) -> bool:
+    """Whether native code can compute the expression: every value a bool, float32 or float64.
+
+    With ``integers``, which row kernels have, also int32 and int64.
+    """
+    allowed = _NATIVE_DTYPES | _INTEGERS if integers else _NATIVE_DTYPES
+    if not all(d.name in allowed and d.isnative for d in dtypes):
         return False
-    for node, dtype in zip(expression.nodes, node_dtypes(expression, dtypes), strict=True):
+    found = node_dtypes(expression, dtypes)
+    for node, dtype in zip(expression.nodes, found, strict=True):
         if not isinstance(dtype, np.dtype):
             continue  # a weak constant
-        if dtype.name not in _NATIVE_DTYPES:
+        if dtype.name not in allowed:
             return False
         # bool + bool and maximum(bool, bool): NumPy makes logic of them.
         if dtype.kind == "b" and node.op in {"add", "multiply", "absolute", "maximum", "minimum"}:
             return False
-    return all(d.name in _NATIVE_DTYPES for d in expression.result_dtypes(dtypes))
+        if dtype.kind == "i" and node.op not in _WHOLE_OPS:
+            return False
+        # A Python number that the integers it is compared with cannot hold.
+        least = min((np.iinfo(found[k]).bits for k in node.args if np.dtype(found[k]).kind == "i"), default=64)
+        numbers = [expression.nodes[k].param for k in node.args if expression.nodes[k].op == "constant"]
+        if any(type(number) is int and not -(2 ** (least - 1)) <= number < 2 ** (least - 1) for number in numbers):
+            return False
+    return all(d.name in allowed for d in expression.result_dtypes(dtypes))
 
 
 def _native_enabled() -> bool:

@@ -275,7 +275,7 @@ def _power(x: Value, exponent: float) -> Value | None:
 
 def _evaluate(name: str, *args: Value) -> Value:
     leaf = LEAVES[name]
-    if name in _RULES and args[0].dtype in (*leaf.vector, "bool"):
+    if name in _RULES and (args[0].dtype in (*leaf.vector, "bool") or args[0].whole):
         return _RULES[name](*args)
     return _library(leaf.library, *args)
 

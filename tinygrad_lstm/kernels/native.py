@@ -95,10 +95,11 @@ def _leaf(expression: Expression, index: int, dtypes: tuple[Any, ...], register:
     elif leaf.kind == "select":
         args = [register(node.args[0], "bool")] + [register(i, dtypes[index].name) for i in node.args[1:]]
     elif leaf.kind == "compare":
-        # Python numbers are weak; bools and integers compare exactly as float64.
+        # Python numbers are weak; bools compare exactly as float64.
         strong = [np.zeros(0, d) if isinstance(d, np.dtype) else d(0) for d in (dtypes[i] for i in node.args)]
         common = np.result_type(*strong)
-        args = [register(i, common.name if common.kind == "f" else "float64") for i in node.args]
+        whole = common.kind == "i" and node.op != "isfinite"
+        args = [register(i, common.name if common.kind == "f" or whole else "float64") for i in node.args]
     else:
         args = [register(i, dtypes[index].name) for i in node.args]
     constants = [float(expression.nodes[i].param) if expression.nodes[i].op == "constant" else None for i in node.args]

@@ -23,7 +23,9 @@ from .vector import Lanes, Value, vector_bytes
 __all__ = ["copy_row", "row_kernel"]
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_ITEMSIZE = {"float32": 4, "float64": 8, "bool": 1}
+_ITEMSIZE = {"float32": 4, "float64": 8, "bool": 1, "int32": 4, "int64": 8}
+_SCALAR = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "bool": _I8, "int32": _I32, "int64": _I64}
+_SUFFIX = {"float32": "f32", "float64": "f64", "bool": "i8", "int32": "i32", "int64": "i64"}
 _NEUTRAL = {"sum": 0.0, "max": -math.inf, "min": math.inf}
 _COMBINE = {"sum": "add", "max": "maximum", "min": "minimum"}
 
@@ -87,7 +89,7 @@ class _Row:
         self.dtypes, self.results, self.along, self.reductions = dtypes, results, along, reductions
 
     def _scalar(self, dtype: str) -> Any:
-        return _I8 if dtype == "bool" else ir.FloatType() if dtype == "float32" else ir.DoubleType()
+        return _SCALAR[dtype]
 
     def _vector(self, dtype: str) -> Any:
         return ir.VectorType(self._scalar(dtype), self.count)
@@ -202,7 +204,7 @@ class _Row:
         if mask is None:
             raw = b.load(pointer, align=_ITEMSIZE[dtype])
         else:
-            zero = ir.Constant(vector, [0] * self.count if dtype == "bool" else [0.0] * self.count)
+            zero = ir.Constant(vector, [0.0 if dtype[0] == "f" else 0] * self.count)
             kind = ir.FunctionType(vector, [pointer.type, _I32, mask.type, vector])
             load = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.load.{self._suffix(dtype)}")
             raw = b.call(load, [pointer, _I32(_ITEMSIZE[dtype]), mask, zero])
@@ -220,7 +222,7 @@ class _Row:
             b.call(store, [raw, pointer, _I32(_ITEMSIZE[dtype]), mask])
 
     def _suffix(self, dtype: str) -> str:
-        return f"v{self.count}{'i8' if dtype == 'bool' else 'f32' if dtype == 'float32' else 'f64'}.p0"
+        return f"v{self.count}{_SUFFIX[dtype]}.p0"
 
 
 def copy_row(nbytes: int) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Values in LLVM registers: one lane or many, written with Python's operators.
 
-Imported only while native code is generated.  A :class:`Value` holds an LLVM value of float, double or i1
-(truth values), scalar or vector; the mathematics in :mod:`.lowering` is written in terms of it once and
+Imported only while native code is generated.  A :class:`Value` holds an LLVM value of float, double, i1
+(truth values), i32 or i64, scalar or vector; the mathematics in :mod:`.lowering` is written in terms of it once and
 serves every lane count.
 """
 
@@ -13,7 +13,11 @@ from llvmlite import ir
 
 __all__ = ["Lanes", "Value", "vector_bytes"]
 
-_SCALAR = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "bool": ir.IntType(1)}
+_SCALAR = {
+    "float32": ir.FloatType(), "float64": ir.DoubleType(), "bool": ir.IntType(1), "int32": ir.IntType(32),
+    "int64": ir.IntType(64),
+}  # fmt: skip
+_WHOLE = frozenset({"int32", "int64"})
 _SUFFIX = {"float32": "f32", "float64": "f64"}
 
 
@@ -42,7 +46,7 @@ class Lanes:
         return ir.Constant(type_, number if self.count == 1 else [number] * self.count)
 
     def constant(self, number: Any, dtype: str) -> Value:
-        number = bool(number) if dtype == "bool" else float(number)
+        number = bool(number) if dtype == "bool" else int(number) if dtype in _WHOLE else float(number)
         return Value(self, self.literal(self.type(dtype), number), dtype)
 
     def call(self, name: str, dtype: str, *args: Any, bool_result: bool = False) -> Any:
@@ -74,19 +78,28 @@ class Value:
     def _wrap(self, value: Any, dtype: str | None = None) -> Value:
         return Value(self.lanes, value, dtype or self.dtype)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it holds integers, which wrap around."""
+        return self.dtype in _WHOLE
+
+    def _either(self, floating: str, whole: str) -> Any:
+        """The instruction for floats or for integers."""
+        return getattr(self.lanes.builder, whole if self.whole else floating)
+
     def __add__(self, other: Any) -> Value:
-        return self._wrap(self.lanes.builder.fadd(self.ir, self._other(other)))
+        return self._wrap(self._either("fadd", "add")(self.ir, self._other(other)))
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Value:
-        return self._wrap(self.lanes.builder.fsub(self.ir, self._other(other)))
+        return self._wrap(self._either("fsub", "sub")(self.ir, self._other(other)))
 
     def __rsub__(self, other: Any) -> Value:
-        return self._wrap(self.lanes.builder.fsub(self._other(other), self.ir))
+        return self._wrap(self._either("fsub", "sub")(self._other(other), self.ir))
 
     def __mul__(self, other: Any) -> Value:
-        return self._wrap(self.lanes.builder.fmul(self.ir, self._other(other)))
+        return self._wrap(self._either("fmul", "mul")(self.ir, self._other(other)))
 
     __rmul__ = __mul__
 
@@ -97,13 +110,13 @@ class Value:
         return self._wrap(self.lanes.builder.fdiv(self._other(other), self.ir))
 
     def __neg__(self) -> Value:
-        return self._wrap(self.lanes.builder.fneg(self.ir))
+        return 0 - self if self.whole else self._wrap(self.lanes.builder.fneg(self.ir))
 
     def __abs__(self) -> Value:
-        return self.intrinsic("fabs")
+        return (self < 0).choose(-self, self) if self.whole else self.intrinsic("fabs")
 
     def _compare(self, sign: str, other: Any) -> Value:
-        return self._wrap(self.lanes.builder.fcmp_ordered(sign, self.ir, self._other(other)), "bool")
+        return self._wrap(self._either("fcmp_ordered", "icmp_signed")(sign, self.ir, self._other(other)), "bool")
 
     def __lt__(self, other: Any) -> Value:
         return self._compare("<", other)
@@ -121,9 +134,11 @@ class Value:
         return self._compare("==", other)
 
     def differs(self, other: Any) -> Value:
-        return self._wrap(self.lanes.builder.fcmp_unordered("!=", self.ir, self._other(other)), "bool")
+        return self._wrap(self._either("fcmp_unordered", "icmp_signed")("!=", self.ir, self._other(other)), "bool")
 
     def is_nan(self) -> Value:
+        if self.whole:
+            return self.differs(self)
         return self._wrap(self.lanes.builder.fcmp_unordered("uno", self.ir, self.ir), "bool")
 
     def __and__(self, other: Value) -> Value:
@@ -148,15 +163,25 @@ class Value:
         return self.intrinsic("fmuladd", factor, term)
 
     def to(self, dtype: str) -> Value:
-        """Converted as NumPy's ``astype`` does between bool, float32 and float64."""
+        """Converted as NumPy's ``astype`` does between bool, integers and floats: as C does."""
         if dtype == self.dtype:
             return self
         builder, type_ = self.lanes.builder, self.lanes.type(dtype)
         if dtype == "bool":
             return self.differs(0.0)
-        if self.dtype == "bool":
-            return self._wrap(builder.uitofp(self.ir, type_), dtype)
-        convert = builder.fpext if dtype == "float64" else builder.fptrunc
+        if dtype in _WHOLE:
+            if self.dtype == "bool":
+                convert = builder.zext
+            elif self.whole:
+                convert = builder.sext if dtype == "int64" else builder.trunc
+            else:
+                convert = builder.fptosi
+        elif self.dtype == "bool":
+            convert = builder.uitofp
+        elif self.whole:
+            convert = builder.sitofp
+        else:
+            convert = builder.fpext if dtype == "float64" else builder.fptrunc
         return self._wrap(convert(self.ir, type_), dtype)
 
     def bits(self) -> Any:

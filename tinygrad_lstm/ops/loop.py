@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.binding import record_application
+from tinygrad_lstm.errors import GraphError
 from tinygrad_lstm.ops.prepared import (
     Site,
     _adjoint,
@@ -29,7 +30,7 @@ from tinygrad_lstm.program import Program
 from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["bind_scan", "canonical", "scan_primitive"]
+__all__ = ["INNER", "bind_scan", "canonical", "scan_primitive"]
 
 
 class Residuals:
@@ -224,6 +225,41 @@ scan_primitive: Primitive = Primitive(
     "scan", _forward, (_vjp,), joint=True, jvp=_jvp, shape=_aval, always_tuple=True,
     doc="A loop over axis 0: operands (carry..., xs..., captures...), results (carry..., ys..., sums...).",
 )  # fmt: skip
+
+
+def _inner_forward(
+    *operands: np.ndarray, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, lead: tuple[int, ...]
+) -> tuple[np.ndarray, ...]:
+    turned = [np.moveaxis(x, at, 0) for x, at in zip(operands[n_carry:], lead, strict=False)]
+    rest = operands[n_carry + len(lead) :]
+    outs = _forward(
+        *operands[:n_carry], *turned, *rest, body=body, n_carry=n_carry, n_ys=n_ys, length=length, reverse=reverse
+    )
+    ys = [np.ascontiguousarray(np.moveaxis(y, 0, 1)) for y in outs[n_carry : n_carry + n_ys]]
+    return (*outs[:n_carry], *ys, *outs[n_carry + n_ys :])
+
+
+def _inner_avals(
+    *operands: Aval, body: Program, n_carry: int, n_ys: int, length: int, reverse: bool, lead: tuple[int, ...]
+) -> tuple[Aval, ...]:
+    avals = body.output_avals()
+    ys = [Aval((a.shape[0], length, *a.shape[1:]), a.dtype) for a in avals[n_carry : n_carry + n_ys]]
+    return (*avals[:n_carry], *ys, *avals[n_carry + n_ys :])
+
+
+def _no_rule(*args: Any) -> Any:
+    raise GraphError("inner scans are made after differentiation")
+
+
+INNER: Primitive = Primitive(
+    "inner_scan",
+    _inner_forward,
+    (lambda g, position: _no_rule(g, position),),
+    shape=_inner_avals,
+    always_tuple=True,
+    register=False,  # made by a pass (compiler/batch_first.py), never called by anybody
+    doc="A scan with time as axis ``lead`` (0 or 1) of each x and as axis 1 of ys, behind the batch.",
+)
 
 
 def bind_scan(
