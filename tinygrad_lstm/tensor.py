@@ -351,8 +351,8 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
             raise ShapeError(
                 f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it or pass one"
             )
-        if not target._data.shape:
-            return Tensor(_one(target._data.dtype))
+        if not target.shape:
+            return Tensor(_one(np.dtype(target.dtype)))
         return Tensor(np.ones(target.shape, target.dtype))
     given = cotangent if isinstance(cotangent, Tensor) else asarray(cotangent)
     if given.shape != target.shape:

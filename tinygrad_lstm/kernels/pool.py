@@ -17,7 +17,8 @@ import numpy as np
 
 __all__ = ["applied", "clear", "copied", "empty", "has_own_memory", "idle_bytes"]
 
-SMALLEST = 1 << 16  # bytes; below, the allocator's own free lists serve
+SMALLEST = 5 << 15  # bytes; below, the allocator's own free lists serve
+LARGE = 1 << 20
 LINE = 64  # bytes of a line of the cache, and of the widest vector: one that crosses lines costs two accesses
 # Arrays of one size start at different places of a page: rows of many of them that are used together would
 # otherwise compete for the same few places of the first cache.
@@ -42,7 +43,7 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     if nbytes < SMALLEST:
         return np.empty(shape, dtype)
     # Steps of an eighth: T and T + 1 rows take turns in one block.  What is not touched takes no memory.
-    granule = max(4096, 1 << (nbytes.bit_length() - 4))
+    granule = 1 << (nbytes.bit_length() - 4) if nbytes >= LARGE else 4096
     size = -(-nbytes // granule) * granule + STAGGER * PLACES + LINE
     with _lock:
         block, start = _take(size)

@@ -136,7 +136,7 @@ def _back_vjp(
         for k, seed in zip(floats, seeds, strict=True):
             cotangents[k] = seed
         shares = loop._vjp(
-            cotangents, operands, body, n_carry, n_ys, length, reverse, SimpleNamespace(saved=(None,)),
+            cotangents, operands, body, n_carry, n_ys, length, reverse, SimpleNamespace(saved=(None,), params={}),
             (*(k in floats for k in range(n_carry)), *asked),
         )  # fmt: skip
     outs = [shares[k] for k in floats] + [shares[n_carry + k] for k, yes in enumerate(asked) if yes]
