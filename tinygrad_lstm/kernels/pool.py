@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["applied", "clear", "copied", "empty", "has_own_memory", "idle_bytes"]
+__all__ = ["applied", "block_size", "clear", "copied", "empty", "has_own_memory", "idle_bytes"]
 
 SMALLEST = 5 << 15  # bytes; below, the allocator's own free lists serve
 LARGE = 1 << 20
@@ -42,12 +42,16 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST:
         return np.empty(shape, dtype)
+    with _lock:
+        block, start = _take(block_size(nbytes))
+    return block[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def block_size(nbytes: int) -> int:
+    """Bytes of the block that an array of so many bytes is made of."""
     # Steps of an eighth: T and T + 1 rows take turns in one block.  What is not touched takes no memory.
     granule = 1 << (nbytes.bit_length() - 4) if nbytes >= LARGE else 4096
-    size = -(-nbytes // granule) * granule + STAGGER * PLACES + LINE
-    with _lock:
-        block, start = _take(size)
-    return block[start : start + nbytes].view(dtype).reshape(shape)
+    return -(-nbytes // granule) * granule + STAGGER * PLACES + LINE
 
 
 def applied(ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> Any:

@@ -130,6 +130,7 @@ class Site:
         self.shared: frozenset[int] | None = None  # outputs that lie where residuals do; seen at the first call
         self._forward: Any = None
         self._pair: Any = None
+        self._pairs: dict[Any, Any] = {}  # for other cotangents and inputs than those that were foreseen
         self._backward: dict[Any, Backward] = {}
 
     def anew(self) -> Site:
@@ -152,8 +153,12 @@ class Site:
         """The pair for these cotangents and inputs, which reads what :attr:`pair` keeps."""
         if (present, asked) == (self.present, self.wanted):
             return self.pair
-        pair = _adjoint(self.body, self.n_carry, self.n_ys, present, asked)
-        return _thrifty(self.body, self.n_carry, self.n_ys, pair, self.length, self.pair.residuals, self.lean)
+        found = self._pairs.get((present, asked))
+        if found is None:
+            pair = _adjoint(self.body, self.n_carry, self.n_ys, present, asked)
+            found = _thrifty(self.body, self.n_carry, self.n_ys, pair, self.length, self.pair.residuals, self.lean)
+            self._pairs[present, asked] = found
+        return found
 
     def forward(self) -> tuple[Any, Any]:
         """The adjoint pair, and the plan of its forward loop."""
