@@ -129,18 +129,13 @@ _CHEAP = frozenset(
 _APART = frozenset(
     {"matmul", "einsum", "take", "untake", "take_along_axis", "untake_along_axis", "scatter_add", "one_hot", "scan"}
 )
-# From so many rows of the batch on, a product of one step is as fast as that of all steps at once.
-ROWS = 4
 # Linear, of one operand, and without a value of their own at every step: they may follow the sum over time.
 _SUMMING = frozenset({"sum", "sum_to", "reshape", "transpose", "negative", "alias", "broadcast_to"})
 
 
 class _Planner:
-    def __init__(
-        self, body: Program, n_carry: int, n_ys: int, steps: int, native: bool, products: bool = False
-    ) -> None:
+    def __init__(self, body: Program, n_carry: int, n_ys: int, steps: int, native: bool) -> None:
         self.body = body
-        self.products = products  # whether products with what does not change stay in the loop as well
         self.native = native  # in native code what stays in the loop is free, and what leaves it goes through memory
         self.n_carry = n_carry
         self.n_ys = n_ys
@@ -431,7 +426,7 @@ def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | N
     why: Any = None
     if wanted((whole or steps) * work_of(body)):
         opened = batch_first(unnest(body, lambda b, c, y, t: _Planner(b, c, y, t, native=True).plan()), n_carry)
-        plan = _Planner(regroup(opened), n_carry, n_ys, steps, native=True, products=True).plan()
+        plan = _Planner(regroup(opened), n_carry, n_ys, steps, native=True).plan()
         plan.native = why = native_loop(plan.inner, n_carry, len(plan.stacked))
         if plan.compiled:
             return plan

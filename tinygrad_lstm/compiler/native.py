@@ -23,7 +23,6 @@ from tinygrad_lstm.compiler.narrow import narrow
 from tinygrad_lstm.compiler.rows import Mixing, row_values
 from tinygrad_lstm.compiler.simplify import simplify
 from tinygrad_lstm.compiler.stages import Product, RowProduct, walk
-from tinygrad_lstm.compiler.sums import accumulate
 from tinygrad_lstm.compiler.views import Unsupported
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import codecache, threads
@@ -332,7 +331,7 @@ def native_loop(program: Program, n_carry: int, n_stacked: int) -> NativeLoop | 
 def _make(program: Program, n_carry: int, n_stacked: int) -> NativeLoop | Unsupported:
     ready = simplify(narrow(expand(program)))
     rows = row_values(ready, n_carry)
-    fused = fuse(accumulate(ready), at_least=1, reductions=True)
+    fused = fuse(ready, at_least=1, reductions=True)
     first: Unsupported | None = None
     for split in (True, False) if rows.mixing is None else (False,):
         try:

@@ -41,8 +41,19 @@ def _matmul(low: Lowering, equation: Equation) -> None:
     rank = low.rank(equation)
     b_shape = tuple(low.program.avals[right].shape)
     shared = right not in low.batched and len(b_shape) == 2
-    if shared and low.view(right).root.kind == "v":
-        low.dense_target(equation.outputs[0], lambda target: _packed_product(low, equation, left, right, target))
+    if shared and (view := low.view(right)).root.kind == "v":
+        pack = Packed(view.root.number, view.offset, b_shape, view.strides, dtype.name)  # type: ignore[arg-type]
+        if pack not in low.packs:
+            low.packs.append(pack)
+        number = low.packs.index(pack)
+        a = low.view(left, rank)
+
+        def product(target: View) -> Operation:
+            if rank == 1 and low.split and a.rowed:
+                return Product(a, number, pack, target)
+            return _row_product(a, None, target, number)
+
+        low.dense_target(equation.outputs[0], product)
         return
     if shared or rank < 2:
         raise Unsupported(equation, "a matrix product with a matrix that is computed in the loop for all rows")
@@ -50,45 +61,13 @@ def _matmul(low: Lowering, equation: Equation) -> None:
     low.dense_target(equation.outputs[0], lambda target: _row_product(a, b, target))
 
 
-def _packed_product(
-    low: Lowering, equation: Equation, left: int, right: int, target: View, adds: bool = False
-) -> Operation:
-    """A product with an invariant matrix, which is packed before the loop."""
-    rank, view = low.rank(equation), low.view(right)
-    shape, dtype = tuple(low.program.avals[right].shape), np.dtype(low.program.avals[right].dtype)
-    pack = Packed(view.root.number, view.offset, shape, view.strides, dtype.name)  # type: ignore[arg-type]
-    if pack not in low.packs:
-        low.packs.append(pack)
-    number = low.packs.index(pack)
-    a = low.view(left, rank)
-    if rank == 1 and low.split and a.rowed:
-        return Product(a, number, pack, target, adds)
-    return _row_product(a, None, target, number, adds)
-
-
-def _matmul_add(low: Lowering, equation: Equation) -> None:
-    total, left, right = equation.operands
-    dtypes = {np.dtype(low.program.avals[slot].dtype) for slot in equation.operands}
-    if len(dtypes) > 1 or dtypes.pop().kind != "f" or low.view(right).root.kind != "v":
-        raise Unsupported(equation, "a matrix product of one dtype with another")
-    place = low.view(total)
-    if place.root.kind != "t" or not dense(place):  # nobody else reads it, but it does not lie in scratch
-        copy = low.temporary(place.shape, place.dtype)
-        low.operations.append(Copy(place, copy))
-        place = copy
-    low.operations.append(_packed_product(low, equation, left, right, place, adds=True))
-    low.define(equation.outputs[0], place)
-
-
-def _row_product(
-    a: View, b: View | None, target: View, packed: int = -1, adds: bool = False
-) -> Operation:  # fmt: skip
+def _row_product(a: View, b: View | None, target: View, packed: int = -1) -> Operation:
     if len(target.shape) == 1:
         a, target = (
             a.moved(0, (1, *a.shape), (0, *a.strides)),
             target.moved(0, (1, *target.shape), (0, *target.strides)),
         )
-    return RowProduct(a, b, target, packed, adds)
+    return RowProduct(a, b, target, packed)
 
 
 def _split(low: Lowering, equation: Equation) -> None:
@@ -294,7 +273,6 @@ def _scan(low: Lowering, equation: Equation) -> None:
 RULES: dict[str, Callable[[Lowering, Equation], None]] = {
     FUSED.name: _fused,
     "matmul": _matmul,
-    "matmul_add": _matmul_add,
     "split": _split,
     "getitem": _getitem,
     "put": _put,

@@ -236,7 +236,6 @@ class Product(Operation):
     packed: int
     pack: Packed
     target: View
-    adds: bool = False  # to what stands there
     alone = True
 
     def reads(self) -> list[View]:
@@ -250,7 +249,7 @@ class Product(Operation):
         a, c = self.left, self.target
         left = f"r1 - r0, {n}, {k}, {writer.address(a, 'r0')}, r_{a.root.name}, {a.strides[-1]}"
         right = f"q{self.packed}, q{self.packed}_row, q{self.packed}_col"
-        out = f"{writer.address(c, 'r0')}, r_{c.root.name}, {int(self.adds)}"
+        out = f"{writer.address(c, 'r0')}, r_{c.root.name}, 0"
         # A few rows in all are multiplied sooner than the matrix is packed.
         writer.line("if packed:")
         writer.line(f"    call_address(g_{self.pack.dtype}, {left}, p{self.packed}, {out})")
@@ -266,7 +265,6 @@ class RowProduct(Operation):
     right: View | None
     target: View
     packed: int = -1
-    adds: bool = False  # to what stands there
 
     def reads(self) -> list[View]:
         return [self.left] if self.right is None else [self.left, self.right]
@@ -290,11 +288,11 @@ class RowProduct(Operation):
             left = f"{moved[0]}, {a.strides[-2]}, {a.strides[-1]}"
             out = f"{moved[1]}, {c.strides[-2]}"
             if self.right is None:
-                writer.line(f"call_address(g_{dtype}, {m}, {n}, {k}, {left}, p{self.packed}, {out}, {int(self.adds)})")
+                writer.line(f"call_address(g_{dtype}, {m}, {n}, {k}, {left}, p{self.packed}, {out}, 0)")
             else:
                 b = views[2]
                 right = f"{moved[2]}, {b.strides[-2]}, {b.strides[-1]}"
-                writer.line(f"call_address(h_{dtype}, {m}, {n}, {k}, {left}, {right}, {out}, {int(self.adds)})")
+                writer.line(f"call_address(h_{dtype}, {m}, {n}, {k}, {left}, {right}, {out}, 0)")
 
         nested(writer, lead, addresses, [v.strides[: len(lead)] for v in views], body)
 

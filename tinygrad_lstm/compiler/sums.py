@@ -1,8 +1,7 @@
-"""Sums of products and of values that do not change, taken in the order that costs least.
+"""Sums of values of which some do not change from step to step: these are added up by themselves.
 
-The gates of a cell read ``(x @ W + b) + (h @ U + c)``.  In that order two products wait side by side until somebody
-adds them up, and two biases are read at every step.  Regrouped to ``(x @ W + h @ U) + (b + c)``, the second product is
-added to the first one while it is in registers, and the biases are added up once, before the loop.
+The gates of a cell read ``(x @ W + b) + (h @ U + c)``.  In that order two biases are read at every step.  Regrouped to
+``(x @ W + h @ U) + (b + c)``, they are added up once, before the loop.
 """
 
 from __future__ import annotations
@@ -13,20 +12,14 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.compiler.simplify import in_order, simplify
-from tinygrad_lstm.kernels import matmul as product
-from tinygrad_lstm.primitive import REGISTRY, Primitive
+from tinygrad_lstm.primitive import REGISTRY
 from tinygrad_lstm.program import Equation, Program
 
-__all__ = ["MATMUL_ADD", "accumulate", "regroup"]
-
-MATMUL_ADD: Primitive = Primitive(
-    "matmul_add", lambda c, a, b: c + product(a, b), None, differentiable=False, register=False,
-    doc="c + a @ b, where nobody else reads c.",
-)  # fmt: skip
+__all__ = ["regroup"]
 
 
 def regroup(program: Program) -> Program:
-    """Sums with several products, or several invariant terms: products first, what is invariant added up by itself.
+    """Sums with several invariant terms: these are added up by themselves.
 
     Equal up to rounding.  What is invariant are the captures of the program and what is computed from them alone.
 
@@ -81,13 +74,6 @@ class _Sums:
             terms += [operand] if inner is None else self._terms(inner, total)
         return terms
 
-    def _is_product(self, term: Any, total: int) -> bool:
-        made = self.made.get(term) if term.__class__ is int else None
-        if made is None or made.primitive.name != "matmul" or len(made.reads()) != 2:
-            return False
-        alone = len(self.users[term]) == 1 and self.avals[term] == self.avals[total]
-        return alone and made.operands[1] in self.invariant and made.operands[0] not in self.invariant
-
     def rewritten(self, equation: Equation) -> list[Equation]:
         """What stands in the place of an equation."""
         total = equation.outputs[0]
@@ -101,20 +87,14 @@ class _Sums:
         part = not others and user is not None and user.primitive.name == "add"
         if dtype.kind != "f" or not fits or (part and user and self._inner(total, user.outputs[0]) is not None):
             return [equation]
-        products = [t for t in terms if self._is_product(t, total)]
         fixed = [t for t in terms if t in self.invariant]
-        rest = [t for t in terms if t not in products and t not in fixed]
-        alike = {self.avals[t].shape for t in fixed}
-        if len(set(terms)) < len(terms) or len(alike) > 1 or not (products or rest):
-            return [equation]
-        if len(products) < 2 and len(fixed) < 2:
+        rest = [t for t in terms if t not in self.invariant]
+        if len(fixed) < 2 or len({self.avals[t].shape for t in fixed}) > 1 or not rest:
             return [equation]
         self.changed = True
         new: list[Equation] = []
-        varying = self._added([*products, *rest], equation, new)
-        whole = self._added([varying, self._added(fixed, equation, new)] if fixed else [varying], equation, new)
-        new[-1] = new[-1]._replace(outputs=equation.outputs)
-        assert whole != total
+        self._added([self._added(rest, equation, new), self._added(fixed, equation, new)], equation, new)
+        new[-1] = new[-1]._replace(outputs=equation.outputs)  # the last one takes the slot of the sum
         return new
 
     def _added(self, terms: Sequence[int], like: Equation, new: list[Equation]) -> int:
@@ -125,44 +105,3 @@ class _Sums:
             new.append(Equation(add, (total, term), {}, (len(self.avals) - 1,), like.source))
             total = len(self.avals) - 1
         return total
-
-
-def accumulate(program: Program) -> Program:
-    """``p + a @ u``, with a product p that nobody else reads and invariant u, as one equation that adds to p in place."""
-    made, users = program.definitions(), program.users()
-    fixed = set(program.captures)
-    outputs = set(program.outputs)
-    gone: set[int] = set()
-    replaced: dict[int, Equation] = {}
-    sums: set[int] = set()  # slots of such equations
-
-    def is_alone(operand: Any, aval: Any) -> bool:
-        if operand.__class__ is not int or operand not in made or operand in outputs or len(users[operand]) != 1:
-            return False
-        return bool(program.avals[operand] == aval)
-
-    def is_product(operand: Any) -> bool:
-        equation = made[operand]
-        return equation.primitive.name == "matmul" and equation.operands[1] in fixed and len(equation.reads()) == 2
-
-    for k, equation in enumerate(program.equations):
-        if equation.primitive.name != "add" or len(equation.reads()) != 2:
-            continue
-        aval = program.avals[equation.outputs[0]]
-        left, right = equation.operands
-        if not (is_alone(left, aval) and is_alone(right, aval) and is_product(right) and right not in gone):
-            continue
-        if not (left in sums or (is_product(left) and left not in gone)):
-            continue
-        factor = made[right]
-        gone.add(right)
-        sums.add(equation.outputs[0])
-        replaced[k] = equation._replace(primitive=MATMUL_ADD, operands=(left, *factor.operands))
-    if not replaced:
-        return program
-    kept = [
-        replaced.get(k, equation)
-        for k, equation in enumerate(program.equations)
-        if not (len(equation.outputs) == 1 and equation.outputs[0] in gone)
-    ]
-    return program.replaced(equations=tuple(kept))
