@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["applied", "block_size", "clear", "copied", "empty", "has_own_memory", "idle_bytes"]
+__all__ = ["applied", "block_size", "clear", "copied", "empty", "has_own_memory", "idle_bytes", "taken"]
 
 SMALLEST = 5 << 15  # bytes; below, the allocator's own free lists serve
 LARGE = 1 << 20
@@ -55,10 +55,22 @@ def block_size(nbytes: int) -> int:
 
 
 def applied(ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> Any:
-    """``ufunc(a, b)``; a large result of two alike arrays gets memory from here."""
-    if a.nbytes >= SMALLEST and a.dtype is b.dtype and a.shape == b.shape and "ff->f" in ufunc.types:
-        return ufunc(a, b, empty(a.shape, a.dtype)) if a.dtype.kind == "f" else ufunc(a, b)
+    """``ufunc(a, b)``; a large result gets memory from here, where b has the shape of a, or of its last axes."""
+    if a.nbytes >= SMALLEST and a.dtype is b.dtype and a.dtype.kind == "f" and "ff->f" in ufunc.types:
+        lead = a.ndim - b.ndim
+        if lead >= 0 and a.shape[lead:] == b.shape:
+            return ufunc(a, b, empty(a.shape, a.dtype))
     return ufunc(a, b)
+
+
+def taken(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
+    """``numpy.take`` of indices that are known to be in range; a large result gets memory from here."""
+    place = axis + array.ndim if axis < 0 else axis
+    shape = (*array.shape[:place], *indices.shape, *array.shape[place + 1 :])
+    if math.prod(shape) * array.itemsize < SMALLEST:
+        return np.take(array, indices, axis=axis)
+    # Without "wrap" NumPy would look for indices out of range, and write to a buffer first.
+    return np.take(array, indices, axis=axis, out=empty(shape, array.dtype), mode="wrap")
 
 
 def copied(array: np.ndarray, dtype: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, OutOfRangeError, ShapeError, TraceError
+from tinygrad_lstm.kernels.pool import taken
 from tinygrad_lstm.ops.axes import normal_axis
 from tinygrad_lstm.ops.elementwise import multiply, where
 from tinygrad_lstm.ops.shape import reshape
@@ -145,7 +146,7 @@ def _check_range(indices: np.ndarray, length: int, who: str) -> None:
 
 def _take_forward(x: np.ndarray, indices: np.ndarray, *, axis: int) -> np.ndarray:
     _check_range(indices, x.shape[axis], "take")
-    return np.take(x, indices, axis=axis)
+    return taken(x, indices, axis)
 
 
 def _take_aval(x: Aval, indices: Aval, *, axis: int) -> Aval:
@@ -166,7 +167,7 @@ def add_rows(buffer: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> None:
     order = np.argsort(flat, kind="stable")
     ordered = flat[order]
     starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    buffer[ordered[starts]] += np.add.reduceat(rows[order], starts, axis=0)
+    buffer[ordered[starts]] += np.add.reduceat(taken(rows, order, 0), starts, axis=0)
 
 
 def _untake_forward(g: np.ndarray, indices: np.ndarray, *, shape: tuple[int, ...], axis: int) -> np.ndarray:
