@@ -85,3 +85,49 @@ def test_copies_are_in_order_and_apart(shape, order):
     copy = pool.copied(array, np.float32)
     assert copy.flags.c_contiguous and copy.flags.owndata and copy.dtype == np.float32
     np.testing.assert_array_equal(copy, array.astype(np.float32))
+
+
+def test_arrays_start_on_lines_at_different_places_of_a_page() -> None:
+    arrays = [pool.empty(SHAPE, np.float64) for _ in range(pool.PLACES)]
+    places = [address(array) for array in arrays]
+    assert all(place % pool.LINE == 0 for place in places)
+    assert len({place % 4096 // pool.LINE for place in places}) == len(places)
+    for array in arrays:
+        array[:] = 1.0  # all of it is there
+        assert array.sum() == array.size
+
+
+def test_memory_that_is_an_arrays_own() -> None:
+    pooled, small = pool.empty(SHAPE, np.float64), np.empty(3)
+    assert pool.has_own_memory(pooled) and pool.has_own_memory(small)
+    assert not pool.has_own_memory(small[1:])
+    view = pooled[1:]
+    assert not pool.has_own_memory(pooled) and not pool.has_own_memory(view)
+    del view
+    assert pool.has_own_memory(pooled)
+    other = np.empty(pooled.nbytes + 64, np.uint8)
+    assert not pool.has_own_memory(other[: pooled.nbytes].view(np.float64).reshape(SHAPE))
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (300,), (300, 1), (2, 300, 300), ()])
+@pytest.mark.parametrize("dtypes", ["f8 f8", "f4 f4", "f4 f8", "i8 i8"])
+@pytest.mark.parametrize("ufunc", [np.add, np.multiply, np.maximum, np.less, np.true_divide])
+def test_functions_of_two_arrays(ufunc, dtypes: str, shape, rng) -> None:
+    a, b = (rng.integers(1, 9, s).astype(d) for s, d in zip((SHAPE, shape), dtypes.split(), strict=True))
+    found = pool.applied(ufunc, a, b)
+    expected = ufunc(a, b)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_shapes_that_do_not_fit_are_numpys_to_refuse() -> None:
+    with pytest.raises(ValueError, match="broadcast"):
+        pool.applied(np.add, np.ones(SHAPE), np.ones((3, 4)))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("shape", [(5,), (40, 50), (2, 3, 4)])
+def test_taken(axis: int, shape, rng) -> None:
+    a = rng.standard_normal(SHAPE)
+    indices = rng.integers(-300, 300, shape)
+    np.testing.assert_array_equal(pool.taken(a, indices, axis), np.take(a, indices, axis=axis))

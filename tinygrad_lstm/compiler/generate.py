@@ -66,7 +66,7 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
     for k, pack in enumerate(lowered.packs):
         writer.line(f"p{k} = load64(table + {8 * (len(FIELDS) + k)})")
         row, column = _matrix(writer, place[f"q{k}"], k, lowered)
-        writer.line(f"q{k}, q{k}_row, q{k}_col = load64(o + {_HEAD}) + {pack.offset}, {row}, {column}")
+        writer.line(f"matrix{k}, matrix{k}_row, matrix{k}_col = load64(o + {_HEAD}) + {pack.offset}, {row}, {column}")
     writer.line("r0 = part * chunk")
     writer.line("r1 = min(rows, r0 + chunk)")
     crossing = _crossing(lowered)

@@ -248,7 +248,7 @@ class Product(Operation):
         k, n = self.pack.shape
         a, c = self.left, self.target
         left = f"r1 - r0, {n}, {k}, {writer.address(a, 'r0')}, r_{a.root.name}, {a.strides[-1]}"
-        right = f"q{self.packed}, q{self.packed}_row, q{self.packed}_col"
+        right = f"matrix{self.packed}, matrix{self.packed}_row, matrix{self.packed}_col"
         out = f"{writer.address(c, 'r0')}, r_{c.root.name}, 0"
         # A few rows in all are multiplied sooner than the matrix is packed.
         writer.line("if packed:")

@@ -59,7 +59,7 @@ def applied(ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> Any:
     if a.nbytes >= SMALLEST and a.dtype is b.dtype and a.dtype.kind == "f" and "ff->f" in ufunc.types:
         lead = a.ndim - b.ndim
         if lead >= 0 and a.shape[lead:] == b.shape:
-            return ufunc(a, b, empty(a.shape, a.dtype))
+            return ufunc(a, b, out=empty(a.shape, a.dtype))
     return ufunc(a, b)
 
 

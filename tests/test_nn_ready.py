@@ -1,0 +1,232 @@
+"""Calls of layers that are known already: every change that matters is seen, and nothing else differs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinygrad_lstm as tg
+from tinygrad_lstm import nn, ops
+from tinygrad_lstm.nn import ready
+from tinygrad_lstm.nn.programs import known_of
+
+T, B, F, H = 4, 3, 2, 5
+LAYERS: dict[str, Callable[[], Any]] = {
+    "lstm": lambda: nn.LSTM(F, H, dtype=np.float64),
+    "gru": lambda: nn.GRU(F, H, dtype=np.float64),
+    "rnn": lambda: nn.RNN(F, H, dtype=np.float64),
+    "projection": lambda: nn.LSTM(F, H, proj_size=3, dtype=np.float64),
+    "two layers": lambda: nn.LSTM(F, H, 2, dtype=np.float64),
+    "two directions": lambda: nn.GRU(F, H, bidirectional=True, dtype=np.float64),
+    "two of both": lambda: nn.LSTM(F, H, 2, bidirectional=True, dropout=0.5, dtype=np.float64).eval(),
+}
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of a layer was a known one."""
+    seen: list[bool] = []
+    holds = ready.ReadyLayers.holds
+
+    def watched(self: Any, current: Any) -> bool:
+        seen.append(holds(self, current))
+        return seen[-1]
+
+    monkeypatch.setattr(ready.ReadyLayers, "holds", watched)
+    return seen
+
+
+def sequence(seed: int = 0, steps: int = T) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((steps, B, F))
+
+
+def parts(layer: Any, x: Any) -> list[Any]:
+    y, state = layer(x)
+    return [y, *(state if isinstance(state, tuple) else (state,))]
+
+
+def everything(layer: Any, seed: int = 0) -> list[np.ndarray]:
+    """Outputs, states, and the gradients of a loss that reads all of them."""
+    x = tg.tensor(sequence(seed), requires_grad=True)
+    layer.zero_grad()
+    found = parts(layer, x)
+    weights = [np.random.default_rng(k).standard_normal(part.shape) for k, part in enumerate(found)]
+    loss = sum((ops.square(part) * w).sum() for part, w in zip(found, weights, strict=True))
+    loss.backward()
+    return [*(part.numpy() for part in found), x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+
+
+def plainly(layer: Any, seed: int = 0) -> list[np.ndarray]:
+    with tg.eager():
+        return everything(layer, seed)
+
+
+def agree(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_known_call_computes_the_same(name: str, used: list[bool]) -> None:
+    layer = LAYERS[name]()
+    first = everything(layer)
+    assert used == []
+    again = everything(layer)
+    assert used == [True]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    agree(again, plainly(layer))
+    agree(everything(layer, 1), plainly(layer, 1))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "two of both"])
+def test_without_gradients(name: str, used: list[bool]) -> None:
+    layer = LAYERS[name]()
+    for _ in range(2):
+        with tg.no_grad():
+            found = parts(layer, tg.tensor(sequence()))
+    assert used == [True] and not any(part.requires_grad for part in found)
+    with tg.eager():
+        agree([part.numpy() for part in found], [part.numpy() for part in parts(layer, tg.tensor(sequence()))])
+    for p in layer.parameters():
+        p.requires_grad = False
+    assert not any(part.requires_grad for part in parts(layer, tg.tensor(sequence())))
+
+
+def changed_data(layer: Any) -> None:
+    layer.weight_hh_l0.data = 0.5 * layer.weight_hh_l0.data
+
+
+def changed_in_place(layer: Any) -> None:
+    layer.bias_ih_l0.data[:] += 1.0
+
+
+def replaced(layer: Any) -> None:
+    layer.weight_ih_l0 = nn.Parameter(layer.weight_ih_l0.numpy() * 2.0)
+
+
+def loaded(layer: Any) -> None:
+    layer.load_state_dict({name: 0.3 * value for name, value in layer.state_dict().items()})
+
+
+def frozen(layer: Any) -> None:
+    layer.weight_hh_l0.requires_grad = False
+
+
+@pytest.mark.parametrize("change", [changed_data, changed_in_place, replaced, loaded, frozen])
+def test_changes_of_parameters_count(change: Callable[[Any], None]) -> None:
+    layer = LAYERS["lstm"]()
+    before = everything(layer)
+    everything(layer)
+    change(layer)
+    found = everything(layer)
+    agree(found, plainly(layer))
+    assert len(found) != len(before) or any(not np.allclose(a, b) for a, b in zip(found, before, strict=True))
+
+
+def test_changes_of_dtype_and_mode_count() -> None:
+    layer = nn.LSTM(F, H, 2, dropout=0.5, dtype=np.float64).eval()
+    everything(layer), everything(layer)
+    layer.train()
+    tg.seed(0)
+    first = layer(tg.tensor(sequence()))[0].numpy()
+    assert not np.allclose(first, layer(tg.tensor(sequence()))[0].numpy()), "dropout is on"
+    layer.eval().astype(np.float32)
+    with pytest.raises(tg.DTypeError, match="float64"):
+        layer(tg.tensor(sequence()))
+    assert layer(tg.tensor(sequence().astype(np.float32)))[0].dtype == np.float32
+
+
+def test_an_option_of_the_layer_counts() -> None:
+    layer = LAYERS["lstm"]()
+    x = tg.tensor(sequence())
+    layer(x), layer(x)
+    layer.return_states = True
+    assert len(layer(x)) == 3
+    layer.return_states = False
+    assert len(layer(x)) == 2
+
+
+def test_equations_of_the_cell_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = LAYERS["rnn"](), tg.tensor(sequence())
+    layer(x), layer(x)
+    monkeypatch.setattr(nn.RNNCell, "forward", lambda self, x, h: (h + 1.0, h + 1.0))
+    assert layer(x)[0].tolist() == np.broadcast_to(np.arange(1.0, T + 1)[:, None, None], (T, B, H)).tolist()
+
+
+def test_whoever_looks_at_single_operations_gets_them(used: list[bool]) -> None:
+    layer, x = LAYERS["lstm"](), tg.tensor(sequence(), requires_grad=True)
+    layer(x), layer(x)
+    with tg.Tape() as tape, tg.eager():
+        layer(x)
+    assert sum(record.primitive.name == "tanh" for record in tape.records) == 2 * T
+    with tg.Tape() as tape:
+        y, _ = layer(x)
+        loss = y.sum()
+    assert tape.gradient(loss, x).shape == x.shape
+    compiled = tg.compile(lambda x: layer(x)[0].sum())
+    np.testing.assert_allclose(compiled(x).item(), loss.item(), rtol=1e-12)
+    assert used == [True, False, False]  # compiled functions record the layer itself
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_second_derivatives_through_the_final_state(name: str, used: list[bool]) -> None:
+    layer = LAYERS[name]()
+    vector = np.random.default_rng(3).standard_normal((T, B, F))
+
+    def slope(x: Any) -> Any:
+        gradient = tg.grad(lambda x: sum(ops.sin(part).sum() for part in parts(layer, x)))
+        return (gradient(x) * vector).sum()
+
+    slope(sequence())
+    found = tg.grad(slope)(sequence()).numpy()
+    assert True in used
+    with tg.eager():
+        agree([found], [tg.grad(slope)(sequence()).numpy()])
+
+
+def test_a_write_to_an_output_between_forward_and_backward_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In native loops an output lies where the residuals do."""
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    layer = LAYERS["lstm"]()
+    for _ in range(2):
+        y, _ = layer(tg.tensor(sequence(), requires_grad=True))
+        y.numpy()[0, 0, 0] += 1.0
+        with pytest.raises(tg.GraphError, match="changed in place"):
+            (y * 2.0).sum().backward()
+
+
+def test_earlier_results_stay() -> None:
+    layer = LAYERS["lstm"]()
+    x = tg.tensor(sequence(), requires_grad=True)
+    calls = [parts(layer, x) for _ in range(3)]
+    copies = [[part.numpy().copy() for part in call] for call in calls]
+    gradients = []
+    for call in reversed(calls):
+        x.zero_grad()
+        sum(ops.square(part).sum() for part in call).backward()
+        gradients.append(x.grad)
+    for gradient in gradients[1:]:
+        np.testing.assert_array_equal(gradient, gradients[0])
+    for call, copied in zip(calls, copies, strict=True):
+        for part, copy in zip(call, copied, strict=True):
+            np.testing.assert_array_equal(part.numpy(), copy)
+
+
+def test_what_is_kept_dies_with_the_layer() -> None:
+    layer = LAYERS["lstm"]()
+    for steps in range(1, 80):
+        layer(tg.tensor(sequence(0, steps)))
+    kept = known_of(layer)
+    assert 0 < len(kept) <= 32
+    from tinygrad_lstm.nn import programs
+
+    identity = id(layer)
+    del layer
+    gc.collect()
+    assert identity not in programs._programs or programs._programs[identity] is not kept
