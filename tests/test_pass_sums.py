@@ -45,7 +45,10 @@ def names(program: Any) -> list[str]:
 
 
 CASES = {
-    "two biases": (lambda x, h, w, u, b, c: [ops.tanh((x @ w + b) + (h @ u + c))], [ROW, ROW, MATRIX, MATRIX, VECTOR, VECTOR], 2, 1),
+    "two biases": (
+        lambda x, h, w, u, b, c: [ops.tanh((x @ w + b) + (h @ u + c))],
+        [ROW, ROW, MATRIX, MATRIX, VECTOR, VECTOR], 2, 1,
+    ),
     "three biases": (lambda x, b, c, d: [((x + b) + c) + d], [ROW, VECTOR, VECTOR, VECTOR], 1, 2),
     "deep": (lambda x, h, b, c: [(((b + x) + h) * 2.0 + b) + (h + c)], [ROW, ROW, VECTOR, VECTOR], 2, 1),
     "of products": (lambda x, w, u, b: [(x + b * 2.0) + (w @ u)[0]], [ROW, MATRIX, MATRIX, VECTOR], 1, 1),
