@@ -295,7 +295,8 @@ class Odd(nn.Module):
         return (ops.tanh(x + state),) * 2
 
 
-def test_memory_is_what_the_plan_says():
+def test_memory_is_what_the_plan_says(monkeypatch):
+    monkeypatch.setattr(pool, "SMALLEST", 1 << 60)  # it would keep what nobody uses, and hand out what is not counted
     steps, width = 400, 64
     layer = nn.LSTM(4, width, dtype=np.float64)
     x = tg.tensor(np.random.default_rng(0).standard_normal((steps, 1, 4)))
