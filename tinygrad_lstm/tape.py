@@ -7,14 +7,13 @@ The implicit tape of an output is what can be reached from it through :mod:`tiny
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import GraphError, ShapeError
-from tinygrad_lstm.kernels.pool import has_own_memory
+from tinygrad_lstm.ownership import counted, is_pending_alone
 from tinygrad_lstm.record import _STATE, Node, Output, Record, eager, name, no_grad, recording, scope, state
 from tinygrad_lstm.storage import untouched, verify
 
@@ -69,7 +68,7 @@ def replay(
             pending[node] = cotangent
             if kind is Record:
                 heapq.heappush(heap, (-node.serial, node))
-        elif node in owned or (in_place and _is_ours(_counted(present), present)):
+        elif node in owned or (in_place and is_pending_alone(counted(present), present)):
             present._data += cotangent._data
             owned.add(node)
         else:
@@ -139,34 +138,6 @@ def replay(
     for node in sources & pending.keys():
         found[node] = pending[node]
     return found
-
-
-def _asked(pending: dict[Any, Any], node: Any) -> tuple[int, int]:
-    present = pending.get(node)
-    return _counted(present)
-
-
-def _counted(present: Any) -> tuple[int, int]:
-    """How many references there are to a cotangent, and to its array."""
-    return sys.getrefcount(present), sys.getrefcount(present._data)
-
-
-def _is_ours(references: tuple[int, int], present: Any) -> bool:
-    """Whether nobody but the table of pending cotangents refers to one, nor to its array or the memory of that."""
-    if references != _SOLE:
-        return False
-    return present._data.flags.writeable and has_own_memory(present._data)
-
-
-class _Cotangent:
-    __slots__ = ("_data",)
-
-    def __init__(self) -> None:
-        self._data = np.empty(1)
-
-
-# Measured the way that it is asked: how many references a call itself holds differs between interpreters.
-_SOLE = _asked({0: _Cotangent()}, 0)
 
 
 def _goes_into(record: Record, wanted: list[bool] | None) -> bool:

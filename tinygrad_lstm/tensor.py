@@ -6,15 +6,15 @@ Operators and methods are installed by :mod:`tinygrad_lstm.ops`, which stands ab
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
 from tinygrad_lstm.kernels.pool import copied
+from tinygrad_lstm.ownership import is_sole, settle
 from tinygrad_lstm.record import silent, state
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
@@ -339,7 +339,7 @@ class Tensor:
                 if (computed := reference()) is not None:
                     accumulate_grad(computed, cotangent)
             del retained
-            _settle(found, accumulate_grad)
+            settle(found, accumulate_grad)
 
 
 def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
@@ -374,51 +374,12 @@ def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
     if meta.grad is not None:
         meta.grad = meta.grad + cotangent._data  # a new array: the user may have kept the old one
         return
-    # Cotangents may be shared (both operands of an addition get the same one) or be read-only views.
-    sole = _references(cotangent) in _SOLE
+    sole = is_sole(cotangent)
     array = cotangent._data
-    if sole and array.dtype is leaf._data.dtype:
-        flags, base = array.flags, array.base
-        if flags.c_contiguous and flags.writeable and (base is None or base.nbytes == array.nbytes):
-            meta.grad = array
-            return
+    if sole and array.dtype is leaf._data.dtype and array.flags.c_contiguous and array.flags.writeable:
+        meta.grad = array
+        return
     meta.grad = copied(array, leaf.dtype)
-
-
-def _settle(found: dict[Any, Tensor], into: Callable[[Any, Tensor], None]) -> None:
-    """Hand out finished cotangents, each together with the last reference to it."""
-    while found:
-        leaf, cotangent = found.popitem()
-        into(leaf, cotangent)
-
-
-def _references(cotangent: Tensor) -> tuple[int, int, int]:
-    """How many references there are to a tensor, to its array, and to the array that this is a view of (0: none)."""
-    array = cotangent._data
-    base = array.base
-    if base is None:
-        return sys.getrefcount(cotangent), sys.getrefcount(array), 0
-    if base.__class__ is not np.ndarray or not base.flags.owndata:
-        return 0, 0, 0  # memory of something else
-    return sys.getrefcount(cotangent), sys.getrefcount(array), sys.getrefcount(base)
-
-
-def _sole_references() -> frozenset[tuple[int, int, int]]:
-    """What :func:`_references` says of an array, and of a view, that only a cotangent refers to.
-
-    Measured on the way that finished cotangents take: how many references a call itself holds differs between
-    interpreters.
-    """
-    seen: list[tuple[int, int, int]] = []
-
-    def look(leaf: Any, cotangent: Tensor) -> None:
-        seen.append(_references(cotangent))
-
-    _settle({0: Tensor(np.empty(2)), 1: Tensor(np.empty(2).reshape(1, 2))}, look)
-    return frozenset(seen)
-
-
-_SOLE = _sole_references()
 
 
 # ---------------------------------------------------------------------------- making tensors
