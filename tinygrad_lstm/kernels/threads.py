@@ -27,7 +27,7 @@ __all__ = ["get_num_threads", "run", "set_num_threads"]
 
 VARIABLE = "TINYGRAD_LSTM_NUM_THREADS"
 MOST = 1024  # threads
-SPIN = 200e-6  # seconds that an idle worker stays awake; see benchmarks/threads.py
+SPIN = 1e-3  # seconds that an idle worker stays awake: as long as what stands between two launches of a training step
 STOPPING = 2.0  # seconds that the end of the interpreter waits for parts that are still running
 
 _lock = threading.Lock()
