@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
+import warnings
 
 import numpy as np
 import pytest
 
 from tinygrad_lstm.kernels import pool
+from tinygrad_lstm.kernels.locks import Lock
 
 SHAPE = (300, 300)  # float64: above the pool's smallest size
 
@@ -131,3 +135,45 @@ def test_taken(axis: int, shape, rng) -> None:
     a = rng.standard_normal(SHAPE)
     indices = rng.integers(-300, 300, shape)
     np.testing.assert_array_equal(pool.taken(a, indices, axis), np.take(a, indices, axis=axis))
+
+
+def test_a_finalizer_may_make_arrays_while_the_pool_does() -> None:
+    """The collector runs where it likes, also in the middle of handing out a block."""
+    made: list[np.ndarray] = []
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            made.append(pool.empty(SHAPE, np.float64))
+
+    def collecting(size: int) -> tuple[np.ndarray, int]:
+        Cycle()
+        gc.collect()
+        return take(size)
+
+    take = pool._take
+    pool._take = collecting  # type: ignore[assignment]
+    try:
+        first = pool.empty(SHAPE, np.float64)
+    finally:
+        pool._take = take
+    first[:], made[0][:] = 1.0, 2.0
+    assert len(made) == 1 and first.max() == 1.0
+
+
+def test_functions_of_whole_rows_are_left_to_numpy() -> None:
+    a, b = np.ones((300, 300)), np.ones(300)
+    assert pool.applied(np.matmul, a, b).shape == (300,)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_lock_that_is_held_at_a_fork_is_free_in_the_child() -> None:
+    lock = Lock()
+    with lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: what is tried here
+        child = os.fork()
+        if not child:
+            os._exit(0 if lock.acquire(blocking=False) else 1)
+    assert os.waitpid(child, 0)[1] == 0 and lock.acquire(blocking=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +31,14 @@ LAYERS: dict[str, Callable[[], Any]] = {
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of a layer was a known one."""
     seen: list[bool] = []
-    holds = ready.ReadyLayers.holds
+    captures = ready.ReadyLayers.captures
 
-    def watched(self: Any, current: Any) -> bool:
-        seen.append(holds(self, current))
-        return seen[-1]
+    def watched(self: Any, cells: Any, current: Any) -> Any:
+        found = captures(self, cells, current)
+        seen.append(found is not None)
+        return found
 
-    monkeypatch.setattr(ready.ReadyLayers, "holds", watched)
+    monkeypatch.setattr(ready.ReadyLayers, "captures", watched)
     return seen
 
 
@@ -157,6 +159,59 @@ def test_equations_of_the_cell_count(monkeypatch: pytest.MonkeyPatch) -> None:
     layer(x), layer(x)
     monkeypatch.setattr(nn.RNNCell, "forward", lambda self, x, h: (h + 1.0, h + 1.0))
     assert layer(x)[0].tolist() == np.broadcast_to(np.arange(1.0, T + 1)[:, None, None], (T, B, H)).tolist()
+
+
+def test_an_initial_state_of_the_users_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = LAYERS["rnn"](), tg.tensor(sequence())
+    layer(x), layer(x)
+    start = nn.Parameter(np.ones((B, H)))
+    monkeypatch.setattr(nn.RNNCell, "initial_state", lambda self, batch: start * 1.0)
+    expected = layer(x, np.ones((1, B, H)))[0].numpy()
+    np.testing.assert_array_equal(layer(x)[0].numpy(), expected)
+    monkeypatch.undo()
+
+    class Learned(nn.RNN):
+        @staticmethod
+        def make_cell(input_size: int, hidden_size: int, bias: bool, **options: Any) -> Any:
+            cell = nn.RNN.make_cell(input_size, hidden_size, bias, **options)
+            cell.initial_state = lambda batch: start * 1.0
+            return cell
+
+    learned = Learned(F, H, dtype=np.float64)
+    for value in (1.0, 2.0, 3.0):
+        start.data = np.full((B, H), value)
+        start.zero_grad()
+        y, _ = learned(x)
+        np.testing.assert_allclose(y.numpy(), learned(x, np.full((1, B, H), value))[0].numpy(), rtol=1e-12)
+        y.sum().backward()
+        assert np.abs(start.grad).max() > 0
+
+
+def test_changes_behind_the_back_of_the_modules_count() -> None:
+    layer, x = nn.LSTM(H, H, 2, dtype=np.float64), tg.tensor(np.ones((T, B, H)))
+    layer(x), layer(x)
+    layer._cells.reverse()
+    with tg.eager():
+        expected = layer(x)[0].numpy()
+    np.testing.assert_allclose(layer(x)[0].numpy(), expected, rtol=1e-12)
+    vars(layer._cells[1])["weight_hh"] = nn.Parameter(np.zeros((4 * H, H)))
+    with tg.eager():
+        expected = layer(x)[0].numpy()
+    np.testing.assert_allclose(layer(x)[0].numpy(), expected, rtol=1e-12)
+
+
+def test_stand_ins_of_parameters_do_not_live_on() -> None:
+    layer = LAYERS["lstm"]()
+    alive: list[Any] = []
+
+    def loss(layer: Any) -> Any:
+        alive.append(weakref.ref(layer.weight_hh_l0))
+        return layer(tg.tensor(sequence()))[0].sum()
+
+    for _ in range(2):
+        tg.grad(loss)(layer)
+    gc.collect()
+    assert alive and all(reference() is None for reference in alive)
 
 
 def test_whoever_looks_at_single_operations_gets_them(used: list[bool]) -> None:

@@ -241,3 +241,25 @@ def test_a_cell_that_returns_something_else(step: Any, error: Any, text: str, ba
 def test_a_class_is_no_cell() -> None:
     with pytest.raises(tg.DTypeError, match="the class LSTMCell"):
         nn.Recurrent(nn.LSTMCell)
+
+
+def test_a_users_product_compiled_has_the_shape_of_the_eager_one():
+    """A function of whole rows is a ufunc to NumPy, too, but not elementwise."""
+    product = tg.primitive(
+        "regression_mv",
+        forward=np.matmul,
+        vjp=(lambda g, x1, x2: ops.outer(g, x2), lambda g, x1, x2: x1.T @ g, None),
+    )
+    a, v = np.ones((300, 300)), np.ones(300)
+    assert tg.compile(lambda a, v: product(a, v))(a, v).shape == product(tg.tensor(a), tg.tensor(v)).shape == (300,)
+
+
+def test_the_seed_of_a_gradient_may_be_written_to():
+    gradient = tg.grad(lambda x: x)(2.0)
+    gradient.data[...] = 5.0
+    assert tg.grad(lambda x: x)(2.0).item() == 1.0
+    x = tg.tensor(3.0, requires_grad=True)
+    y = x * 2.0
+    y.register_hook(lambda g: g.data.__imul__(3.0) is None or None)
+    y.backward()
+    assert x.grad == 6.0

@@ -38,7 +38,7 @@ def short_form(equation: Equation, avals: Sequence[Aval], tag: str) -> ShortForm
         return None
     shape = avals[equation.operands[0]].shape
     ufunc = equation.primitive.forward
-    if isinstance(ufunc, np.ufunc) and len(equation.operands) == 2 and not params:
+    if equation.primitive.quick and len(equation.operands) == 2 and not params:
         large = math.prod(shape) * np.dtype(avals[equation.operands[0]].dtype).itemsize >= SMALLEST
         return ShortForm(f"applied({tag}, {{0}}, {{1}})", {"applied": applied, tag: ufunc}) if large else None
     if name == "reshape":

@@ -11,6 +11,7 @@ view of it.  All others pay for one attribute.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["Storage", "fingerprint", "guard_of", "share", "verify"]
 
 
-# The serial of the last time that any storage came into being or changed: older records are looked at, younger ones
-# cannot have been touched (unless they took a fingerprint).
+# The serial of the last time that any memory was exposed or changed: older records are looked at, younger ones cannot
+# have been touched (unless they took a fingerprint).
 _last = [0]
+_noting = threading.RLock()  # a finalizer may come here in the middle of it
 
 
 def _note() -> None:
-    _last[0] = max(_last[0], now())
+    with _noting:
+        serial = now()
+        if serial > _last[0]:
+            _last[0] = serial
 
 
 def untouched(record: Record) -> bool:
@@ -50,7 +55,6 @@ class Storage:
         self.version = 0
         self.exposed = False  # somebody outside holds the array
         self.fingerprint: Any = None  # of the whole memory, if it was exposed after it was saved
-        _note()
 
     def bump(self) -> None:
         """Note that the content was changed."""

@@ -5,7 +5,6 @@ Operators and methods are installed by :mod:`tinygrad_lstm.ops`, which stands ab
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -351,21 +350,11 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
             raise ShapeError(
                 f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it or pass one"
             )
-        if not target.shape:
-            return Tensor(_one(np.dtype(target.dtype)))
         return Tensor(np.ones(target.shape, target.dtype))
     given = cotangent if isinstance(cotangent, Tensor) else asarray(cotangent)
     if given.shape != target.shape:
         raise ShapeError(f"{who}: cotangent of shape {given.shape} for an output of shape {target.shape}")
     return given if given.dtype == target.dtype else given.astype(target.dtype)
-
-
-@functools.cache
-def _one(dtype: np.dtype) -> np.ndarray:
-    """1, as an array that nobody may write to."""
-    array = np.ones((), dtype)
-    array.flags.writeable = False
-    return array
 
 
 def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:

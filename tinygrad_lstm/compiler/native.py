@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from tinygrad_lstm.compiler.stages import Product, RowProduct, walk
 from tinygrad_lstm.compiler.views import Unsupported
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import codecache, threads
+from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.kernels.pool import SMALLEST, empty
 from tinygrad_lstm.program import Program
 
@@ -96,7 +96,7 @@ class NativeLoop:
         self._entry: tuple[int, int, Any, Any] | None = None
         self._free: list[_Workspace] = []
         self._frames: dict[tuple[int, bool], _Frame] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def entry(self) -> tuple[int, int, Any, Any]:
         """Addresses of the loop and of what packs matrices for it, and what calls them; compiled at the first call."""
@@ -309,7 +309,7 @@ class _Workspace:
 
 _known: OrderedDict[Any, Any] = OrderedDict()
 _MOST = 256
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def native_loop(program: Program, n_carry: int, n_stacked: int) -> NativeLoop | Unsupported:

@@ -8,12 +8,14 @@ it any more: not the array that was made of it, nor any view (a view keeps its b
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-import threading
 from typing import Any
 
 import numpy as np
+
+from .locks import Lock
 
 __all__ = ["applied", "block_size", "clear", "copied", "empty", "has_own_memory", "idle_bytes", "taken"]
 
@@ -25,7 +27,7 @@ LINE = 64  # bytes of a line of the cache, and of the widest vector: one that cr
 STAGGER, PLACES = 7 * LINE, 9
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
 
-_lock = threading.Lock()
+_lock = Lock()
 _blocks: dict[int, list[np.ndarray]] = {}  # by size in bytes
 
 
@@ -42,8 +44,13 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST:
         return np.empty(shape, dtype)
-    with _lock:
+    # Never waited for: the garbage collector may run a finalizer, which makes arrays too, in the middle of this.
+    if not _lock.acquire(blocking=False):
+        return np.empty(shape, dtype)
+    try:
         block, start = _take(block_size(nbytes))
+    finally:
+        _lock.release()
     return block[start : start + nbytes].view(dtype).reshape(shape)
 
 
@@ -56,11 +63,17 @@ def block_size(nbytes: int) -> int:
 
 def applied(ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> Any:
     """``ufunc(a, b)``; a large result gets memory from here, where b has the shape of a, or of its last axes."""
-    if a.nbytes >= SMALLEST and a.dtype is b.dtype and a.dtype.kind == "f" and "ff->f" in ufunc.types:
+    if a.nbytes >= SMALLEST and a.dtype is b.dtype and a.dtype.kind == "f" and _keeps_dtype(ufunc):
         lead = a.ndim - b.ndim
         if lead >= 0 and a.shape[lead:] == b.shape:
             return ufunc(a, b, out=empty(a.shape, a.dtype))
     return ufunc(a, b)
+
+
+@functools.cache
+def _keeps_dtype(ufunc: np.ufunc) -> bool:
+    """Whether it works element by element, on floating arrays of any one dtype, and gives that dtype."""
+    return ufunc.signature is None and "ff->f" in ufunc.types and "dd->d" in ufunc.types
 
 
 def taken(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:

@@ -12,7 +12,6 @@ what it was when the cell was recorded, at every step.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
@@ -22,6 +21,7 @@ import numpy as np
 
 from tinygrad_lstm.compiler.reach import Reach
 from tinygrad_lstm.errors import TraceError
+from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.nn.module import Module, Parameter
 from tinygrad_lstm.ops.control import Recorded, record_body
 from tinygrad_lstm.primitive import Primitive
@@ -32,7 +32,7 @@ __all__ = ["known_of", "recorder_for"]
 
 _MOST = 32  # programs per cell
 _programs: dict[int, dict[Any, Any]] = {}  # by the cell's id: a dataclass cannot be a key
-_lock = threading.Lock()
+_lock = Lock()
 
 # Attributes of these types do not change without the module's version changing (lists and dicts are looked into).
 _SEEN = (
@@ -207,7 +207,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
             captures = entry.captures() if entry.outside.unchanged() else None
             if captures is not None:
                 recorded = Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
-                recorded.settled = entry.settled
+                recorded.entry = entry if entry.settled else None
                 return recorded
         known = known_of(cell, make=True)
         try:
@@ -223,7 +223,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
             bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
             known[key] = _Entry(bare, [place for place in found if place is not None], _Outside(cell))
-            recorded.settled = known[key].settled
+            recorded.entry = known[key] if known[key].settled else None
         return recorded
 
     return record

@@ -34,16 +34,23 @@ class _Run:
     """One cell over a sequence of one shape, from its zero state."""
 
     def __init__(self, cell: Any, recorded: Any, carry: list[Tensor], steps: int, reverse: bool) -> None:
-        self.kind, self.forward = type(cell), type(cell).forward
-        self.program, self.captures, self.carry = recorded.program, recorded.captures, carry
+        self.cell, self.kind = cell, type(cell)
+        self.forward, self.initial_state = self.kind.forward, self.kind.initial_state
+        # Parameters are looked up anew at each call: those of now may be stand-ins, which must not live on here.
+        self.program, self.captures, self.carry = recorded.program, recorded.entry.captures, carry
         self.n_carry, self.steps, self.reverse = len(carry), steps, reverse
         self.n_ys = len(recorded.program.outputs) - self.n_carry
         self.sites: dict[tuple[bool, ...], Site] = {}
 
-    def __call__(self, x: Tensor, current: State, lead: bool = False) -> tuple[Tensor, ...]:
+    def stands(self, cell: Any) -> bool:
+        """Whether this is the cell, with the equations that were recorded."""
+        kind = self.kind
+        return cell is self.cell and kind.forward is self.forward and kind.initial_state is self.initial_state
+
+    def __call__(self, x: Tensor, captures: list[Tensor], current: State, lead: bool = False) -> tuple[Tensor, ...]:
         """(parts of the final state..., outputs); with ``lead`` the state has another axis in front."""
-        operands = (*self.carry, x, *self.captures)
         if current.enabled:
+            operands = (*self.carry, x, *captures)
             linked = tuple([t._rg for t in operands[self.n_carry :]])
             if True in linked:
                 site = self.sites.get(linked)
@@ -52,8 +59,8 @@ class _Run:
                     self.sites[linked] = site
                 return bind_site(site, operands, True, current, lead=lead)
         plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
-        captures = [t._data for t in self.captures]
-        final, ys = run_loop(plan, [t._data for t in self.carry], [x._data], captures, self.steps, self.reverse)
+        arrays = [t._data for t in captures]
+        final, ys = run_loop(plan, [t._data for t in self.carry], [x._data], arrays, self.steps, self.reverse)
         return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in ys])
 
 
@@ -64,29 +71,37 @@ class ReadyLayers:
         self.runs, self.directions, self.parts = runs, directions, parts
         self.changes, self.generation, self.mode = changes(), Primitive.generation, compile_mode()
 
-    def holds(self, current: State) -> bool:
-        """Whether nothing was changed since, and nobody looks at single operations."""
-        return (
-            self.changes == changes()
-            and self.generation == Primitive.generation
-            and self.mode == compile_mode()
-            and current.trace is None
-            and not current.eager
-            and not current.tapes
-            and current.names is None
-            and all(run.kind.forward is run.forward for run in self.runs)
-        )
+    def captures(self, cells: Sequence[Any], current: State) -> list[list[Tensor]] | None:
+        """What the runs capture; None where something was changed since, or somebody looks at single operations."""
+        if (
+            self.changes != changes()
+            or self.generation != Primitive.generation
+            or self.mode != compile_mode()
+            or current.trace is not None
+            or current.eager
+            or current.tapes
+            or current.names is not None
+            or len(cells) != len(self.runs)
+        ):
+            return None
+        found = []
+        for run, cell in zip(self.runs, cells, strict=True):
+            captures = run.captures() if run.stands(cell) else None
+            if captures is None:
+                return None
+            found.append(captures)
+        return found
 
-    def __call__(self, x: Tensor, current: State) -> tuple[Tensor, Any]:
+    def __call__(self, x: Tensor, captures: list[list[Tensor]], current: State) -> tuple[Tensor, Any]:
         """Outputs of the last layer, and the state in PyTorch's form."""
         if len(self.runs) == 1:
-            *state, y = self.runs[0](x, current, lead=True)
+            *state, y = self.runs[0](x, captures[0], current, lead=True)
             return y, state[0] if self.parts == 1 else tuple(state)
         finals = []
         for first in range(0, len(self.runs), self.directions):
             outputs = []
-            for run in self.runs[first : first + self.directions]:
-                *final, y = run(x, current)
+            for k in range(first, first + self.directions):
+                *final, y = self.runs[k](x, captures[k], current)
                 finals.append(final)
                 outputs.append(y)
             x = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=-1)
@@ -107,16 +122,26 @@ def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tenso
     for k, cell in enumerate(cells):
         if k and k % directions == 0:
             width = directions * cells[k - 1].state_sizes()[0]
+        if not _is_ours(cell):
+            return
         like = Tensor(np.broadcast_to(np.zeros((), x.dtype), (steps, batch, width)))
         carry, tree = leaves_of(cell.initial_state(batch), "init")
         try:
             recorded = recorder_for(cell, _PLAIN)(_unexpected, carry, tree, [like], LEAF)
         except TraceError:
             return
-        if not recorded.settled or recorded.y_tree is not LEAF or not recorded.program.outputs:
+        if recorded.entry is None or recorded.y_tree is not LEAF or not recorded.program.outputs:
             return
         runs.append(_Run(cell, recorded, carry, steps, k % directions == 1))
     known_of(layer, make=True)[x.shape, x.dtype] = ReadyLayers(runs, directions, parts)
+
+
+def _is_ours(cell: Any) -> bool:
+    """Whether equations and initial state are those of this package: that one is zeros, and stays so."""
+    kind = type(cell)
+    methods = (kind.forward, kind.initial_state, kind.state_sizes, kind.__call__)
+    ours = all(getattr(method, "__module__", "").startswith("tinygrad_lstm.") for method in methods)
+    return ours and vars(cell).keys().isdisjoint(("forward", "initial_state", "state_sizes"))
 
 
 def _unexpected(carry: Any, x: Any) -> Any:

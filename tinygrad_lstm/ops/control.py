@@ -239,7 +239,8 @@ class Recorded:
         self.captures = captures
         self.n_carry = n_carry
         self.y_tree = y_tree
-        self.settled = False  # whether program and captures stay as they are until some module is changed
+        # Where the captures stand, if the program is right as long as they fit and no module is changed.
+        self.entry: Any = None
 
     def run(
         self, carry: list[Tensor], xs: list[Tensor], captures: list[Tensor], steps: int, reverse: bool,

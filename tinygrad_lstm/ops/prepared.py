@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.tensor import Tensor
@@ -21,7 +21,7 @@ __all__ = ["Backward", "Site", "canonical", "compile_mode"]
 _known: OrderedDict[str, Program] = OrderedDict()
 _MOST_PROGRAMS = 256
 _MOST_DERIVED = 256
-_lock = threading.Lock()
+_lock = Lock()
 _runner: Any = None
 
 
