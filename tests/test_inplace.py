@@ -357,3 +357,22 @@ def test_truncated_backpropagation_carries_detached_state():
         w.data -= 0.01 * w.grad
         w.zero_grad()
     assert np.isfinite(h.numpy()).all()
+
+
+def test_a_change_noted_in_the_middle_of_another_is_not_forgotten(monkeypatch):
+    """A finalizer may expose an array at any moment: the later of the two serials stays."""
+    from tinygrad_lstm import storage
+
+    now, later = storage.now, []
+
+    def interrupted() -> int:
+        serial = now()
+        if not later:
+            later.append(None)
+            storage._note()
+            later[0] = storage._last[0]
+        return serial
+
+    monkeypatch.setattr(storage, "now", interrupted)
+    storage._note()
+    assert storage._last[0] == later[0]
