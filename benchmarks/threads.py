@@ -33,10 +33,10 @@ import tinygrad_lstm as tg
 from tinygrad_lstm.kernels import codecache, threads
 
 SOURCE = '''
-from numba import cfunc, types
 from tinygrad_lstm.kernels.atomics import load_relaxed, pause
+from tinygrad_lstm.kernels.dialect import exported
 
-@cfunc(types.int64(types.int64, types.int64), nopython=True, cache=True)
+@exported
 def spin(argument, part):
     """As many pauses as the word at ``argument`` says."""
     for _ in range(load_relaxed(argument)):
@@ -70,7 +70,7 @@ def table(number: int, rounds: int, spin: float) -> dict[str, Any]:
     threads.SPIN = spin
     tg.set_num_threads(1)  # a new team
     tg.set_num_threads(number)
-    function = codecache.load(SOURCE, "spin", stem="benchmark").address
+    function = codecache.load(SOURCE, stem="benchmark").address("spin")
     length = np.array([0], np.int64)
     address = length.ctypes.data
     threads.run(function, address, number)

@@ -12,28 +12,25 @@ import pytest
 from tinygrad_lstm.cli import main
 
 FILL = """
-import importlib, sys
+import sys
 from tinygrad_lstm.kernels import codecache
 
 source = '''
-from numba import njit, types
+from tinygrad_lstm.kernels.dialect import entry
 
-@njit(types.int64(types.int64), nogil=True, cache=True)
+@entry
 def {name}(n):
     return n + 1
 '''
 codecache.NOTICE = float(sys.argv[1]) if sys.argv[1:] else 3600.0
-functions = [codecache.load(source.format(name=name), name, stem=stem)
+functions = [codecache.load(source.format(name=name), stem=stem).function(name)
              for name, stem in (("alpha", "kind_one"), ("beta", "kind_one"), ("gamma", "other"))]
 assert functions[2](1) == 2
-name = functions[2].py_func.__module__
-del sys.modules[name]
-importlib.import_module(name)  # by its loader
 """
 
 
 def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "TINYGRAD_LSTM_CACHE_DIR": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
+    return {**os.environ, "TINYGRAD_LSTM_CACHE_DIR": str(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("cache") / "inner"
     subprocess.run([sys.executable, "-c", FILL], env=environment(folder), timeout=120, check=True)
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert sorted({Path(name).suffix for name in files}) == [".nbc", ".nbi", ".py", ".sum"]
+    assert sorted({Path(name).suffix for name in files}) == [".code"]
     return files
 
 
@@ -50,8 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def folder(tmp_path: Path, written: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that cache, which the commands are pointed at."""
     path = tmp_path / "cache"
-    (path / "__pycache__").mkdir(parents=True)
-    path.chmod(0o700)
+    path.mkdir(mode=0o700)
     for name, content in written.items():
         (path / name).write_bytes(content)
     monkeypatch.setenv("TINYGRAD_LSTM_CACHE_DIR", str(path))
@@ -99,12 +95,14 @@ def test_clear_deletes_all_that_was_written(folder: Path, capsys: pytest.Capture
 
 
 H = "0123456789abcdef" * 2
-LEFTOVERS = [
+LEFTOVERS = [  # of processes that were killed, and of earlier versions
+    f".layout_{H}.code.abcd1234", f"layout_{H}.py", f"layout_{H}.sum",
     f".layout_{H}.py.a1_b2c3d", f".layout_{H}.sum.qwertz99", f"__pycache__/layout_{H}.reach-89.py311.nbi.tmp.{H}",
     f"__pycache__/layout_{H}.f-4.py314t.12.nbc", f"__pycache__/layout_{H}.cpython-314.opt-1.pyc.140234567",
 ]  # fmt: skip
 FOREIGN = [
-    "notes.txt", "model_1234.py", f"layout_{H}.txt", f"layout_{H}0.py", f"{H}.py", f"layout_{H[:-1]}.py", f"layout_{H}",
+    "notes.txt", f"layout_{H}.coder", f"layout_{H}.code.abcd1234", f".layout_{H}.code",
+    "model_1234.py", f"layout_{H}.txt", f"layout_{H}0.py", f"{H}.py", f"layout_{H[:-1]}.py", f"layout_{H}",
     f"LICENSE_{H}.PY", f".layout_{H}.py", f"layout_{H}.py.a1b2c3d4", f"layout-{H}.py", f"layout_{H.upper()}.sum",
     "__pycache__/mine.cpython-311.pyc", f"__pycache__/layout_{H}.py", f"layout_{H}.f-4.py311.nbi",
     f"__pycache__/notes_{H}.txt", "sub/__pycache__/x", f"sub/layout_{H}.py",
@@ -115,9 +113,9 @@ def test_clear_leaves_the_files_of_others(folder: Path, capsys: pytest.CaptureFi
     for name in LEFTOVERS + FOREIGN:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("something")
-    (folder / f"folder_{H}.py").mkdir()
-    (folder / f"link_{H}.py").symlink_to(folder / "notes.txt")
-    kept = {*FOREIGN, "__pycache__", "sub", "sub/__pycache__", f"folder_{H}.py", f"link_{H}.py"}
+    (folder / f"folder_{H}.code").mkdir()
+    (folder / f"link_{H}.code").symlink_to(folder / "notes.txt")
+    kept = {*FOREIGN, "__pycache__", "sub", "sub/__pycache__", f"folder_{H}.code", f"link_{H}.code"}
     others = len([n for n in FOREIGN if not n.startswith("sub/")]) + 3  # sub, and the two above
     assert main(["cache", "show"]) == 0
     out = capsys.readouterr().out
@@ -128,7 +126,8 @@ def test_clear_leaves_the_files_of_others(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_linked_code_folder_is_not_followed(folder: Path, tmp_path: Path) -> None:
-    (folder / "__pycache__").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / f"layout_{H}.f-4.py311.1.nbc").write_text("something")
     (folder / "__pycache__").symlink_to(tmp_path / "elsewhere")
     before = entries(tmp_path / "elsewhere")
     assert main(["cache", "clear"]) == 0

@@ -17,11 +17,11 @@ from tinygrad_lstm.kernels.special import erf, sigmoid, softplus
 from tinygrad_lstm.kernels.table import LEAVES
 
 
-def test_import_needs_no_numba() -> None:
+def test_import_needs_no_compiler() -> None:
     code = (
         "import sys, tinygrad_lstm.kernels as k, numpy as np\n"
         "k.evaluate(k.build(lambda x: k.expression.tanh(x) + 1, 1), [np.ones(3)])\n"
-        "assert 'numba' not in sys.modules and 'llvmlite' not in sys.modules"
+        "assert 'llvmlite' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -10,27 +10,34 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numba import cfunc, njit
 from thread_parts import (
+    COUNT,
+    MEET,
     PATIENCE,
     Held,
     check,
-    count,
     counted,
     eventually,
     gather,
-    meet,
     parked,
-    part_type,
     restored,
     states,
     team_of,
-)  # fmt: skip
+)
 
 import tinygrad_lstm as tg
-from tinygrad_lstm.kernels import threads
+from tinygrad_lstm.kernels import codecache, threads
+from tinygrad_lstm.kernels.control import LIMIT, LOCK, PARKED, RUNNING, SEEN, SLOTS, SPINS, STATE, STOP
 
 __all__ = ["restored"]  # a fixture of every test here
+
+
+def native(text: str) -> codecache.Program:
+    """A program that calls the functions of launch.py."""
+    functions = {"launch": 4, "pauses": 1, "sleep": 2, "wake": 2}
+    head = "from tinygrad_lstm.kernels.dialect import entry, exported, external\n"
+    symbols = [f"{name} = external({threads._load().symbol(name)!r}, {n})\n" for name, n in functions.items()]
+    return codecache.load(head + "".join(symbols) + text, stem="test")
 
 
 @given(number=st.sampled_from([1, 2, 3, 8]), sizes=st.lists(st.integers(0, 70) | st.sampled_from([1000]), max_size=8))
@@ -57,44 +64,52 @@ def test_no_wake_up_is_lost(spin: float, monkeypatch: pytest.MonkeyPatch) -> Non
     """Workers are asleep, about to sleep, or awake when a launch comes; each launch needs all of them."""
     team = team_of(2, spin, monkeypatch)
     assert gather(team, 500)
-    launch, function, round_ = threads._native["launch"], meet.address, threads._native["pauses"]
-
-    @njit(nogil=True)
-    def storm(control: int, argument: int, launches: int) -> int:
-        """Launches at every distance from the end of the one before."""
-        for k in range(launches):
-            round_(k % 211)
-            if launch(control, function, argument, 2) != 0:
-                return k
-        return -1
-
+    storm = native(
+        """
+@entry
+def storm(control, function, argument, launches):
+    # At every distance from the end of the one before.
+    for k in range(launches):
+        pauses(k % 211)
+        if launch(control, function, argument, 2) != 0:
+            return k
+    return -1
+"""
+    ).function("storm")
     words = np.array([2, 0], np.int64)
-    assert storm(team.control, words.ctypes.data, 5000) == -1
+    assert storm(team.control, MEET, words.ctypes.data, 5000) == -1
 
 
 def test_the_steps_of_the_handshake() -> None:
     """What no race can be made to show at will: the worker is between its two looks when the waker comes."""
-    threads._load()
-    native, memory = threads._native, np.zeros(200, np.int64)
-    control, slot = memory.ctypes.data, native["SLOTS"] // 8
-    state, lock, seen, limit, stop = (
-        slot + native["STATE"] // 8, slot + native["LOCK"] // 8, slot + native["SEEN"] // 8,
-        native["LIMIT"] // 8, native["STOP"] // 8,
-    )  # fmt: skip
+    program = native(
+        """
+@entry
+def sleeps(control, index):
+    return sleep(control, index)
+
+@entry
+def wakes(control, index):
+    return wake(control, index)
+"""
+    )
+    sleep, wake, memory = program.function("sleeps"), program.function("wakes"), np.zeros(200, np.int64)
+    control, slot = memory.ctypes.data, SLOTS // 8
+    state, lock, seen, limit, stop = slot + STATE // 8, slot + LOCK // 8, slot + SEEN // 8, LIMIT // 8, STOP // 8
     api = ctypes.pythonapi
     api.PyThread_allocate_lock.restype = ctypes.c_void_p
     memory[lock] = pointer = api.PyThread_allocate_lock()  # free: who sleeps on it wakes up at once
     held = lambda: api.PyThread_acquire_lock(ctypes.c_void_p(pointer), 0) == 0
-    parked, running, slept, awake = native["PARKED"], native["RUNNING"], 1, 0
+    slept, awake = 1, 0
 
-    assert native["sleep"](control, 0) == slept and memory[state] == parked and held()
-    assert native["wake"](control, 0) == 1 and memory[state] == running and not held()
-    assert native["wake"](control, 0) == 0 and memory[state] == running and held()
+    assert sleep(control, 0) == slept and memory[state] == PARKED and held()
+    assert wake(control, 0) == 1 and memory[state] == RUNNING and not held()
+    assert wake(control, 0) == 0 and memory[state] == RUNNING and held()
     memory[limit] = 1
-    assert native["sleep"](control, 0) == awake and memory[state] == running
+    assert sleep(control, 0) == awake and memory[state] == RUNNING
     memory[seen] = 1
     memory[stop] = 1
-    assert native["sleep"](control, 0) == awake and memory[state] == running
+    assert sleep(control, 0) == awake and memory[state] == RUNNING
     api.PyThread_free_lock(ctypes.c_void_p(pointer))
 
 
@@ -108,7 +123,7 @@ def test_a_hundred_thousand_tiny_launches(number: int) -> None:
     team_of(number)
     counters = np.zeros(4, np.int64)
     for _ in range(100_000):
-        threads.run(count.address, counters.ctypes.data, 3)
+        threads.run(COUNT, counters.ctypes.data, 3)
     assert counters.tolist() == [100_000] * 3 + [0]
 
 
@@ -126,10 +141,10 @@ def test_a_launch_with_few_parts_wakes_no_more_workers_than_it_can_use() -> None
     team = team_of(8)
     check(8)
     eventually(lambda: parked(team))
-    team._write(threads._native["SPINS"], 1 << 60)  # whoever is woken stays awake
+    team._write(SPINS, 1 << 60)  # whoever is woken stays awake
     for _ in range(20):
         check(2)
-    assert states(team)[1:] == [threads._native["PARKED"]] * 6
+    assert states(team)[1:] == [PARKED] * 6
 
 
 # ---------------------------------------------------------------------------- several callers
@@ -162,7 +177,7 @@ def test_a_second_caller_does_not_wait_for_the_first() -> None:
     team = team_of(2)
     eventually(lambda: parked(team))
     with Held():
-        assert states(team) == [threads._native["RUNNING"]]
+        assert states(team) == [RUNNING]
         for parts in range(10):
             check(parts)
     check(10)
@@ -170,15 +185,16 @@ def test_a_second_caller_does_not_wait_for_the_first() -> None:
 
 def test_a_part_may_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     team = team_of(2)
-    launch, control, inner = threads._native["launch"], team.control, count.address
+    text = """
+from tinygrad_lstm.kernels.memory import load64
 
-    @cfunc(part_type, nopython=True)
-    def outer(argument: int, part: int) -> int:
-        return launch(control, inner, argument + 8 * 10 * part, 10)
-
-    counters = np.zeros(50, np.int64)
-    assert threads.run(outer.address, counters.ctypes.data, 5) == 2**10 - 1
-    assert counters.tolist() == [1] * 50
+@exported
+def outer(argument, part):
+    return launch(load64(argument), load64(argument + 8), argument + 16 + 8 * 10 * part, 10)
+"""
+    words = np.array([team.control, COUNT] + [0] * 50, np.int64)
+    assert threads.run(native(text).address("outer"), words.ctypes.data, 5) == 2**10 - 1
+    assert words.tolist()[2:] == [1] * 50
 
 
 def test_the_number_changes_during_launches() -> None:

@@ -70,7 +70,8 @@ def test_a_fork_while_another_thread_makes_the_team() -> None:
 
 
 def load_and_check() -> None:
-    codecache.load("def f():\n    return 7\n", "f", stem="test")
+    head = "from tinygrad_lstm.kernels.dialect import entry\n"
+    assert codecache.load(head + "@entry\ndef f():\n    return 7\n", stem="test").function("f")() == 7
     check(5)
 
 
@@ -107,15 +108,15 @@ import tinygrad_lstm as tg
 from tinygrad_lstm.kernels import codecache, threads
 
 source = '''
-from numba import cfunc, njit, types
 from tinygrad_lstm.kernels.atomics import fetch_add
+from tinygrad_lstm.kernels.dialect import exported
 
-@cfunc(types.int64(types.int64, types.int64), nopython=True, cache=True)
+@exported
 def count(argument, part):
     fetch_add(argument + 8 * part, 1)
     return part
 '''
-count = codecache.load(source, "count", stem="test").address
+count = codecache.load(source, stem="test").address("count")
 counters = np.zeros(5, np.int64)
 
 def launch(parts=3):

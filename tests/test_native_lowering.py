@@ -242,13 +242,13 @@ def test_neither_steps_nor_rows_are_in_the_text(runs: Runs, monkeypatch: pytest.
     case = CASES["in_loop_input"]
     sources: list[list[str]] = []
     compiled = []
-    run, module = native.NativeLoop.run, codecache._module
+    run, program = native.NativeLoop.run, codecache._program
     watched = lambda self, *given: sources[-1].append(self.source) or run(self, *given)
     monkeypatch.setattr(native.NativeLoop, "run", watched)
     for steps, rows in ((3, 5), (11, 5), (3, 7), (1, 1), (6, 23)):
         sources.append([])
         outcome(case.make, *case.arrays(0, steps, rows), eager=False)
-        monkeypatch.setattr(codecache, "_module", lambda *given: compiled.append(given) or module(*given))
+        monkeypatch.setattr(codecache, "_program", lambda *given: compiled.append(given) or program(*given))
     assert runs == [True] * 10 and len(sources[0]) == 2
     assert all(found == sources[0] for found in sources) and not compiled
     ops.scan(lambda h, x: (ops.tanh(h * 0.731 + x),) * 2, np.zeros((5, H)), np.ones((3, 5, H)))
@@ -307,21 +307,11 @@ def test_when_a_loop_is_compiled(monkeypatch: pytest.MonkeyPatch, runs: Runs) ->
 
 SCRIPT = """
 import json, sys
-from numba.core import event
 import numpy as np
-compiled = []
-
-class Listener(event.Listener):
-    def on_start(self, e):
-        compiled.append(e)
-
-    def on_end(self, e):
-        pass
-
-event.register("numba:compile", Listener())
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn
 from tinygrad_lstm.compiler import native
+from tinygrad_lstm.kernels import codecache
 runs = []
 run = native.NativeLoop.run
 native.NativeLoop.run = lambda self, *a: runs.append(self.split) or run(self, *a)
@@ -333,7 +323,8 @@ for layer in (nn.LSTM(3, 9), nn.Recurrent(nn.LayerNormLSTMCell(3, 5, dtype=np.fl
     y = layer(x)[0]
     (y * y).sum().backward()
     found += [y.numpy().astype(float).tolist(), *(p.grad.astype(float).tolist() for p in layer.parameters())]
-print(json.dumps({"runs": runs, "compiled": len(compiled), "found": found}))
+print(json.dumps({"runs": runs, "found": found, "llvmlite.ir": "llvmlite.ir" in sys.modules,
+                  "compiled": sum(program.compiled for program in codecache._loaded.values())}))
 """
 
 
@@ -363,6 +354,7 @@ def test_a_second_process_compiles_nothing(here: tuple[Path, dict[str, Any]]) ->
     assert first["runs"] == second["runs"] == [True] * 4
     assert second["found"] == first["found"]
     assert first["compiled"] > 4 and second["compiled"] == 0
+    assert first["llvmlite.ir"] and not second["llvmlite.ir"], "nor is loaded what only compiling needs"
 
 
 @pytest.mark.slow

@@ -15,24 +15,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numba import cfunc, types
 
 import tinygrad_lstm as tg
-from tinygrad_lstm.kernels import threads
-from tinygrad_lstm.kernels.atomics import fetch_add, load_acquire, pause, yield_cpu
+from tinygrad_lstm.kernels import codecache, threads
+from tinygrad_lstm.kernels.control import PARKED, SLOT, SLOTS, STATE
 
-part_type = types.int64(types.int64, types.int64)
 PATIENCE = 60  # seconds after which something hangs
 
 
-@cfunc(part_type, nopython=True)
+PARTS = codecache.load(
+    '''
+from __future__ import annotations
+
+from tinygrad_lstm.kernels.atomics import fetch_add, load_acquire, pause, yield_cpu
+from tinygrad_lstm.kernels.dialect import exported
+
+
+@exported
 def count(argument: int, part: int) -> int:
     """Counts how often each part ran."""
     fetch_add(argument + 8 * part, 1)
     return 1 << (part % 62)
 
 
-@cfunc(part_type, nopython=True)
+@exported
 def meet(argument: int, part: int) -> int:
     """Returns 0 when as many parts as argument[0] run at the same moment, 1 when they never do."""
     wanted = load_acquire(argument)
@@ -48,18 +54,22 @@ def meet(argument: int, part: int) -> int:
     return 1
 
 
-@cfunc(part_type, nopython=True)
+@exported
 def wait(argument: int, part: int) -> int:
     """Reports in argument[1], and runs until argument[0] is not 0."""
     fetch_add(argument + 8, 1)
     while load_acquire(argument) == 0:
         yield_cpu()
     return 0
+''',
+    stem="test",
+)
+COUNT, MEET, WAIT = PARTS.address("count"), PARTS.address("meet"), PARTS.address("wait")
 
 
 def counted(parts: int) -> tuple[np.ndarray, int]:
     counters = np.zeros(parts + 1, np.int64)
-    return counters, threads.run(count.address, counters.ctypes.data, parts)
+    return counters, threads.run(COUNT, counters.ctypes.data, parts)
 
 
 def check(parts: int) -> None:
@@ -71,7 +81,7 @@ def check(parts: int) -> None:
 def gather(team: Any, many: int = 1) -> bool:
     """Whether all threads of the team run at the same moment, in each of so many launches."""
     words = np.array([team.workers + 1, 0], np.int64)
-    return not any(threads.run(meet.address, words.ctypes.data, team.workers + 1) for _ in range(many))
+    return not any(threads.run(MEET, words.ctypes.data, team.workers + 1) for _ in range(many))
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -81,13 +91,12 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def states(team: Any) -> list[int]:
-    native = threads._native
-    slots = [team.control + native["SLOTS"] + native["SLOT"] * k for k in range(team.workers)]
-    return [ctypes.c_int64.from_address(slot + native["STATE"]).value for slot in slots]
+    slots = [team.control + SLOTS + SLOT * k for k in range(team.workers)]
+    return [ctypes.c_int64.from_address(slot + STATE).value for slot in slots]
 
 
 def parked(team: Any) -> bool:
-    return states(team) == [threads._native["PARKED"]] * team.workers
+    return states(team) == [PARKED] * team.workers
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +129,7 @@ class Held:
 
     def __enter__(self) -> Held:
         self.words = np.zeros(2, np.int64)
-        self.thread = threading.Thread(target=threads.run, args=(wait.address, self.words.ctypes.data, 3), daemon=True)
+        self.thread = threading.Thread(target=threads.run, args=(WAIT, self.words.ctypes.data, 3), daemon=True)
         self.thread.start()
         eventually(lambda: self.words[1] >= 2)
         return self

@@ -13,7 +13,7 @@ import contextlib
 from pathlib import Path
 
 from tinygrad_lstm.errors import Error
-from tinygrad_lstm.kernels.cachefiles import CODE, LIMIT, inventory, limit_bytes
+from tinygrad_lstm.kernels.cachefiles import LIMIT, OLD, inventory, limit_bytes
 
 NAME = "cache"
 HELP = "show or clear the compiled code that is kept on disk"
@@ -69,7 +69,7 @@ def clear(folder: Path) -> int:
     for file in found.files:
         file.path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files are in it
-        (folder / CODE).rmdir()
+        (folder / OLD).rmdir()
     left = f"; {found.others} others left alone" if found.others else ""
     print(f"cleared {found.programs.total()} programs, {found.total()} bytes, in {folder}{left}")
     return 0

@@ -1,4 +1,4 @@
-"""The text of a compiled loop: a module with one function (table, part), which Numba compiles.
+"""The text of a compiled loop: a module with two functions (table, part), for kernels/translate.py.
 
 Neither the number of steps nor the number of rows occurs in it (unless the rows mix), so another length of
 sequence or batch finds the same machine code.
@@ -95,25 +95,24 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
     kernels = "\n".join(f"{name} = {text}" for text, name in writer.kernels.items())
     described = "".join(f"# {line}\n" for line in title.splitlines())
     return f'''"""A compiled loop."""
-from numba import cfunc, types
-
 from tinygrad_lstm.kernels.memory import (
     call_address, load8, load32, load64, load_float32, load_float64, store8, store32, store64, store_float32,
     store_float64,
 )
 from tinygrad_lstm.kernels.rows import copy_row, row_kernel
+from tinygrad_lstm.kernels.dialect import exported
 
 {described}
 {kernels}
 
 
-@cfunc(types.int64(types.int64, types.int64), nopython=True, cache=True)
+@exported
 def loop(table, part):
 {body}
     return 0
 
 
-@cfunc(types.int64(types.int64, types.int64), nopython=True, cache=True)
+@exported
 def prepare(table, part):
 {_prepare(lowered, place)}
     return 0

@@ -102,9 +102,8 @@ class NativeLoop:
         """Addresses of the loop and of what packs matrices for it, and what calls them; compiled at the first call."""
         if self._entry is None:
             with self._lock:
-                loop = codecache.load(self.source, "loop", stem="loop")
-                prepare = codecache.load(self.source, "prepare", stem="loop")
-                self._entry = (loop.address, prepare.address, *threads.loop_functions())  # type: ignore[attr-defined]
+                program = codecache.load(self.source, stem="loop")
+                self._entry = (program.address("loop"), program.address("prepare"), *threads.loop_functions())
         return self._entry
 
     def run(

@@ -1,7 +1,7 @@
 """Arrays in, arrays out: elementwise expressions, matrix products, threads, and the cache of native code.
 
-Nothing here knows a Tensor, and importing this package imports neither Numba nor LLVM: native kernels
-are compiled when they are first called, and kept on disk.
+Nothing here knows a Tensor, and importing this package does not import LLVM: native kernels are compiled when
+they are first called, and kept on disk.
 
 - elementwise: :mod:`.expression` (functions on symbolic scalars), :mod:`.table` (their leaves), :mod:`.elementwise`
   (on arrays, by NumPy or natively), :mod:`.native`, :mod:`.lowering`, :mod:`.vector`, :mod:`.fit` (how);
@@ -9,7 +9,8 @@ are compiled when they are first called, and kept on disk.
 - rows: :mod:`.rows` (what compiled loops are made of), :mod:`.softmax`;
 - many tensors in one call: :mod:`.multi`;
 - :mod:`.threads` and :mod:`.launch` (a pool without the GIL), :mod:`.pool` (memory that is used again),
-  :mod:`.codecache` (machine code on disk, by content).
+  :mod:`.codecache` (machine code on disk, by content), :mod:`.translate` and :mod:`.dialect` (from text to LLVM IR),
+  :mod:`.machine` (LLVM).
 
 Examples
 --------

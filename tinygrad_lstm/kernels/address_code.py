@@ -1,6 +1,6 @@
 """Writing C functions in LLVM IR: arithmetic on addresses, loops, vectors of one dtype.
 
-Imports Numba; used while native code is generated.  Every function made here is a C function of int64 arguments
+Used while native code is generated.  Every function made here is a C function of int64 arguments
 (addresses, counts, strides in bytes) that returns an int64.
 """
 
@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from .vector import vector_bytes
+from .instructions import I32, I64, declared, for_range
+from .machine import target
 
 __all__ = ["I32", "I64", "Code", "Tile", "define", "tile_for"]
-
-I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
 class Tile(NamedTuple):
@@ -49,11 +48,10 @@ class Tile(NamedTuple):
         return f"v{self.lanes}f{8 * self.itemsize}"
 
 
-def tile_for(context: Any, dtype: str) -> Tile:
-    """What fits the registers of the CPU that Numba compiles for: sums, one row of the panel, a broadcast."""
-    triple, _, _ = context.codegen().magic_tuple()
-    width = vector_bytes(context)
-    many = width == 64 or str(triple).startswith(("aarch64", "arm64"))  # 32 registers, else 16
+def tile_for(dtype: str) -> Tile:
+    """What fits the registers of the CPU that is compiled for: sums, one row of the panel, a broadcast."""
+    width = target().vector_bytes
+    many = width == 64 or target().triple.startswith(("aarch64", "arm64"))  # 32 registers, else 16
     lanes = width // (4 if dtype == "float32" else 8)
     # Without three-operand instructions (SSE) a product needs a register of its own.
     return Tile(dtype, lanes, 4, 6) if many else Tile(dtype, lanes, 2, 6 if width == 32 else 4)
@@ -102,19 +100,8 @@ class Code:
 
     @contextmanager
     def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
-        b = self.b
-        before, head = b.block, b.append_basic_block("head")
-        inside, after = b.append_basic_block("body"), b.append_basic_block("after")
-        b.branch(head)
-        b.position_at_end(head)
-        index = b.phi(I64)
-        b.cbranch(b.icmp_signed("<", index, _int(stop)), inside, after)
-        b.position_at_end(inside)
-        yield index
-        index.add_incoming(_int(start), before)
-        index.add_incoming(b.add(index, I64(step)), b.block)
-        b.branch(head)
-        b.position_at_end(after)
+        with for_range(self.b, _int(start), _int(stop), step) as index:
+            yield index
 
     def call(self, function: Any, *args: Any) -> Any:
         return self.b.call(function, [_int(arg) for arg in args])
@@ -137,7 +124,7 @@ class Code:
         if mask is None:
             return self.b.load(pointer, align=self.tile.itemsize)
         type_ = ir.FunctionType(self.tile.vector, [pointer.type, I32, mask.type, self.tile.vector])
-        load = define_intrinsic(self.function.module, type_, f"llvm.masked.load.{self.tile.suffix}.p0")
+        load = declared(self.function.module, type_, f"llvm.masked.load.{self.tile.suffix}.p0")
         return self.b.call(load, [pointer, I32(self.tile.itemsize), mask, self.constant(other)])
 
     def put_vector(self, value: Any, address: Any, mask: Any = None) -> None:
@@ -146,13 +133,13 @@ class Code:
             self.b.store(value, pointer, align=self.tile.itemsize)
             return
         type_ = ir.FunctionType(ir.VoidType(), [self.tile.vector, pointer.type, I32, mask.type])
-        store = define_intrinsic(self.function.module, type_, f"llvm.masked.store.{self.tile.suffix}.p0")
+        store = declared(self.function.module, type_, f"llvm.masked.store.{self.tile.suffix}.p0")
         self.b.call(store, [value, pointer, I32(self.tile.itemsize), mask])
 
     def prefetch(self, address: Any) -> None:
         pointer = ir.IntType(8).as_pointer()
         type_ = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
-        function = define_intrinsic(self.function.module, type_, "llvm.prefetch.p0")
+        function = declared(self.function.module, type_, "llvm.prefetch.p0")
         self.b.call(function, [self.b.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
     def constant(self, number: float) -> Any:
@@ -182,16 +169,11 @@ class Code:
         # Not llvm.fma, which is a library call where the CPU has no such instruction.
         suffix = self.tile.suffix if isinstance(x.type, ir.VectorType) else f"f{8 * self.tile.itemsize}"
         type_ = ir.FunctionType(x.type, [x.type] * 3)
-        return self.b.call(define_intrinsic(self.function.module, type_, f"llvm.fmuladd.{suffix}"), [x, y, z])
+        return self.b.call(declared(self.function.module, type_, f"llvm.fmuladd.{suffix}"), [x, y, z])
 
 
 def _int(value: Any) -> Any:
     return I64(value) if isinstance(value, int) else value
-
-
-def define_intrinsic(module: Any, type_: Any, name: str) -> Any:
-    found = module.globals.get(name)
-    return ir.Function(module, type_, name) if found is None else found
 
 
 def define(module: Any, tile: Tile, name: str, parameters: str) -> tuple[Code, list[Any]]:

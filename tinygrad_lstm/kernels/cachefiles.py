@@ -1,8 +1,8 @@
 """The files of the cache of compiled code: which are ours, when a program was last used, and a bound on their size.
 
-A program ``<kind>_<32 hexadecimal digits>`` is a ``.py`` file, a ``.sum`` file with the checksums of its machine
-code, and Numba's files in ``__pycache__``.  The time of the ``.sum`` file says when the program was last used (the
-time of the ``.py`` file does not: Numba trusts it).
+A program ``<kind>_<32 hexadecimal digits>`` is one file; its time says when it was last used.  Versions up to 0.1 wrote
+several: a ``.py`` file, a ``.sum`` file with checksums, and Numba's files in ``__pycache__``.  They are still known, so
+that they go like any other program that is not used.
 
 Nothing here takes a lock.  A program that vanishes while another process loads it is compiled again there, and those
 that were used a moment ago are left alone.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ..errors import ArgumentError
 
-__all__ = ["CODE", "LIMIT", "Inventory", "inventory", "limit_bytes", "touch", "trim"]
+__all__ = ["CODE", "LIMIT", "OLD", "Inventory", "inventory", "limit_bytes", "touch", "trim"]
 
 LIMIT = "TINYGRAD_LSTM_CACHE_LIMIT"
 DEFAULT_LIMIT = "512M"
@@ -31,13 +31,17 @@ _FULL = 0.9  # of the limit is left when it was passed: not every program that i
 _STALE = 86_400.0  # seconds after which an unfinished file belongs to a process that was killed
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 
-CODE = "__pycache__"
+CODE = ".code"
+OLD = "__pycache__"
 # A name with a dot and an ending of its own is of a process that was killed while it wrote; Numba (.tmp.) and Python
-# (.pyc.) have their own such endings.
+# (.pyc.) had their own such endings.
 _PROGRAM = r"(?P<program>(?P<kind>[A-Za-z]\w*)_[0-9a-f]{32})"
 _OURS = {
-    "": [re.compile(rf"{_PROGRAM}\.(py|sum)"), re.compile(rf"\.{_PROGRAM}\.(py|sum)(?P<part>\.\w{{8}})")],
-    CODE: [
+    "": [
+        re.compile(rf"{_PROGRAM}\.(code|py|sum)"),
+        re.compile(rf"\.{_PROGRAM}\.(code|py|sum)(?P<part>\.\w{{8}})"),
+    ],
+    OLD: [
         re.compile(rf"{_PROGRAM}\..+\.py\d+\w*\.(nbi|\d+\.nbc)(?P<part>\.tmp\.\w+)?"),
         re.compile(rf"{_PROGRAM}\.cpython-\d+[\w.-]*\.pyc(?P<part>\.\d+)?"),
     ],
@@ -92,7 +96,7 @@ def inventory(folder: Path) -> Inventory:
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    if folder.name == CODE and folder.is_symlink():
+    if folder.name == OLD and folder.is_symlink():
         return  # it leads to a folder that is not ours
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         yield from entries
@@ -101,7 +105,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 def touch(folder: Path, program: str) -> None:
     """Note that a program is used now."""
     with contextlib.suppress(OSError):
-        os.utime(folder / f"{program}.sum")
+        os.utime(folder / f"{program}{CODE}")
 
 
 def limit_bytes() -> int | None:
@@ -138,22 +142,21 @@ def trim(folder: Path, limit: int) -> int:
             break
         # Asked again: another process may have begun to use it.
         with contextlib.suppress(OSError):
-            if time.time() - (folder / f"{program}.sum").stat().st_mtime < GRACE:
+            if time.time() - (folder / f"{program}{CODE}").stat().st_mtime < GRACE:
                 continue
         left -= _delete(programs[program])
     return left
 
 
 def _used(files: list[File]) -> float:
-    """When a program was last used; one without checksums (it is being made, or was left so) when it was written."""
-    times = [file.time for file in files if file.path.suffix == ".sum"]
-    return times[0] if times else max(file.time for file in files)
+    """When a program was last used."""
+    return max(file.time for file in files)
 
 
 def _delete(files: list[File]) -> int:
-    """Delete files, checksums first, and return how many bytes that were."""
+    """Delete files and return how many bytes that were."""
     gone = 0
-    for file in sorted(files, key=lambda file: file.path.suffix != ".sum"):
+    for file in files:
         with contextlib.suppress(OSError):
             file.path.unlink()
             gone += file.size

@@ -44,18 +44,17 @@ def functions(dtype: str) -> Functions:
     """The functions for ``"float32"`` or ``"float64"``; compiled, or taken from the disk, at the first call."""
     out = np.zeros(len(Functions._fields), np.int64)
     source = f'''"""Generated matrix products of {dtype}."""
-from numba import njit, types
-
 from tinygrad_lstm.kernels.gemm_native import addresses_of
+from tinygrad_lstm.kernels.dialect import entry
 
 addresses = addresses_of({dtype!r})
 
 
-@njit(types.void(types.int64), nogil=True, cache=True)
-def entry(out):
+@entry
+def write(out):
     addresses(out)
 '''
-    codecache.load(source, "entry", stem="gemm")(out.ctypes.data)
+    codecache.load(source, stem="gemm").function("write")(out.ctypes.data)
     return Functions(*out.tolist())
 
 
@@ -66,12 +65,11 @@ def packed_bytes(length: int, columns: int, dtype: str) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _native() -> dict[str, Any]:
+def _native() -> codecache.Program:
     """The compiled functions of product.py."""
-    from . import native  # raises ImportError where array objects are not what these functions read
+    from . import interface  # noqa: F401  raises ImportError where array objects are not what these functions read
 
-    text = Path(native.__file__).with_name("product.py").read_text(encoding="utf-8")
-    return codecache.load(text, "product", stem="product").py_func.__globals__  # type: ignore[attr-defined]
+    return codecache.load(Path(__file__).with_name("product.py").read_text(encoding="utf-8"), stem="product")
 
 
 def call(address: int, *arguments: int) -> int:
@@ -89,7 +87,7 @@ def call(address: int, *arguments: int) -> int:
     int
         What the function returns.
     """
-    result: int = _native()["invoke"](address, *arguments, *_ZEROS[len(arguments) :])
+    result: int = _native().function("invoke")(address, *arguments, *_ZEROS[len(arguments) :])
     return result
 
 
@@ -110,7 +108,7 @@ _table = _Table()
 @functools.lru_cache(maxsize=4)
 def _entry(dtype: np.dtype) -> tuple[Callable[..., int], int, int, int]:
     found = functions(dtype.name)
-    return _native()["product"], found.gemm_part, found.panel, dtype.itemsize
+    return _native().function("product"), found.gemm_part, found.panel, dtype.itemsize
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:

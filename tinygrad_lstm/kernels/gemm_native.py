@@ -1,18 +1,16 @@
 """The drivers of the matrix product in LLVM IR: what is packed when, and in which order tiles are swept.
 
-Imports Numba; :mod:`.gemm` loads what is generated here.
+:mod:`.gemm` loads what is generated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from .address_code import I64, Code, Tile, define, tile_for
+from .dialect import Intrinsic
 from .microkernel import dot_products, micro_kernel, pack_panel, sweep
 
 __all__ = ["CHUNK", "addresses_of"]
@@ -22,30 +20,25 @@ PART_WORDS = 14
 ROWS = 192  # of A at a time: their chunk stays in the second cache while all panels pass
 
 
-def addresses_of(dtype: str) -> Callable[..., Any]:
-    """A nopython function ``addresses(out)``: writes P, lanes and the addresses of the C functions to int64s."""
+def addresses_of(dtype: str) -> Intrinsic:
+    """``addresses(out)``: writes P, lanes and the addresses of the C functions to int64s."""
 
-    @intrinsic
-    def addresses(typingctx: Any, out: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            tile = tile_for(context, dtype)
-            functions = _functions(builder.module, tile)
-            room = CHUNK * tile.panel * tile.itemsize
-            numbers = [
-                I64(tile.panel),
-                I64(tile.lanes),
-                I64(CHUNK),
-                I64(room),
-                *(builder.ptrtoint(f, I64) for f in functions),
-            ]
-            for k, number in enumerate(numbers):
-                builder.store(number, builder.inttoptr(builder.add(args[0], I64(8 * k)), I64.as_pointer()))
-            return context.get_dummy_value()
+    @Intrinsic
+    def addresses(builder: Any, out: Any) -> None:
+        tile = tile_for(dtype)
+        functions = _functions(builder.module, tile)
+        room = CHUNK * tile.panel * tile.itemsize
+        numbers = [
+            I64(tile.panel),
+            I64(tile.lanes),
+            I64(CHUNK),
+            I64(room),
+            *(builder.ptrtoint(f, I64) for f in functions),
+        ]
+        for k, number in enumerate(numbers):
+            builder.store(number, builder.inttoptr(builder.add(out, I64(8 * k)), I64.as_pointer()))
 
-        return types.void(types.int64), generate
-
-    result: Callable[..., Any] = addresses
-    return result
+    return addresses
 
 
 def _functions(module: Any, tile: Tile) -> list[Any]:

@@ -16,8 +16,6 @@ worker then does not sleep, or the waker releases its lock once, and the worker 
 
 from __future__ import annotations
 
-from numba import njit, types
-
 from tinygrad_lstm.kernels.atomics import (
     acquire_lock,
     compare_exchange,
@@ -33,29 +31,37 @@ from tinygrad_lstm.kernels.atomics import (
     store_release,
     yield_cpu,
 )
+from tinygrad_lstm.kernels.control import (
+    ARGUMENT,
+    BASE,
+    BUSY,
+    DONE,
+    FUNCTION,
+    LIMIT,
+    LOCK,
+    NEXT,
+    PARKED,
+    PARTS,
+    RESULT,
+    RUNNING,
+    SEEN,
+    SLOT,
+    SLOTS,
+    SPINS,
+    STATE,
+    STOP,
+    WORKERS,
+)
+from tinygrad_lstm.kernels.dialect import entry, exported, private
 from tinygrad_lstm.kernels.memory import call_address, load32, load64, store64
 
-# Offsets in the control block, in bytes.  What different threads write lies on different cache lines; 128
-# bytes, since some CPUs fetch lines in pairs and some have lines of that size.
-LIMIT, STOP, FUNCTION, ARGUMENT, BASE, PARTS = 0, 8, 16, 24, 32, 40
-NEXT = 128
-DONE, RESULT = 256, 264
-BUSY = 384
-WORKERS, SPINS = 512, 520
-SLOTS = 640  # one a worker: its state, its lock, the LIMIT that it has dealt with
-STATE, LOCK, SEEN = 0, 8, 16
-SLOT = 128
-
-RUNNING, PARKED = 0, 1
 POLITE = 64  # a power of two; rounds of a spin loop between two offers of the CPU
 
 HEAD = object.__basicsize__  # of an array object: data, ndim, dimensions, strides, base, descr, flags follow it
 ITEMS = tuple.__basicsize__
 
-word = types.int64
 
-
-@njit(word(word), nogil=True, cache=True)
+@entry
 def pauses(count: int) -> int:
     """As long as so many rounds of a spin loop."""
     k = 0
@@ -65,7 +71,7 @@ def pauses(count: int) -> int:
     return k
 
 
-@njit(word(word), nogil=True, cache=True)
+@private
 def relax(k: int) -> int:
     """Round k of a spin loop.  Where the system has put two threads of a team on one CPU, the one that spins
     would otherwise keep the one that works from it."""
@@ -76,7 +82,7 @@ def relax(k: int) -> int:
     return k + 1
 
 
-@njit(word(word, word, word), nogil=True, cache=True)
+@entry
 def serial(function: int, argument: int, parts: int) -> int:
     """All parts, one after another."""
     result = 0
@@ -85,7 +91,7 @@ def serial(function: int, argument: int, parts: int) -> int:
     return result
 
 
-@njit(word(word, word), nogil=True, cache=True)
+@exported
 def wake(control: int, index: int) -> int:
     """Wake the worker with this index if it is parked."""
     slot = control + SLOTS + SLOT * index
@@ -95,7 +101,7 @@ def wake(control: int, index: int) -> int:
     return 0
 
 
-@njit(word(word, word), nogil=True, cache=True)
+@private
 def wake_children(control: int, node: int) -> int:
     """Each thread wakes two others: a wake-up is a call of the system, and the launching thread has work."""
     needed = min(load_relaxed(control + PARTS) - 1, load_relaxed(control + WORKERS))
@@ -106,7 +112,7 @@ def wake_children(control: int, node: int) -> int:
     return woken
 
 
-@njit(word(word), nogil=True, cache=True)
+@entry
 def halt(control: int) -> int:
     """Tell all workers to end."""
     store_ordered(control + STOP, 1)
@@ -116,7 +122,7 @@ def halt(control: int) -> int:
     return woken
 
 
-@njit(word(word), nogil=True, cache=True)
+@private
 def claim(control: int) -> int:
     """The ticket that this thread has to run next, -1 if none is left."""
     while True:
@@ -127,7 +133,7 @@ def claim(control: int) -> int:
             return ticket
 
 
-@njit(word(word, word), nogil=True, cache=True)
+@exported
 def sleep(control: int, index: int) -> int:
     """Park the worker with this index until it is woken."""
     slot = control + SLOTS + SLOT * index
@@ -140,7 +146,7 @@ def sleep(control: int, index: int) -> int:
     return 1
 
 
-@njit(word(word, word), nogil=True, cache=True)
+@entry
 def work(control: int, index: int) -> int:
     """The life of a worker: spin, park, take parts, until STOP."""
     slot = control + SLOTS + SLOT * index
@@ -170,7 +176,7 @@ def work(control: int, index: int) -> int:
     return 0
 
 
-@njit(word(word, word, word, word), nogil=True, cache=True)
+@entry
 def launch(control: int, function: int, argument: int, parts: int) -> int:
     """All parts, on this thread and the workers; one after another if another thread has the workers."""
     if not compare_exchange(control + BUSY, 0, 1):
@@ -200,7 +206,7 @@ def launch(control: int, function: int, argument: int, parts: int) -> int:
     return result
 
 
-@njit(types.boolean(word, word, word, word), nogil=True, cache=True)
+@entry
 def plain(operands: int, first: int, stop: int, ndarray_type: int) -> bool:
     """Whether these items of a tuple are arrays in C order."""
     for k in range(first, stop):
@@ -210,7 +216,7 @@ def plain(operands: int, first: int, stop: int, ndarray_type: int) -> bool:
     return True
 
 
-@njit(types.int64(word, word, word, word, word, word, word, word), nogil=True, cache=True)
+@entry
 def steps(control: int, prepare: int, loop: int, table: int, operands: int, start: int, stop: int, parts: int) -> int:
     """The steps from ``start`` to ``stop`` of a compiled loop (see compiler/generate.py); all of its matrices are
     packed by ``prepare`` (0: nothing to pack) before the first."""

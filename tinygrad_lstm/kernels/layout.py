@@ -12,8 +12,7 @@ stride, outer stride (bytes).  A return above 0 means: not for this loop, let Nu
 
 from __future__ import annotations
 
-from numba import njit, types
-
+from tinygrad_lstm.kernels.dialect import exported, private
 from tinygrad_lstm.kernels.memory import load8, load32, load64, store64
 
 HEAD = object.__basicsize__  # the object header: 16 bytes, 32 in free-threaded builds
@@ -21,7 +20,7 @@ MAX_DIMS = 8
 SMALL = 256
 
 
-@njit(types.void(*[types.int64] * 4), nogil=True, cache=True)
+@private
 def sort_dims(work: int, ndim: int, n_inputs: int, n_operands: int) -> None:
     """Dimensions from the largest stride of the first output to the smallest (insertion sort, stable)."""
     key = work + 8 * MAX_DIMS * (n_inputs + 1)
@@ -36,7 +35,7 @@ def sort_dims(work: int, ndim: int, n_inputs: int, n_operands: int) -> None:
             e -= 1
 
 
-@njit(types.int64(*[types.int64] * 3), nogil=True, cache=True)
+@private
 def collapse(work: int, ndim: int, n_operands: int) -> int:
     """Merges what lies one behind the other; leaves the dims innermost first, returns how many."""
     # In two steps: merge in place towards the end, then reverse, both within the same rows.
@@ -76,7 +75,7 @@ def collapse(work: int, ndim: int, n_operands: int) -> int:
     return count
 
 
-@njit(types.boolean(*[types.int64] * 4), nogil=True, cache=True)
+@private
 def unit_columns(work: int, operands: int, n_inputs: int, n_operands: int) -> bool:
     """Whether along the innermost dim outputs go by one element, and inputs by one or none."""
     for k in range(n_operands):
@@ -86,7 +85,7 @@ def unit_columns(work: int, operands: int, n_inputs: int, n_operands: int) -> bo
     return True
 
 
-@njit(types.int64(*[types.int64] * 4), nogil=True, cache=True)
+@private
 def reach(table: int, operands: int, k: int, upper: int) -> int:
     """First byte of operand k, or one past its last."""
     base = table + 24 + 32 * k
@@ -99,7 +98,7 @@ def reach(table: int, operands: int, k: int, upper: int) -> int:
     return address + min(outer, 0) + min(rows, 0)
 
 
-@njit(types.boolean(*[types.int64] * 4), nogil=True, cache=True)
+@private
 def separate(table: int, operands: int, k: int, j: int) -> bool:
     """Whether output j can be written while operand k is read: the same elements, or no common byte."""
     if reach(table, operands, k, 1) <= reach(table, operands, j, 0):
@@ -124,7 +123,7 @@ def separate(table: int, operands: int, k: int, j: int) -> bool:
     return within >= width and within <= stride - width
 
 
-@njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
+@exported
 def layout(ndarray_type: int, operands: int, n_inputs: int, n_operands: int, work: int, table: int) -> int:
     """``operands``: per operand the object's address, its type number and its item size, three words each.
 

@@ -235,18 +235,17 @@ _RULES: dict[str, Callable[..., Value]] = {
 def _library(name: str, *args: Value) -> Value:
     """The mathematics library's function, one lane after the other."""
     from llvmlite import ir
-    from numba.core import types
+
+    from .instructions import declared
 
     lanes, dtype = args[0].lanes, args[0].dtype
     builder = lanes.builder
-    number = types.float32 if dtype == "float32" else types.float64
-    scalar = Lanes(lanes.context, builder, 1)
+    number = Lanes(builder, 1).type(dtype)
+    symbol = name + "f" * (dtype == "float32")
 
     def call(values: list[Any]) -> Any:
-        if name in {"exp2", "log2"}:  # not in every Python's math module
-            return scalar.call(name, dtype, *values)
-        function = lanes.context.get_function(getattr(math, name), number(*[number] * len(values)))
-        return function(builder, values)
+        function = declared(builder.module, ir.FunctionType(number, [number] * len(values)), symbol)
+        return builder.call(function, values)
 
     if lanes.count == 1:
         return Value(lanes, call([arg.ir for arg in args]), dtype)

@@ -104,7 +104,7 @@ def _native_product() -> Callable[[np.ndarray, np.ndarray, np.ndarray], bool] | 
     if os.environ.get("TINYGRAD_LSTM_NATIVE", "1") == "0":
         return None
     try:
-        from . import native  # noqa: F401  raises where this NumPy's arrays are not known
+        from . import interface  # noqa: F401  raises where this NumPy's arrays are not known
         from .gemm import product
     except ImportError:
         return None

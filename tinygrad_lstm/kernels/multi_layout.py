@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from numba import cfunc, njit, types
-
+from tinygrad_lstm.kernels.dialect import exported, private
 from tinygrad_lstm.kernels.memory import load8, load32, load64, store64
 from tinygrad_lstm.kernels.multi_native import TILE_BYTES, copy_element, transpose_block
 
@@ -14,7 +13,7 @@ C_ORDER, F_ORDER, ALIGNED, WRITEABLE = 0x1, 0x2, 0x100, 0x400
 TILE_WIDTH = 256  # bytes of the columns of a tile of a transposed operand
 
 
-@njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
+@private
 def order_of(ndarray_type: int, objects: int, count: int, written: int, typenum: int, itemsize: int) -> int:
     """How the ``count`` arrays at ``objects`` (the first ``written`` are overwritten) can be passed through:
 
@@ -61,7 +60,7 @@ def order_of(ndarray_type: int, objects: int, count: int, written: int, typenum:
     return 2 * size + transposed
 
 
-@njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
+@exported
 def inspect(ndarray_type: int, objects: int, count: int, written: int, typenum: int, itemsize: int) -> int:
     """:func:`order_of`; if the tensor is not for here, its first address is replaced by 0."""
     found = order_of(ndarray_type, objects, count, written, typenum, itemsize)
@@ -70,7 +69,7 @@ def inspect(ndarray_type: int, objects: int, count: int, written: int, typenum: 
     return found
 
 
-@njit(types.void(*[types.int64] * 6), nogil=True, cache=True)
+@private
 def transpose(source: int, stride: int, target: int, rows: int, columns: int, itemsize: int) -> None:
     """``target[r, c] = source[c, r]``: rows of ``source`` are ``stride`` bytes apart, those of target contiguous."""
     side = 64 // itemsize
@@ -84,7 +83,7 @@ def transpose(source: int, stride: int, target: int, rows: int, columns: int, it
             copy_element(source + c * stride + r * itemsize, target + (r * columns + c) * itemsize, itemsize)
 
 
-@njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
+@private
 def place_tile(table: int, tile: int, objects: int, last: int, itemsize: int, position: int) -> int:
     """Transpose a tile of the last array to ``tile`` and write its rows and columns to ``table``.
 
@@ -107,7 +106,7 @@ def place_tile(table: int, tile: int, objects: int, last: int, itemsize: int, po
     return (top * columns + left) * itemsize
 
 
-@cfunc(types.int64(*[types.int64] * 7), cache=True)
+@exported
 def advance(ndarray_type: int, plan: int, table: int, tile: int, objects: int, numbers: int, position: int) -> int:
     """Write the loop's table (see :mod:`.layout`) for one tile of a tensor: all of it, if nothing is transposed.
 

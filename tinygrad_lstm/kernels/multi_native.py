@@ -1,4 +1,4 @@
-"""Native code of :mod:`.multi`: the loop over tensors, and sums of squares.  Imports Numba; imported lazily."""
+"""Native code of :mod:`.multi`: the loop over tensors, and sums of squares.  Imported lazily."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from . import codecache
+from .dialect import Intrinsic
 from .expression import Expression
+from .instructions import for_range, on_stack
 from .printer import literal
 
 __all__ = [
-    "TILE_BYTES", "add_squares", "call", "compile_sums", "compile_update", "copy_element", "helper", "transpose_block",
+    "TILE_BYTES", "add_squares", "compile_sums", "compile_update", "copy_element", "layout_program", "transpose_block",
 ]  # fmt: skip
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -29,118 +29,90 @@ TILE_BYTES = 1 << 15
 
 
 @functools.cache
-def helper(name: str) -> Any:
-    """A function of :mod:`.multi_layout`, compiled."""
+def layout_program() -> codecache.Program:
+    """:mod:`.multi_layout`, compiled."""
     text = Path(__file__).with_name("multi_layout.py").read_text(encoding="utf-8")
-    return codecache.load(text, name, stem="multi_layout")
+    return codecache.load(text, stem="multi_layout")
 
 
 def _at(builder: Any, address: Any, type_: Any) -> Any:
     return builder.inttoptr(address, type_.as_pointer())
 
 
-def _by_itemsize(write: Callable[..., None], context: Any, builder: Any, args: Any) -> Any:
-    """Write the instructions for floats and for doubles; the last argument tells which of them run."""
-    single = builder.icmp_signed("==", args[-1], _I64(4))
-    with builder.if_else(single) as (then, otherwise):
-        with then:
-            write(builder, 4, *args[:-1])
-        with otherwise:
-            write(builder, 8, *args[:-1])
-    return context.get_dummy_value()
+def _by_itemsize(write: Callable[..., None]) -> Intrinsic:
+    """Instructions for floats and for doubles; one more argument, the item size, tells which of them run."""
+
+    def emit(builder: Any, *args: Any) -> None:
+        single = builder.icmp_signed("==", args[-1], _I64(4))
+        with builder.if_else(single) as (then, otherwise):
+            with then:
+                write(builder, 4, *args[:-1])
+            with otherwise:
+                write(builder, 8, *args[:-1])
+
+    return Intrinsic(emit)
 
 
-@intrinsic
-def call(typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
-    """The C function at an address, of seven int64 arguments and an int64 result."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.call(_at(builder, args[0], ir.FunctionType(_I64, [_I64] * 7)), args[1:])
-
-    return types.int64(*[types.int64] * 8), generate
-
-
-@intrinsic
-def copy_element(typingctx: Any, source: Any, target: Any, itemsize: Any) -> Any:
+@_by_itemsize
+def copy_element(builder: Any, item: int, source: Any, target: Any) -> None:
     """One element from an address to another."""
-
-    def write(builder: Any, item: int, source: Any, target: Any) -> None:
-        type_ = ir.IntType(8 * item)
-        builder.store(builder.load(_at(builder, source, type_)), _at(builder, target, type_))
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _by_itemsize(write, context, builder, args)
-
-    return types.void(*[types.int64] * 3), generate
+    type_ = ir.IntType(8 * item)
+    builder.store(builder.load(_at(builder, source, type_)), _at(builder, target, type_))
 
 
-@intrinsic
-def transpose_block(typingctx: Any, source: Any, step: Any, target: Any, target_step: Any, itemsize: Any) -> Any:
+@_by_itemsize
+def transpose_block(builder: Any, item: int, source: Any, step: Any, target: Any, target_step: Any) -> None:
     """A square block of 64 bytes a row (steps in bytes), in log2(side) rounds of exchanges between pairs of rows."""
+    side = 64 // item
+    vector = ir.VectorType(_FLOATS[item], side)
 
-    def write(builder: Any, item: int, source: Any, step: Any, target: Any, target_step: Any) -> None:
-        side = 64 // item
-        vector = ir.VectorType(_FLOATS[item], side)
+    def row(start: Any, number: int, stride: Any) -> Any:
+        return _at(builder, builder.add(start, builder.mul(stride, _I64(number))), vector)
 
-        def row(start: Any, number: int, stride: Any) -> Any:
-            return _at(builder, builder.add(start, builder.mul(stride, _I64(number))), vector)
-
-        rows = [builder.load(row(source, i, step), align=item) for i in range(side)]
-        half = 1
-        while half < side:
-            low = [lane if not lane & half else side + lane - half for lane in range(side)]
-            high = [lane + half if not lane & half else side + lane for lane in range(side)]
-            for i in range(side):
-                if not i & half:
-                    pair = rows[i], rows[i + half]
-                    for j, chosen in ((i, low), (i + half, high)):
-                        rows[j] = builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(_I32, side), chosen))
-            half *= 2
-        for i, value in enumerate(rows):
-            builder.store(value, row(target, i, target_step), align=item)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _by_itemsize(write, context, builder, args)
-
-    return types.void(*[types.int64] * 5), generate
+    rows = [builder.load(row(source, i, step), align=item) for i in range(side)]
+    half = 1
+    while half < side:
+        low = [lane if not lane & half else side + lane - half for lane in range(side)]
+        high = [lane + half if not lane & half else side + lane for lane in range(side)]
+        for i in range(side):
+            if not i & half:
+                pair = rows[i], rows[i + half]
+                for j, chosen in ((i, low), (i + half, high)):
+                    rows[j] = builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(_I32, side), chosen))
+        half *= 2
+    for i, value in enumerate(rows):
+        builder.store(value, row(target, i, target_step), align=item)
 
 
-@intrinsic
-def add_squares(typingctx: Any, source: Any, count: Any, result: Any, itemsize: Any) -> Any:
+@_by_itemsize
+def add_squares(builder: Any, item: int, source: Any, count: Any, result: Any) -> None:
     """The sum of squares of ``count`` elements as the double at ``result``; no fused multiplication, one order."""
-
-    def write(builder: Any, item: int, source: Any, count: Any, result: Any) -> None:
-        double = ir.DoubleType()
-        wide, narrow = ir.VectorType(double, _LANES), ir.VectorType(_FLOATS[item], _LANES)
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(wide, [0.0] * _LANES)) for _ in range(_VECTORS)]
-        rest = cgutils.alloca_once_value(builder, double(0.0))
-        for place in sums:
-            builder.store(ir.Constant(wide, [0.0] * _LANES), place)
-        builder.store(double(0.0), rest)
-        block = _LANES * _VECTORS
-        full = builder.and_(count, _I64(-block))
-        with cgutils.for_range_slice(builder, _I64(0), full, _I64(block), _I64) as (start, _):
-            here = builder.add(source, builder.mul(start, _I64(item)))
-            for k, place in enumerate(sums):
-                where = _at(builder, builder.add(here, _I64(k * _LANES * item)), narrow)
-                value = builder.load(where, align=item)
-                value = builder.fpext(value, wide) if item == 4 else value
-                builder.store(builder.fadd(builder.load(place), builder.fmul(value, value)), place)
-        with cgutils.for_range_slice(builder, full, count, _I64(1), _I64) as (index, _):
-            value = builder.load(_at(builder, builder.add(source, builder.mul(index, _I64(item))), _FLOATS[item]))
-            value = builder.fpext(value, double) if item == 4 else value
-            builder.store(builder.fadd(builder.load(rest), builder.fmul(value, value)), rest)
-        parts = [builder.load(place) for place in sums]
-        total = builder.fadd(builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3]))
-        lanes = [builder.extract_element(total, _I32(lane)) for lane in range(_LANES)]
-        while len(lanes) > 1:
-            lanes = [builder.fadd(a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
-        builder.store(builder.fadd(lanes[0], builder.load(rest)), _at(builder, result, double))
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _by_itemsize(write, context, builder, args)
-
-    return types.void(*[types.int64] * 4), generate
+    double = ir.DoubleType()
+    wide, narrow = ir.VectorType(double, _LANES), ir.VectorType(_FLOATS[item], _LANES)
+    sums = [on_stack(builder, wide) for _ in range(_VECTORS)]
+    rest = on_stack(builder, double)
+    for place in sums:
+        builder.store(ir.Constant(wide, [0.0] * _LANES), place)
+    builder.store(double(0.0), rest)
+    block = _LANES * _VECTORS
+    full = builder.and_(count, _I64(-block))
+    with for_range(builder, _I64(0), full, block) as start:
+        here = builder.add(source, builder.mul(start, _I64(item)))
+        for k, place in enumerate(sums):
+            where = _at(builder, builder.add(here, _I64(k * _LANES * item)), narrow)
+            value = builder.load(where, align=item)
+            value = builder.fpext(value, wide) if item == 4 else value
+            builder.store(builder.fadd(builder.load(place), builder.fmul(value, value)), place)
+    with for_range(builder, full, count) as index:
+        value = builder.load(_at(builder, builder.add(source, builder.mul(index, _I64(item))), _FLOATS[item]))
+        value = builder.fpext(value, double) if item == 4 else value
+        builder.store(builder.fadd(builder.load(rest), builder.fmul(value, value)), rest)
+    parts = [builder.load(place) for place in sums]
+    total = builder.fadd(builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3]))
+    lanes = [builder.extract_element(total, _I32(lane)) for lane in range(_LANES)]
+    while len(lanes) > 1:
+        lanes = [builder.fadd(a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
+    builder.store(builder.fadd(lanes[0], builder.load(rest)), _at(builder, result, double))
 
 
 def compile_update(body: Expression, n_arrays: int, dtype: np.dtype) -> Callable[..., int]:
@@ -149,64 +121,63 @@ def compile_update(body: Expression, n_arrays: int, dtype: np.dtype) -> Callable
     ``words`` is an int64 array of the addresses of array objects, ``n_arrays`` per tensor; the first one of a
     tensor that was left alone is replaced by 0.  ``numbers`` is an array of the dtype with the body's other inputs.
 
-    Where the arrays lie is found out by one function for all kernels, called by its address: linked into every
-    kernel, it would double the time to compile them.
+    Where the arrays lie is found out by one function for all kernels: a part of every kernel, it would double the time
+    to compile them.
     """
     n_in, n_out, item = body.n_inputs, len(body.outputs), dtype.itemsize
     nodes = "\n".join(f"    ({node.op!r}, {node.args!r}, {literal(node.param)})," for node in body.nodes)
     described = "".join(f"    # {line}\n" for line in body.source.splitlines())
     source = f'''"""Generated update of many tensors; {n_arrays} arrays of {dtype.name} each."""
-from numba import njit, types
-
 from tinygrad_lstm.kernels.memory import load64, stack
-from tinygrad_lstm.kernels.multi_native import call
 from tinygrad_lstm.kernels.native import elementwise_loop
+from tinygrad_lstm.kernels.dialect import entry, external
 
 nodes = (
 {nodes}
 )
 loop = elementwise_loop({n_in}, nodes, {body.outputs!r}, {(dtype.name,) * n_in!r})
+advance = external({layout_program().symbol("advance")!r}, 7)
 
 
-@njit(types.int64(*[types.int64] * 7), nogil=True, cache=True)
-def entry(advance, ndarray_type, words, tensors, numbers, plan, tile):
+@entry
+def run(ndarray_type, words, tensors, numbers, plan, tile):
 {described}    table = stack({4 + 4 * (n_in + n_out)})
     objects, tile = load64(words + {object.__basicsize__}), load64(tile + {object.__basicsize__})
     skipped = 0
     for tensor in range(tensors):
         position = 0
         while position >= 0:
-            position = call(advance, ndarray_type, plan, table, tile, objects, numbers, position)
+            position = advance(ndarray_type, plan, table, tile, objects, numbers, position)
             loop(table)
         skipped += position == -2
         objects += {8 * n_arrays}
     return skipped
 '''
-    entry = codecache.load(source, "entry", stem="multi")
+    update = codecache.load(source, stem="multi").function("run")
     plan = np.array([n_arrays, n_in, n_out, dtype.num, item], np.int64)
-    advance, ndarray_type, where = helper("advance").address, id(np.ndarray), id(plan)
+    ndarray_type, where = id(np.ndarray), id(plan)
 
     def run(words: np.ndarray, numbers: np.ndarray) -> int:
         tile = np.empty(TILE_BYTES // 8)  # not on the native stack, where LLVM would clear it word by word
-        left: int = entry(advance, ndarray_type, id(words), len(words) // n_arrays, id(numbers), where, id(tile))
+        left: int = update(ndarray_type, id(words), len(words) // n_arrays, id(numbers), where, id(tile))
         return left
 
     run.plan = plan  # type: ignore[attr-defined]  # native code reads it by its address
     return run
 
 
-_SUMS = '''"""Generated sums of squares."""
-from numba import njit, types
-
+def _sums() -> str:
+    return f'''"""Generated sums of squares."""
 from tinygrad_lstm.kernels.memory import load64
-from tinygrad_lstm.kernels.multi_native import add_squares, helper
+from tinygrad_lstm.kernels.multi_native import add_squares
+from tinygrad_lstm.kernels.dialect import entry, external
 
 HEAD = object.__basicsize__
-inspect = helper("inspect")
+inspect = external({layout_program().symbol("inspect")!r}, 6)
 
 
-@njit(types.int64(*[types.int64] * 6), nogil=True, cache=True)
-def entry(ndarray_type, words, tensors, sums, typenum, itemsize):
+@entry
+def run(ndarray_type, words, tensors, sums, typenum, itemsize):
     words, sums = load64(words + HEAD), load64(sums + HEAD)
     skipped = 0
     for tensor in range(tensors):
@@ -220,6 +191,5 @@ def entry(ndarray_type, words, tensors, sums, typenum, itemsize):
 
 @functools.cache
 def compile_sums() -> Callable[..., int]:
-    """``entry(id(ndarray), id(words), arrays, id(sums), type number, item size) -> arrays that were left alone``."""
-    entry: Callable[..., int] = codecache.load(_SUMS, "entry", stem="sums")
-    return entry
+    """``run(id(ndarray), id(words), arrays, id(sums), type number, item size) -> arrays that were left alone``."""
+    return codecache.load(_sums(), stem="sums").function("run")

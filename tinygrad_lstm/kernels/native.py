@@ -1,64 +1,39 @@
 """The native elementwise loop: an expression as one pass over rows and columns of vectors.
 
-Imported lazily (it imports Numba), by generated modules and by :mod:`.elementwise`.
+Imported lazily (it imports llvmlite), by generated modules and by :mod:`.elementwise`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-from . import codecache
+from . import codecache, interface  # noqa: F401  the second raises ImportError where arrays are not known
+from .dialect import Intrinsic
 from .expression import Expression, Node, node_dtypes
+from .instructions import declared, for_range, on_stack
 from .lowering import apply
+from .machine import target
 from .printer import literal
 from .table import LEAVES
-from .vector import Lanes, Value, vector_bytes
+from .vector import Lanes, Value
 
-__all__ = ["compile_loop", "elementwise_loop", "emit", "layout"]
+__all__ = ["compile_loop", "elementwise_loop", "emit"]
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _ITEMSIZE = {"float32": 4, "float64": 8, "bool": 1}
 
 
-def _layout() -> Callable[..., Any]:
+@functools.cache
+def layout_program() -> codecache.Program:
+    """:mod:`.layout`, compiled."""
     text = Path(__file__).with_name("layout.py").read_text(encoding="utf-8")
-    return codecache.load(text, "layout", stem="layout")
-
-
-def _check_interface() -> None:
-    """Raises ImportError where array objects are not laid out as NumPy's binary interface says."""
-    array = np.zeros((3, 5), np.float32)[:, 1:]
-    head = object.__basicsize__
-
-    def at(address: int, kind: Any = ctypes.c_int64) -> int:
-        return int(kind.from_address(address).value)
-
-    start = id(array)
-    right = (
-        np.ndarray.__basicsize__ >= head + 56
-        and at(start + head - 8) == id(np.ndarray)
-        and at(start + head) == array.ctypes.data
-        and at(start + head + 8, ctypes.c_int32) == 2
-        and at(start + head + 40) == id(array.dtype)
-        and at(start + head + 48, ctypes.c_int32) == array.flags.num
-        and at(id(array.dtype) + head + 12, ctypes.c_int32) == array.dtype.num
-        and [at(at(start + head + 16) + 8 * i) for i in range(2)] == list(array.shape)
-        and [at(at(start + head + 24) + 8 * i) for i in range(2)] == list(array.strides)
-    )
-    if not right:
-        raise ImportError("this NumPy lays out its arrays in an unknown way")
-
-
-_check_interface()
-layout = _layout()
+    return codecache.load(text, stem="layout")
 
 
 def emit(expression: Expression, inputs: list[Value]) -> list[Value]:
@@ -108,39 +83,30 @@ def _leaf(expression: Expression, index: int, dtypes: tuple[Any, ...], register:
 
 def elementwise_loop(
     n_inputs: int, nodes: tuple[tuple[Any, ...], ...], outputs: tuple[int, ...], dtypes: tuple[str, ...]
-) -> Callable[..., Any]:
-    """A nopython function ``loop(table)`` for the expression with these nodes and input dtypes.
+) -> Intrinsic:
+    """``loop(table)`` for the expression with these nodes and input dtypes.
 
     ``table`` is the address of what :func:`layout` wrote.
     """
     expression = Expression(n_inputs, [Node(*node) for node in nodes], outputs, False)
     operands = list(dtypes) + [d.name for d in expression.result_dtypes(dtypes)]
 
-    @intrinsic
-    def loop(typingctx: Any, table: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            _Loop(context, builder, expression, operands).write(args[0])
-            return context.get_dummy_value()
-
-        return types.void(types.int64), generate
-
-    result: Callable[..., Any] = loop
-    return result
+    return Intrinsic(lambda builder, table: _Loop(builder, expression, operands).write(table))
 
 
 class _Loop:
     """Writes the loops.  A row's tail goes through the same body: operands are copied lane by lane (masked)
     to a buffer on the stack, and results back from it; so does an operand that is constant along a row."""
 
-    def __init__(self, context: Any, builder: Any, expression: Expression, operands: list[str]) -> None:
+    def __init__(self, builder: Any, expression: Expression, operands: list[str]) -> None:
         widest = 4 if "float32" in operands else 8
-        self.count = max(2, vector_bytes(context) // widest)
-        self.lanes = Lanes(context, builder, self.count)
+        self.count = max(2, target().vector_bytes // widest)
+        self.lanes = Lanes(builder, self.count)
         self.builder, self.expression, self.operands = builder, expression, operands
         self.buffers = []
         for dtype in operands:
-            buffer = cgutils.alloca_once(builder, self._vector(dtype))
-            buffer.align = 64
+            buffer = on_stack(builder, self._vector(dtype), align=64)
+            builder.store(self._zeros(dtype), buffer)
             self.buffers.append(builder.ptrtoint(buffer, _I64))
 
     def _scalar(self, dtype: str) -> Any:
@@ -148,6 +114,9 @@ class _Loop:
 
     def _vector(self, dtype: str) -> Any:
         return ir.VectorType(self._scalar(dtype), self.count)
+
+    def _zeros(self, dtype: str) -> Any:
+        return ir.Constant(self._vector(dtype), [0 if dtype == "bool" else 0.0] * self.count)
 
     def _word(self, table: Any, index: int) -> Any:
         pointer = self.builder.inttoptr(self.builder.add(table, _I64(8 * index)), _I64.as_pointer())
@@ -161,10 +130,10 @@ class _Loop:
         rest = b.sub(cols, full)
         mask = self._mask(rest)
         fields = [[self._word(table, 3 + 4 * k + j) for j in range(4)] for k in range(len(self.operands))]
-        with cgutils.for_range(b, outer) as outer_loop, cgutils.for_range(b, rows) as row_loop:
+        with for_range(b, _I64(0), outer) as block, for_range(b, _I64(0), rows) as row:
             starts, steps = [], []
             for k, (address, step, row_stride, outer_stride) in enumerate(fields):
-                offset = b.add(b.mul(outer_loop.index, outer_stride), b.mul(row_loop.index, row_stride))
+                offset = b.add(b.mul(block, outer_stride), b.mul(row, row_stride))
                 start = b.add(address, offset)
                 if k < n_in:
                     constant = b.icmp_signed("==", step, _I64(0))
@@ -179,7 +148,7 @@ class _Loop:
         """for column in range(0, cols, lanes): one vector of everything."""
         b, n_in = self.builder, self.expression.n_inputs
         total = b.add(full, b.select(b.icmp_signed(">", rest, _I64(0)), _I64(self.count), _I64(0)))
-        with cgutils.for_range_slice(b, _I64(0), total, _I64(self.count), _I64) as (column, _):
+        with for_range(b, _I64(0), total, self.count) as column:
             here = [b.add(start, b.mul(column, step)) for start, step in zip(starts, steps, strict=True)]
             tail = b.icmp_signed("==", column, full)
             before = b.block
@@ -238,12 +207,11 @@ class _Loop:
         vector = self._vector(dtype)
         pointer, i32 = vector.as_pointer(), ir.IntType(32)
         suffix = f"v{self.count}{'i8' if dtype == 'bool' else 'f32' if dtype == 'float32' else 'f64'}.p0"
-        align = i32(_ITEMSIZE[dtype])
-        zero = ir.Constant(vector, [0] * self.count if dtype == "bool" else [0.0] * self.count)
-        load = cgutils.get_or_insert_function(
+        align, zero = i32(_ITEMSIZE[dtype]), self._zeros(dtype)
+        load = declared(
             b.module, ir.FunctionType(vector, [pointer, i32, mask.type, vector]), f"llvm.masked.load.{suffix}"
         )
-        store = cgutils.get_or_insert_function(
+        store = declared(
             b.module, ir.FunctionType(ir.VoidType(), [vector, pointer, i32, mask.type]), f"llvm.masked.store.{suffix}"
         )
         value = b.call(load, [b.inttoptr(source, pointer), align, mask, zero])
@@ -268,19 +236,19 @@ def compile_loop(expression: Expression, dtypes: tuple[np.dtype, ...]) -> Callab
         for k, dtype in enumerate(operands)
     )
     source = f'''"""Generated elementwise loop; inputs {", ".join(d.name for d in dtypes)}."""
-from numba import njit, types
-
 from tinygrad_lstm.kernels.memory import stack, store64
-from tinygrad_lstm.kernels.native import elementwise_loop, layout
+from tinygrad_lstm.kernels.native import elementwise_loop
+from tinygrad_lstm.kernels.dialect import entry, external
 
 nodes = (
 {nodes}
 )
 loop = elementwise_loop({n_in}, nodes, {expression.outputs!r}, {tuple(d.name for d in dtypes)!r})
+layout = external({layout_program().symbol("layout")!r}, 6)
 
 
-@njit(types.int64(*[types.int64] * {n + 1}), nogil=True, cache=True)
-def entry(ndarray_type, {names}):
+@entry
+def run(ndarray_type, {names}):
 {described}    operands = stack({3 * n})
 {stores}
     work = stack({8 * (n + 1)})
@@ -290,4 +258,4 @@ def entry(ndarray_type, {names}):
         loop(table)
     return status
 '''
-    return codecache.load(source, "entry", stem="elementwise")
+    return codecache.load(source, stem="elementwise").function("run")

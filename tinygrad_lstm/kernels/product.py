@@ -6,8 +6,7 @@ As in :mod:`.layout`, a call passes the addresses of the array objects.
 
 from __future__ import annotations
 
-from numba import njit, types
-
+from tinygrad_lstm.kernels.dialect import entry
 from tinygrad_lstm.kernels.memory import call_address, load64, store64
 
 HEAD = object.__basicsize__  # the object header: 16 bytes, 32 in free-threaded builds
@@ -18,7 +17,7 @@ PARTS = 16
 STRIP = 8  # panels
 
 
-@njit(types.int64(*[types.int64] * 16), nogil=True, cache=True)
+@entry
 def invoke(
     address: int, a0: int, a1: int, a2: int, a3: int, a4: int, a5: int, a6: int, a7: int, a8: int, a9: int,
     a10: int, a11: int, a12: int, a13: int, a14: int,
@@ -27,7 +26,7 @@ def invoke(
     return call_address(address, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14)
 
 
-@njit(types.int64(*[types.int64] * 7), nogil=True, cache=True)
+@entry
 def product(function: int, panel: int, item: int, table: int, a: int, b: int, out: int) -> int:
     """``out = a @ b``: writes the table of ``gemm_part``, and runs it where one thread is enough.
 

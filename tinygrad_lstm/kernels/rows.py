@@ -8,17 +8,18 @@ depend on how rows are shared out.  Imported lazily, by generated modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
+from .dialect import Intrinsic
 from .expression import Expression, Node
+from .instructions import declared, for_range, on_stack
 from .lowering import apply
+from .machine import target
 from .native import emit
-from .vector import Lanes, Value, vector_bytes
+from .vector import Lanes, Value
 
 __all__ = ["copy_row", "row_kernel"]
 
@@ -30,29 +31,11 @@ _NEUTRAL = {"sum": 0.0, "max": -math.inf, "min": math.inf}
 _COMBINE = {"sum": "add", "max": "maximum", "min": "minimum"}
 
 
-def _addresses(name: str, count: int, generate: Callable[[Any, Any, Sequence[Any]], None]) -> Callable[..., Any]:
-    """An intrinsic of ``count`` int64 arguments without a result."""
-    arguments = "".join(f", a{k}" for k in range(count))
-
-    def build(typingctx: Any, *given: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            generate(context, builder, args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * count), codegen
-
-    namespace: dict[str, Any] = {"build": build}
-    # Numba reads the arity from the signature.
-    exec(f"def {name}(typingctx{arguments}):\n    return build(typingctx{arguments})", namespace)
-    result: Callable[..., Any] = intrinsic(namespace[name])
-    return result
-
-
 def row_kernel(
     n_inputs: int, nodes: tuple[tuple[Any, ...], ...], outputs: tuple[int, ...], dtypes: tuple[str, ...],
     along: tuple[bool, ...], reductions: tuple[str, ...], targets: tuple[int, ...], columns: int,
-) -> Callable[..., Any]:  # fmt: skip
-    """A nopython function of addresses (inputs..., targets...): the expression on one row of ``columns`` elements.
+) -> Intrinsic:  # fmt: skip
+    """A function of addresses (inputs..., targets...): the expression on one row of ``columns`` elements.
 
     Parameters
     ----------
@@ -68,23 +51,23 @@ def row_kernel(
     """
     expression = Expression(n_inputs, [Node(*node) for node in nodes], outputs, False)
 
-    def generate(context: Any, builder: Any, args: Sequence[Any]) -> None:
-        _Row(context, builder, expression, dtypes, along, reductions, columns).write(
-            args[:n_inputs], args[n_inputs:], targets
-        )
+    @Intrinsic
+    def row(builder: Any, *addresses: Any) -> None:
+        writer = _Row(builder, expression, dtypes, along, reductions, columns)
+        writer.write(addresses[:n_inputs], addresses[n_inputs:], targets)
 
-    return _addresses("row", n_inputs + len(targets), generate)
+    return row
 
 
 class _Row:
     def __init__(
-        self, context: Any, builder: Any, expression: Expression, dtypes: tuple[str, ...], along: tuple[bool, ...],
+        self, builder: Any, expression: Expression, dtypes: tuple[str, ...], along: tuple[bool, ...],
         reductions: tuple[str, ...], columns: int,
     ) -> None:  # fmt: skip
         results = [d.name for d in expression.result_dtypes(dtypes)]
         widest = 4 if "float32" in (*dtypes, *results) else 8
-        self.count = max(2, vector_bytes(context) // widest)
-        self.lanes = Lanes(context, builder, self.count)
+        self.count = max(2, target().vector_bytes // widest)
+        self.lanes = Lanes(builder, self.count)
         self.builder, self.expression, self.columns = builder, expression, columns
         self.dtypes, self.results, self.along, self.reductions = dtypes, results, along, reductions
 
@@ -105,7 +88,7 @@ class _Row:
         for kind, dtype in zip(self.reductions, self.results, strict=True):
             cells = []
             for _ in range(side if kind else 0):
-                cell = cgutils.alloca_once(b, self._vector(dtype))
+                cell = on_stack(b, self._vector(dtype))
                 b.store(ir.Constant(self._vector(dtype), [_NEUTRAL[kind]] * self.count), cell)
                 cells.append(cell)
             folds.append(cells)
@@ -129,8 +112,7 @@ class _Row:
             for lane in range(side):
                 chunk(_I64(lane * self.count), None, lane)
         elif whole:
-            stop, step = _I64(whole * self.count), _I64(side * self.count)
-            with cgutils.for_range_slice(b, _I64(0), stop, step, _I64) as (column, _):
+            with for_range(b, _I64(0), _I64(whole * self.count), side * self.count) as column:
                 for lane in range(side):
                     chunk(b.add(column, _I64(lane * self.count)), None, lane)
         for lane in range(full - whole):
@@ -175,7 +157,7 @@ class _Row:
 
             low, high = part(0), part(half)
             count = half
-            lanes = Lanes(self.lanes.context, b, half)
+            lanes = Lanes(b, half)
             if half == 1:
                 low, high = (b.extract_element(x, _I32(0)) for x in (low, high))
             pair = [Value(lanes, low, value.dtype), Value(lanes, high, value.dtype)]
@@ -206,7 +188,7 @@ class _Row:
         else:
             zero = ir.Constant(vector, [0.0 if dtype[0] == "f" else 0] * self.count)
             kind = ir.FunctionType(vector, [pointer.type, _I32, mask.type, vector])
-            load = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.load.{self._suffix(dtype)}")
+            load = declared(b.module, kind, f"llvm.masked.load.{self._suffix(dtype)}")
             raw = b.call(load, [pointer, _I32(_ITEMSIZE[dtype]), mask, zero])
         return self._truth(raw, dtype)
 
@@ -218,19 +200,22 @@ class _Row:
             b.store(raw, pointer, align=_ITEMSIZE[dtype])
         else:
             kind = ir.FunctionType(ir.VoidType(), [raw.type, pointer.type, _I32, mask.type])
-            store = cgutils.get_or_insert_function(b.module, kind, f"llvm.masked.store.{self._suffix(dtype)}")
+            store = declared(b.module, kind, f"llvm.masked.store.{self._suffix(dtype)}")
             b.call(store, [raw, pointer, _I32(_ITEMSIZE[dtype]), mask])
 
     def _suffix(self, dtype: str) -> str:
         return f"v{self.count}{_SUFFIX[dtype]}.p0"
 
 
-def copy_row(nbytes: int) -> Callable[..., Any]:
-    """A nopython function (source, target) that copies ``nbytes`` bytes; the two do not overlap."""
+def copy_row(nbytes: int) -> Intrinsic:
+    """A function (source, target) that copies ``nbytes`` bytes; the two do not overlap."""
 
-    def generate(context: Any, builder: Any, args: Sequence[Any]) -> None:
+    @Intrinsic
+    def copy(builder: Any, source: Any, target: Any) -> None:
         pointer = _I8.as_pointer()
-        source, target = (builder.inttoptr(a, pointer) for a in args)
-        cgutils.raw_memcpy(builder, target, source, _I64(nbytes), 1)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, _I64, ir.IntType(1)])
+        memcpy = declared(builder.module, kind, "llvm.memcpy.p0.p0.i64")
+        ends = [builder.inttoptr(address, pointer) for address in (target, source)]
+        builder.call(memcpy, [*ends, _I64(nbytes), ir.IntType(1)(0)])
 
-    return _addresses("copy", 2, generate)
+    return copy

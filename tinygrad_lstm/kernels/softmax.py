@@ -90,10 +90,9 @@ def _compiled(kind: str, columns: int) -> Callable[..., Any]:
     # rows stay in the L1 cache.
     block = max(1, min(16, 8192 // (4 * columns)))
     source = f'''"""Generated softmax over rows of {columns} float32."""
-from numba import njit, types
-
 from tinygrad_lstm.kernels.memory import load64, stack
 from tinygrad_lstm.kernels.rows import row_kernel
+from tinygrad_lstm.kernels.dialect import entry
 
 HEAD = object.__basicsize__
 maximum = {_call(_identity, (True,), ("max",), columns)}
@@ -103,7 +102,7 @@ ratio = {_call(_ratio, (False, False), ("",), 1)}
 product = {_call(_product, (True, False), ("",), columns)}
 
 
-@njit(types.void(*[types.int64] * 4), nogil=True, cache=True)
+@entry
 def sums(x, top, total, rows):
     x, top, total = load64(x + HEAD), load64(top + HEAD), load64(total + HEAD)
     for first in range(0, rows, {block}):
@@ -114,7 +113,7 @@ def sums(x, top, total, rows):
             exponential_sum(x + {4 * columns} * k, top + 4 * k, total + 4 * k)
 
 
-@njit(types.void(*[types.int64] * 4), nogil=True, cache=True)
+@entry
 def softmax(x, scale, out, rows):
     x, scale, out = load64(x + HEAD), load64(scale + HEAD), load64(out + HEAD)
     top, total = stack({block}), stack({block})
@@ -129,5 +128,4 @@ def softmax(x, scale, out, rows):
         for k in range(first, last):
             product(out + {4 * columns} * k, total + 8 * (k - first), out + {4 * columns} * k)
 '''
-    function: Callable[..., Any] = codecache.load(source, kind, stem="softmax")
-    return function
+    return codecache.load(source, stem="softmax").function(kind)

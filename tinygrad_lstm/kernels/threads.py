@@ -4,8 +4,7 @@ A launch runs its parts on the caller's thread and on workers.  Workers spin for
 so that the next one of a training step finds them awake, and then sleep: a pool that is not used costs
 nothing.  A launch never waits for a worker that has not begun; the caller takes what nobody else takes.
 
-Numba's own ``parallel=True`` is not used: its threading layers do not survive a fork (omp), or abort the
-process when two Python threads enter them (workqueue).
+OpenMP would not survive a fork, and waits for all of its threads.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any, SupportsIndex
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 
 from . import codecache
+from .control import LOCK, SEEN, SLOT, SLOTS, SPINS, WORKERS
 
 __all__ = ["get_num_threads", "run", "set_num_threads"]
 
@@ -35,7 +35,7 @@ _threads: int | None = None  # what set_num_threads said
 _team: _Team | None = None
 _ending: list[_Team] = []  # told to stop, and perhaps still finishing a launch
 _closed = False  # the interpreter is ending: no more workers
-_native: Any = None  # the module of launch.py
+_native: Any = None  # launch.py, compiled
 _serial: Any = None
 _launch: Any = None
 
@@ -45,9 +45,8 @@ def _load() -> Any:
     global _native, _serial, _launch
     if _native is None:
         text = Path(__file__).with_name("launch.py").read_text(encoding="utf-8")
-        function = codecache.load(text, "launch", stem="launch")
-        native = function.py_func.__globals__  # type: ignore[attr-defined]
-        _serial, _launch, _native = native["serial"], function, native
+        native = codecache.load(text, stem="launch")
+        _serial, _launch, _native = native.function("serial"), native.function("launch"), native
     return _native
 
 
@@ -63,14 +62,13 @@ class _Team:
 
     def __init__(self, threads: int) -> None:
         self._locks: list[int] = []
-        native = _load()
-        line, slots = native["SLOT"], native["SLOTS"]
-        self._memory = ctypes.create_string_buffer(slots + line * threads)
-        self.control = -(-ctypes.addressof(self._memory) // line) * line
+        _load()
+        self._memory = ctypes.create_string_buffer(SLOTS + SLOT * threads)
+        self.control = -(-ctypes.addressof(self._memory) // SLOT) * SLOT
         self.threads = threads
         self._free = _c_lock("PyThread_free_lock", None, ctypes.c_void_p)
         # Spinning helps only where every thread has a CPU to spin on.
-        self._write(native["SPINS"], int(SPIN / _pause_seconds()) if 1 < threads <= _available() else 0)
+        self._write(SPINS, int(SPIN / _pause_seconds()) if 1 < threads <= _available() else 0)
         self._members: list[threading.Thread] = []
         try:
             self._start(threads - 1)
@@ -89,9 +87,9 @@ class _Team:
                 return
             self._locks.append(lock)
             acquire(lock, 0)
-            slot = _native["SLOTS"] + _native["SLOT"] * index
-            self._write(slot + _native["LOCK"], lock)
-            self._write(slot + _native["SEEN"], -1)
+            slot = SLOTS + SLOT * index
+            self._write(slot + LOCK, lock)
+            self._write(slot + SEEN, -1)
             member = threading.Thread(target=self._work, args=(index,), name=f"tinygrad_lstm-{index}", daemon=True)
             try:
                 member.start()
@@ -101,17 +99,17 @@ class _Team:
 
     def _count(self, workers: int) -> None:
         self.workers = workers
-        self._write(_native["WORKERS"], workers)
+        self._write(WORKERS, workers)
 
     def _write(self, offset: int, value: int) -> None:
         ctypes.c_int64.from_address(self.control + offset).value = value
 
     def _work(self, index: int) -> None:
-        _native["work"](self.control, index)
+        _native.function("work")(self.control, index)
 
     def stop(self) -> None:
         """Tell the workers to end; parts that they are running are finished."""
-        _native["halt"](self.control)
+        _native.function("halt")(self.control)
 
     def is_alive(self) -> bool:
         """Whether some worker has not ended yet."""
@@ -134,7 +132,7 @@ def _pause_seconds() -> float:
     rounds, best = 500, 1.0
     for _ in range(5):
         start = time.perf_counter()
-        _native["pauses"](rounds)
+        _native.function("pauses")(rounds)
         best = min(best, time.perf_counter() - start)
     return max(best / rounds, 1e-9)
 
@@ -253,11 +251,14 @@ def run(function: int, argument: int, parts: int) -> int:
 
     Examples
     --------
-    >>> from numba import cfunc, types
-    >>> @cfunc(types.int64(types.int64, types.int64), nopython=True)
+    >>> from tinygrad_lstm.kernels import codecache
+    >>> text = '''
+    ... from tinygrad_lstm.kernels.dialect import exported
+    ... @exported
     ... def shifted(argument, part):
     ...     return argument << part
-    >>> run(shifted.address, 1, 4)
+    ... '''
+    >>> run(codecache.load(text, stem="example").address("shifted"), 1, 4)
     15
     """
     if (team := team_for(parts)) is not None:
@@ -278,7 +279,7 @@ def count() -> int:
 def loop_functions() -> tuple[Any, Any]:
     """``plain`` and ``steps`` of launch.py."""
     native = _load()
-    return native["plain"], native["steps"]
+    return native.function("plain"), native.function("steps")
 
 
 def team_for(parts: int) -> Any:

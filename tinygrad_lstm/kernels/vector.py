@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-__all__ = ["Lanes", "Value", "vector_bytes"]
+__all__ = ["Lanes", "Value"]
 
 _SCALAR = {
     "float32": ir.FloatType(), "float64": ir.DoubleType(), "bool": ir.IntType(1), "int32": ir.IntType(32),
@@ -21,18 +21,11 @@ _WHOLE = frozenset({"int32", "int64"})
 _SUFFIX = {"float32": "f32", "float64": "f64"}
 
 
-def vector_bytes(context: Any) -> int:
-    """Bytes of a vector register of the CPU that Numba compiles for (which need not be the host)."""
-    _, _, features = context.codegen().magic_tuple()
-    enabled = set(str(features).split(","))
-    return 64 if "+avx512f" in enabled else 32 if "+avx" in enabled else 16
-
-
 class Lanes:
     """Where instructions go (``builder``) and how many lanes they have (1 means scalars)."""
 
-    def __init__(self, context: Any, builder: Any, count: int) -> None:
-        self.context, self.builder, self.count = context, builder, count
+    def __init__(self, builder: Any, count: int) -> None:
+        self.builder, self.count = builder, count
 
     def type(self, dtype: str) -> Any:
         scalar = _SCALAR[dtype]
