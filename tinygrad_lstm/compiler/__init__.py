@@ -9,7 +9,7 @@ Passes, each a function from Program to Program (or to a plan) in a file of its 
 - :mod:`.expand`, :mod:`.narrow`: composite reductions taken apart, splits moved forward;
 - :mod:`.rows`: the proof that threads may share the batch out;
 - :mod:`.fuse`: elementwise equations and row reductions as one loop over a row;
-- :mod:`.lowering` (on :mod:`.views`, to :mod:`.stages`) and :mod:`.generate`: buffers, then the text that LLVM IR is made of.
+- :mod:`.lowering` (on :mod:`.views`, to :mod:`.stages`) and :mod:`.generate`: buffers, then the text of native code.
 
 :mod:`.native` runs what was generated, :mod:`.runner` everything else; :mod:`.schedule` is for memory budgets.
 :mod:`.function` is ``tg.compile``, with :mod:`.reach`, :mod:`.recording`, :mod:`.whole` and :mod:`.blame`;

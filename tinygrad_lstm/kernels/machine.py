@@ -37,6 +37,8 @@ def target() -> Target:
     """The CPU of this machine, or the one that the environment names.  Asked once a process."""
     cpu = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
     features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None and cpu.lower() == "generic":
+        features = ""
     if features is None:
         try:
             features = llvm.get_host_cpu_features().flatten()
@@ -103,14 +105,14 @@ class _Method(ctypes.Structure):
 
 
 _FASTCALL = 0x80  # METH_FASTCALL: the arguments come as a C array
-_methods: list[_Method] = []  # CPython keeps their addresses
 
 
 def python_function(address: int, name: str) -> Callable[..., Any]:
     """The function of Python that a :func:`.wrapper.wrapper` at this address is."""
     method = _Method(name.encode(), address, _FASTCALL, None)
-    _methods.append(method)
-    make = ctypes.pythonapi.PyCFunction_NewEx
-    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p] * 3
+    # The function holds its address, and looks there even when it is freed, in the last moments of the interpreter.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(method))
+    prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    make = prototype(("PyCFunction_NewEx", ctypes.pythonapi))
     function: Callable[..., Any] = make(ctypes.byref(method), None, None)
     return function
