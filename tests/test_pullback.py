@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
-from tinygrad_lstm.pullback import ArrayRule
+from tinygrad_lstm.arrayrules import ArrayRule
 from tinygrad_lstm.shortforms import short_form
 
 FUNCTIONS = {
