@@ -139,15 +139,18 @@ class _Entry:
 
     __slots__ = ("expected", "outside", "places", "recorded", "settled")
 
-    def __init__(self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: _Outside) -> None:
+    def __init__(
+        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: _Outside, settled: bool
+    ) -> None:  # fmt: skip
         self.recorded = recorded
         self.outside = outside
         self.places = places  # all (holder, key) of every capture: a shared parameter has several
         program = recorded.program
         avals = [program.avals[slot] for slot in program.captures]
         self.expected = [(aval.shape, np.dtype(aval.dtype)) for aval in avals]
-        # Whether only a change that counts (see module.changes) can make another program, or other captures, of it.
-        self.settled = not outside and all(_is_attribute(holder) for found in places for holder, _ in found)
+        # Whether only a change that counts (see module.changes), or one outside, can make another program, or other
+        # captures, of it.
+        self.settled = settled and all(_is_attribute(holder) for found in places for holder, _ in found)
 
     def captures(self) -> list[Any] | None:
         """What stands in the places now; None where that is not what was recorded.
@@ -185,6 +188,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
 
     def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded:
         structure: Any = _quick_state(cell)
+        settled = structure is not None
         if structure is None:
             if _has_opaque_state(cell):
                 return record_body(body, carry, carry_tree, xs, x_tree)
@@ -222,7 +226,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
         if all(place is not None for place in found):
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
             bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
-            known[key] = _Entry(bare, [place for place in found if place is not None], _Outside(cell))
+            known[key] = _Entry(bare, [place for place in found if place is not None], _Outside(cell), settled)
             recorded.entry = known[key] if known[key].settled else None
         return recorded
 

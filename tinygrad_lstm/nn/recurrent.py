@@ -16,9 +16,11 @@ from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
 from tinygrad_lstm.nn.module import Parameter
 from tinygrad_lstm.nn.programs import recorder_for
+from tinygrad_lstm.nn.ready import find, keep_recurrent
 from tinygrad_lstm.ops.control import scan_with
 from tinygrad_lstm.ops.lengths import check_lengths
-from tinygrad_lstm.tape import recording, state
+from tinygrad_lstm.tape import recording
+from tinygrad_lstm.tape import state as recording_state
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import describe as describe_tree
 from tinygrad_lstm.tree import flatten, tree_map, unflatten
@@ -47,7 +49,7 @@ def run_cell(
             return new, out
         with recording(names={}):
             out, new = _stepped(cell, *inputs)
-            named = state().names or {}
+            named = recording_state().names or {}
         return new, (out, _selected(named, new, gates))
 
     xs = x if noise is None else (x, noise)
@@ -215,6 +217,13 @@ class Recurrent(Budgeted):
         -------
         (outputs, final state), or (outputs, final state, trajectories)
         """
+        plain = x.__class__ is Tensor and state is None and lengths is None and memory is None
+        if plain and not return_states and not return_gates:
+            ready, current = find(self, x), recording_state()
+            if ready is not None and (captures := ready.captures((self.cell,), current)) is not None:
+                result = ready(x, captures, current)
+                if result is not None:
+                    return result
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
@@ -247,6 +256,8 @@ class Recurrent(Budgeted):
         if self.batch_first:
             outputs = flipped(outputs)
         if not (want_states or want_gates):
+            if plain and not self.batch_first and self.learned_state is None and self.budget(memory) is None:
+                keep_recurrent(self, self.cell, self.reverse, x)
             return outputs, final
         return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}
 
