@@ -388,6 +388,21 @@ def test_parts_are_not_added_to_what_another_leaf_has(counter: Counter, rng: Any
     assert counter.general == 2
 
 
+def test_sums_without_axes_are_arrays(rng: Any) -> None:
+    """A slice goes into the sum of two shares that are one array, and neither has an axis."""
+
+    def loss(x: Any) -> Any:
+        part, twice = x[()], x + x
+        return twice * twice + part * part
+
+    for first in (lambda x: x, ops.sin):  # of a leaf, and of a record
+        x = tg.tensor(rng.standard_normal(()), requires_grad=True)
+        for _ in range(6):
+            expected = generally(lambda x, first=first: loss(first(x)), [x])
+            found = gradients(lambda x, first=first: loss(first(x)), [x])
+            np.testing.assert_array_equal(found[0], expected[0], strict=True)
+
+
 def test_gradients_of_a_known_replay_add_up(pair: list[tg.Tensor], counter: Counter) -> None:
     first = gradients(product, pair)
     kept = pair[0].grad

@@ -111,7 +111,8 @@ def _summed(present: np.ndarray, share: np.ndarray) -> np.ndarray:
     if is_array_alone(present):
         present += share
         return present
-    return present + share
+    total = present + share
+    return total if total.__class__ is np.ndarray else np.asarray(total)  # NumPy gives numbers for 0-d arrays
 
 
 class _Unknown(Exception):
