@@ -43,6 +43,7 @@ class Differentiable:
     declared: bool
     explains: bool
     joint: bool
+    may_skip: bool
     always_tuple: bool
     accumulate: Any
     argument_names: list[str]

@@ -101,7 +101,7 @@ def _check_marked(record: Record) -> None:
 
 def _data(share: Any, who: str) -> np.ndarray:
     if share is None:
-        raise GraphError(f"the VJP of {who} gave no cotangent where it gave one before")
+        raise GraphError(f"the VJP of {who} gave no cotangent to an input that is linked")
     data: np.ndarray = share._data
     return data
 
@@ -146,7 +146,8 @@ class _Builder:
         except _Unknown:
             return None
         for leaf, k in self.leaf_of.items():
-            self.lines.append(f"into(l{k}, {self.cotangent[leaf]})")
+            if leaf in self.cotangent:
+                self.lines.append(f"into(l{k}, {self.cotangent[leaf]})")
         text = "\n    ".join(["def known(r0, seed, free, into):", *self.checks, *self.lines, "return True"])
         exec(compile(text, "<known replay>", "exec"), self.names)
         function: Known = self.names["known"]
@@ -168,7 +169,8 @@ class _Builder:
             if record in seen:
                 continue
             seen.add(record)
-            if len(seen) > MOST_RECORDS or record.parents is None or not record.primitive.explains:
+            primitive = record.primitive
+            if len(seen) > MOST_RECORDS or record.parents is None or not primitive.explains or primitive.may_skip:
                 raise _Unknown
             for parent in record.parents:
                 if parent.__class__ is Output:
@@ -253,13 +255,15 @@ class _Builder:
             if several:
                 raise _Unknown
             self.cotangent[record] = "seed"
-        if not primitive.saves_nothing:
-            self.lines.append(f"if r{k}.extra is not None: check_marked(r{k})")
         given: list[str | None]
         if several:
             given = [self.cotangent.get((record, index)) for index in range(len(record.output_avals))]
         else:
-            given = [self.cotangent[record]]
+            given = [self.cotangent.get(record)]
+        if not any(given):
+            return  # behind an input without a rule (the condition of a choice): never replayed
+        if not primitive.saves_nothing:
+            self.lines.append(f"if r{k}.extra is not None: check_marked(r{k})")
         if primitive.accumulate is not None and parents[0] is not None:
             if several or parents[0].__class__ is Output or any(p is not None for p in parents[1:]):
                 raise _Unknown
@@ -302,8 +306,10 @@ class _Builder:
         cotangent = f"[{', '.join(wrapped)}]" if several else wrapped[0]
         pull, who = self._constant(record.primitive.pull), self._constant(record.primitive.name)
         self.lines.append(f"s = {pull}(r{k}, {cotangent}, None)")
+        rules = record.primitive.rules
         shares: list[str | None] = [
-            None if parent is None else f"s{k}_{j}" for j, parent in enumerate(record.parents or ())
+            None if parent is None or (record.primitive.simple and rules[j] is None) else f"s{k}_{j}"
+            for j, parent in enumerate(record.parents or ())
         ]
         for j, name in enumerate(shares):
             if name is not None:

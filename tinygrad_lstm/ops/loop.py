@@ -250,6 +250,7 @@ def _prepared(record: Any, given: Sequence[bool], asked: Sequence[bool]) -> Offe
     return Offer(conditions, [(tuple(back.positions), "{f}(({g},), {r}.saved)")], {"f": pulled})
 
 
+scan_primitive.may_skip = False
 scan_primitive.prepared = _prepared  # type: ignore[method-assign]
 
 
