@@ -565,3 +565,12 @@ def test_an_array_to_start_from_is_the_callers(used: list[bool]) -> None:
         for t in range(T - 1, -1, -1):
             np.testing.assert_allclose(x.grad[t], later)
             later = 1.0 + later * grad[t]
+
+
+def test_trajectories_that_one_call_did_without(used: list[bool]) -> None:
+    layer = nn.Recurrent(Own(), return_states=True)
+    x = tg.tensor(sequence())
+    for _ in range(3):
+        assert len(layer(x, return_states=False)) == 2
+        assert len(layer(x)) == 3
+    assert True not in used

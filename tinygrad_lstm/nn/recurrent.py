@@ -256,7 +256,8 @@ class Recurrent(Budgeted):
         if self.batch_first:
             outputs = flipped(outputs)
         if not (want_states or want_gates):
-            if plain and not self.batch_first and self.learned_state is None and self.budget(memory) is None:
+            bare = not (self.batch_first or self.return_states or self.return_gates)
+            if plain and bare and self.learned_state is None and self.budget(memory) is None:
                 keep_recurrent(self, self.cell, self.reverse, x)
             return outputs, final
         return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}
