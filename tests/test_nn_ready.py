@@ -574,3 +574,31 @@ def test_trajectories_that_one_call_did_without(used: list[bool]) -> None:
         assert len(layer(x, return_states=False)) == 2
         assert len(layer(x)) == 3
     assert True not in used
+
+
+def closing_over(memory: Any) -> Any:
+    class Closed(nn.Module):
+        def initial_state(self, batch: int) -> Any:
+            return np.zeros((batch, F))
+
+        def forward(self, x: Any, h: Any) -> Any:
+            h = ops.tanh(h + x * memory)
+            return h, h
+
+    return Closed()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "Recurrent", "Closed"])
+def test_calls_that_are_not_kept_do_not_make_later_ones_run_step_by_step(kind: str) -> None:
+    """After a call op by op, or with a captured tensor outside of the cell, there is nothing recorded to keep."""
+    memory = tg.tensor(np.ones(F), requires_grad=True)
+    layer = nn.LSTM(F, H, dtype=np.float64) if kind == "LSTM" else nn.Recurrent(
+        nn.LSTMCell(F, H, dtype=np.float64) if kind == "Recurrent" else closing_over(memory)
+    )  # fmt: skip
+    x = tg.tensor(sequence(), requires_grad=True)
+    with tg.eager():
+        layer(x)
+    for _ in range(3):
+        y, _ = layer(x)
+        assert y._node.record.primitive.name == "scan"
+    layer(x, memory=0.5)

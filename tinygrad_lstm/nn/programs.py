@@ -178,20 +178,21 @@ def _is_attribute(holder: Any) -> bool:
     return isinstance(holder, dict) and "_version" in holder
 
 
-def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
+def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
     """A function like :func:`~tinygrad_lstm.ops.control.record_body` that looks into the cell's cache first.
 
-    ``variant`` says how the body differs from a plain call of the cell (lengths, trajectories, ...).
+    ``variant`` says how the body differs from a plain call of the cell (lengths, trajectories, ...).  Given None for a
+    body it only looks, and returns None where nothing is found.
     """
     if not isinstance(cell, Module):
         return record_body
 
-    def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded:
+    def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded | None:
         structure: Any = _quick_state(cell)
         settled = structure is not None
         if structure is None:
             if _has_opaque_state(cell):
-                return record_body(body, carry, carry_tree, xs, x_tree)
+                return None if body is None else record_body(body, carry, carry_tree, xs, x_tree)
             structure = (cell.version, tuple(module.training for module in cell.modules()))
         known = known_of(cell) or {}
         key = (
@@ -213,6 +214,8 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
                 recorded = Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
                 recorded.entry = entry if entry.settled else None
                 return recorded
+        if body is None:
+            return None
         known = known_of(cell, make=True)
         try:
             recorded = record_body(body, carry, carry_tree, xs, x_tree)

@@ -160,10 +160,10 @@ def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tenso
         like = Tensor(np.broadcast_to(np.zeros((), x.dtype), (steps, batch, width)))
         carry, tree = leaves_of(cell.initial_state(batch), "init")
         try:
-            recorded = recorder_for(cell, _PLAIN)(_unexpected, carry, tree, [like], LEAF)
+            recorded = recorder_for(cell, _PLAIN)(None, carry, tree, [like], LEAF)
         except TraceError:
             return
-        if recorded.entry is None or recorded.y_tree is not LEAF or not recorded.program.outputs:
+        if recorded is None or recorded.entry is None or recorded.y_tree is not LEAF or not recorded.program.outputs:
             return
         runs.append(_Run(cell, recorded, carry, steps, k % directions == 1))
     known_of(layer, make=True)[x.shape, x.dtype] = ReadyLayers(runs, directions, parts)
@@ -177,10 +177,10 @@ def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor) -> None:
     start: Any = cell.initial_state  # type: ignore[attr-defined]
     carry, tree = leaves_of(start(x.shape[1]), "init")
     try:
-        recorded = recorder_for(cell, _PLAIN)(_unexpected, carry, tree, [like], LEAF)
+        recorded = recorder_for(cell, _PLAIN)(None, carry, tree, [like], LEAF)
     except TraceError:
         return
-    if recorded.entry is None or not recorded.program.outputs or not carry:
+    if recorded is None or recorded.entry is None or not recorded.program.outputs or not carry:
         return
     run = _Run(cell, recorded, carry, x.shape[0], reverse)
     known_of(layer, make=True)[x.shape, x.dtype] = ReadyRecurrent(run, tree, recorded.y_tree)
@@ -202,7 +202,3 @@ def _methods(kind: type) -> tuple[Any, ...]:
     return tuple(
         [getattr(kind, name, None) for name in ("forward", "initial_state", "state_sizes", "noise", "__call__")]
     )
-
-
-def _unexpected(carry: Any, x: Any) -> Any:
-    raise TraceError("a cell that was not recorded")
