@@ -602,3 +602,25 @@ def test_calls_that_are_not_kept_do_not_make_later_ones_run_step_by_step(kind: s
         y, _ = layer(x)
         assert y._node.record.primitive.name == "scan"
     layer(x, memory=0.5)
+
+
+class Twice(nn.Module):
+    """Both outputs are the state."""
+
+    def initial_state(self, batch: int) -> Any:
+        return np.zeros((batch, F))
+
+    def forward(self, x: Any, h: Any) -> Any:
+        h = ops.tanh(h + x)
+        return (h, h), h
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_outputs_of_a_known_call_share_no_memory(requires_grad: bool, used: list[bool]) -> None:
+    layer = nn.Recurrent(Twice())
+    x = tg.tensor(sequence(), requires_grad=requires_grad)
+    for _ in range(3):
+        (a, b), h = layer(x)
+        assert not np.shares_memory(a.numpy(), b.numpy())
+        assert not np.shares_memory(a.numpy(), h.numpy())
+    assert used == [True, True]
