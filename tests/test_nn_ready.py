@@ -624,3 +624,54 @@ def test_outputs_of_a_known_call_share_no_memory(requires_grad: bool, used: list
         assert not np.shares_memory(a.numpy(), b.numpy())
         assert not np.shares_memory(a.numpy(), h.numpy())
     assert used == [True, True]
+
+
+def test_the_initial_state_is_asked_for_once_a_call(used: list[bool]) -> None:
+    """It may be drawn at random, or count."""
+
+    class Counting(Own):
+        kind = np.float64
+
+        def initial_state(self, batch: int) -> Any:
+            self.__dict__["calls"] += 1  # unseen
+            return {"h": np.zeros((batch, H)), "n": np.zeros((batch, H))}
+
+    class Seen(Own):
+        def initial_state(self, batch: int) -> Any:
+            self.calls += 1
+            return super().initial_state(batch)
+
+    for cell in (Counting(), Seen()):
+        layer = nn.Recurrent(cell)
+        for k in range(1, 5):
+            layer(tg.tensor(sequence()))
+            assert cell.calls == k
+    assert True in used
+
+
+def test_what_a_cell_started_from_does_not_live_on(used: list[bool]) -> None:
+    class Given(Own):
+        def initial_state(self, batch: int) -> Any:
+            return {"h": self.__dict__["given"], "n": np.zeros((batch, H))}  # unseen
+
+    layer = nn.Recurrent(Given())
+    for _ in range(3):
+        past = tg.tensor(np.ones((B, H)), requires_grad=True)
+        layer.cell.__dict__["given"] = ops.sin(past)
+        layer(tg.tensor(sequence()))
+        del layer.cell.__dict__["given"]
+        past = weakref.ref(past)
+        gc.collect()
+        assert past() is None
+    assert used == [True, True]
+
+
+def test_a_cell_that_was_replaced_does_not_live_on() -> None:
+    layer = nn.Recurrent(Own())
+    layer(tg.tensor(sequence()))
+    layer(tg.tensor(sequence()[:2]))
+    cell = weakref.ref(layer.cell)
+    layer.cell = Own()
+    layer(tg.tensor(sequence()[:3]))
+    gc.collect()
+    assert cell() is None

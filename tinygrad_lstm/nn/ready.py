@@ -34,12 +34,14 @@ _PLAIN = (False, False, False)  # the variant of a cell's program without length
 class _Run:
     """One cell over a sequence of one shape, by default from its zero state."""
 
-    def __init__(self, cell: Any, recorded: Any, carry: list[Tensor], steps: int, reverse: bool) -> None:
+    def __init__(
+        self, cell: Any, recorded: Any, carry: list[Tensor] | None, steps: int, reverse: bool
+    ) -> None:  # fmt: skip
         self.cell, self.kind, self.methods = cell, type(cell), _methods(type(cell))
         self.outside = recorded.entry.outside or None
         # Parameters are looked up anew at each call: those of now may be stand-ins, which must not live on here.
         self.program, self.captures, self.carry = recorded.program, recorded.entry.captures, carry
-        self.n_carry, self.steps, self.reverse = len(carry), steps, reverse
+        self.n_carry, self.steps, self.reverse = recorded.n_carry, steps, reverse
         self.n_ys = len(recorded.program.outputs) - self.n_carry
         self.sites: dict[tuple[bool, ...], Site] = {}
 
@@ -52,7 +54,8 @@ class _Run:
         self, x: Tensor, captures: list[Tensor], current: State, lead: bool = False, carry: list[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
         """(parts of the final state..., outputs); with ``lead`` the state has another axis in front."""
-        carry = carry or self.carry
+        if carry is None:
+            carry = self.carry or []
         if current.enabled:
             operands = (*carry, x, *captures)
             linked = tuple([t._rg for t in operands[self.n_carry :]])
@@ -125,17 +128,21 @@ class ReadyLayers(_Ready):
 class ReadyRecurrent(_Ready):
     """One cell, also of a user's: its initial state is asked for at every call."""
 
-    def __init__(self, run: _Run, carry_tree: TreeDef, y_tree: TreeDef) -> None:
+    def __init__(self, run: _Run, carry: list[Tensor], carry_tree: TreeDef, y_tree: TreeDef) -> None:
         super().__init__([run])
         self.run, self.carry_tree, self.y_tree = run, carry_tree, y_tree
-        self.ours = _is_ours(run.cell)
-        self.avals = [(t.shape, t.dtype) for t in run.carry]
+        self.ours = run.carry is not None
+        self.avals = [(t.shape, t.dtype) for t in carry]
 
-    def __call__(self, x: Tensor, captures: list[list[Tensor]], current: State) -> tuple[Any, Any] | None:
+    def start(self, batch: int) -> Any:
+        """What the cell says it starts from, if that has to be asked."""
+        return None if self.ours else self.run.cell.initial_state(batch)
+
+    def __call__(self, x: Tensor, start: Any, captures: list[list[Tensor]], current: State) -> tuple[Any, Any] | None:
         """Outputs and the final state; None where the cell starts from another kind of state than it did."""
         carry = None
         if not self.ours:
-            carry, tree = leaves_of(self.run.cell.initial_state(x._data.shape[1]), "init")
+            carry, tree = leaves_of(start, "init")
             if tree != self.carry_tree or [(t.shape, t.dtype) for t in carry] != self.avals:
                 return None
         outs = list(self.run(x, captures[0], current, carry=carry))
@@ -167,24 +174,33 @@ def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tenso
         if recorded is None or recorded.entry is None or recorded.y_tree is not LEAF or not recorded.program.outputs:
             return
         runs.append(_Run(cell, recorded, carry, steps, k % directions == 1))
-    known_of(layer, make=True)[x.shape, x.dtype] = ReadyLayers(runs, directions, parts)
+    _put(layer, x, ReadyLayers(runs, directions, parts))
 
 
-def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor) -> None:
-    """Keep a call of ``nn.Recurrent`` that was just made, as :func:`keep`."""
+def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor, start: Any) -> None:
+    """Keep a call of ``nn.Recurrent`` that was just made from the state ``start``, as :func:`keep`."""
     if not isinstance(cell, Module) or hasattr(cell, "noise") or not vars(cell).keys().isdisjoint(_OVERRIDES):
         return
     like = Tensor(np.broadcast_to(np.zeros((), x.dtype), x.shape))
-    start: Any = cell.initial_state  # type: ignore[attr-defined]
-    carry, tree = leaves_of(start(x.shape[1]), "init")
+    carry, tree = leaves_of(start, "init")
     try:
         recorded = recorder_for(cell, _PLAIN)(None, carry, tree, [like], LEAF)
     except TraceError:
         return
     if recorded is None or recorded.entry is None or not recorded.program.outputs or not carry:
         return
-    run = _Run(cell, recorded, carry, x.shape[0], reverse)
-    known_of(layer, make=True)[x.shape, x.dtype] = ReadyRecurrent(run, tree, recorded.y_tree)
+    # What a user's cell starts from is the user's (and may have a past): it must not live on here.
+    run = _Run(cell, recorded, carry if _is_ours(cell) else None, x.shape[0], reverse)
+    _put(layer, x, ReadyRecurrent(run, carry, tree, recorded.y_tree))
+
+
+def _put(layer: Any, x: Tensor, ready: _Ready) -> None:
+    """Keep a call, and give up those before the last change: they are never right again, and hold on to cells."""
+    known = known_of(layer, make=True)
+    for key, other in list(known.items()):
+        if isinstance(other, _Ready) and other.changes != ready.changes:
+            known.pop(key, None)
+    known[x.shape, x.dtype] = ready
 
 
 def _is_ours(cell: Any) -> bool:

@@ -218,10 +218,12 @@ class Recurrent(Budgeted):
         (outputs, final state), or (outputs, final state, trajectories)
         """
         plain = x.__class__ is Tensor and state is None and lengths is None and memory is None
+        start = None
         if plain and not return_states and not return_gates:
             ready, current = find(self, x), recording_state()
             if ready is not None and (captures := ready.captures((self.cell,), current)) is not None:
-                result = ready(x, captures, current)
+                start = ready.start(x._data.shape[1])
+                result = ready(x, start, captures, current)
                 if result is not None:
                     return result
         who = describe(self)
@@ -248,17 +250,19 @@ class Recurrent(Budgeted):
         steps, batch = leaves[0].shape[:2]
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, who)
+        if start is None:
+            start = self.start(batch, state)
         outputs, final, trajectories = run_cell(
-            self.cell, x, self.start(batch, state), lengths=lengths,
+            self.cell, x, start, lengths=lengths,
             reverse=self.reverse, states=want_states, gates=want_gates, noise=draw_noise(self.cell, steps, batch),
             memory=self.budget(memory),
         )  # fmt: skip
         if self.batch_first:
             outputs = flipped(outputs)
         if not (want_states or want_gates):
-            bare = not (self.batch_first or self.return_states or self.return_gates)
-            if plain and bare and self.learned_state is None and self.budget(memory) is None:
-                keep_recurrent(self, self.cell, self.reverse, x)
+            bare = not (self.batch_first or self.return_states or self.return_gates) and self.learned_state is None
+            if plain and bare and self.budget(memory) is None and recording_state().trace is None:
+                keep_recurrent(self, self.cell, self.reverse, x, start)
             return outputs, final
         return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}
 
