@@ -150,7 +150,7 @@ class _Builder:
                 self.lines.append(f"into(l{k}, {self.cotangent[leaf]})")
         text = "\n    ".join(["def known(r0, seed, free, into):", *self.checks, *self.lines, "return True"])
         exec(compile(text, "<known replay>", "exec"), self.names)
-        function: Known = self.names["known"]
+        function: Known = self.names.pop("known")  # no cycle: what is given up is freed at once
         return function
 
     def _constant(self, value: Any) -> str:
