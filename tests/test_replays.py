@@ -251,6 +251,19 @@ def test_tapes_keep_what_they_recorded(pair: list[tg.Tensor]) -> None:
         np.testing.assert_array_equal(first, tape.gradient(out, pair[0]))
 
 
+def test_what_only_a_tape_recorded_is_a_constant_when_it_has_died(counter: Counter, rng: Any) -> None:
+    x, constant = tg.tensor(rng.standard_normal(4), requires_grad=True), tg.tensor(rng.standard_normal(4))
+    for _ in range(6):
+        x.grad = None
+        with tg.Tape() as tape:
+            out = (ops.sin(constant * constant) * x).sum()
+        del tape
+        out.backward()
+        np.testing.assert_array_equal(x.grad, np.sin(constant.numpy() ** 2))
+        assert constant.grad is None
+    assert counter.general == 2
+
+
 def test_one_leaf_in_two_places(pair: list[tg.Tensor], counter: Counter) -> None:
     (a, _) = pair
     expected = generally(lambda a: product(a, a), [a])

@@ -260,8 +260,8 @@ class _Builder:
             given = [self.cotangent.get((record, index)) for index in range(len(record.output_avals))]
         else:
             given = [self.cotangent.get(record)]
-        if not any(given):
-            return  # behind an input without a rule (the condition of a choice): never replayed
+        if not parents or not any(given):
+            return  # a constant, or behind an input without a rule (the condition of a choice): never replayed
         if not primitive.saves_nothing:
             self.lines.append(f"if r{k}.extra is not None: check_marked(r{k})")
         if primitive.accumulate is not None and parents[0] is not None:
