@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -675,3 +675,62 @@ def test_a_cell_that_was_replaced_does_not_live_on() -> None:
     layer(tg.tensor(sequence()[:3]))
     gc.collect()
     assert cell() is None
+
+
+SETTINGS = {"gain": 2.0}
+
+
+class Methodical(Own):
+    """Equations in many places."""
+
+    gains: ClassVar[list[float]] = [1.5]
+    named: ClassVar[dict[str, float]] = {"gain": 1.2}
+
+    @property
+    def gain(self) -> float:
+        return SETTINGS["gain"]
+
+    @staticmethod
+    def fixed(h: Any) -> Any:
+        return h * SETTINGS["gain"]
+
+    @classmethod
+    def shared(cls, h: Any) -> Any:
+        return h * SETTINGS["gain"] * cls.named["gain"]
+
+    def gate(self, h: Any) -> Any:
+        return h * 0.9
+
+    def initial_state(self, batch: int) -> Any:
+        return {"h": np.zeros((batch, H)), "n": np.zeros((batch, H))}
+
+    def forward(self, x: Any, state: Any) -> Any:
+        return super().forward(x, {**state, "h": self.part(state["h"])})
+
+    def part(self, h: Any) -> Any:
+        return h
+
+
+METHODICAL: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "method": (lambda s, h: s.gate(h), lambda p: p.setattr(Methodical, "gate", lambda self, h: -h)),
+    "property": (lambda s, h: h * s.gain, lambda p: p.setitem(SETTINGS, "gain", 0.3)),
+    "static": (lambda s, h: s.fixed(h), lambda p: p.setitem(SETTINGS, "gain", 0.3)),
+    "class": (lambda s, h: s.shared(h), lambda p: p.setitem(SETTINGS, "gain", 0.3)),
+    "list": (lambda s, h: h * s.gains[0], lambda p: p.setattr(Methodical, "gains", [0.3])),
+    "dict": (lambda s, h: h * s.named["gain"], lambda p: p.setitem(Methodical.named, "gain", 0.3)),
+    "hidden": (lambda s, h: h * s.scale, lambda p: p.setattr(Methodical, "scale", 0.1, raising=False)),
+}
+
+
+@pytest.mark.parametrize("name", METHODICAL)
+def test_changes_of_a_users_class_count(name: str, monkeypatch: pytest.MonkeyPatch, used: list[bool]) -> None:
+    part, change = METHODICAL[name]
+    monkeypatch.setattr(Methodical, "part", lambda self, h: part(self, h))
+    layer = nn.Recurrent(Methodical())
+    for _ in range(3):
+        before = of_own(layer)
+    assert used == [True, True]
+    change(monkeypatch)
+    found = of_own(layer)
+    agree(found, of_own_plainly(layer))
+    assert any(not np.allclose(a, b) for a, b in zip(found, before, strict=True))

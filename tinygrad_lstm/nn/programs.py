@@ -109,29 +109,46 @@ def _is_opaque(value: Any) -> bool:
 
 
 class _Outside:
-    """What the methods of a user's cell read outside of the cell: globals, and numbers of its class."""
+    """What the methods of a user's cell read outside of the cell: globals, and attributes of its class."""
 
     def __init__(self, cell: Module) -> None:
         self.reached: list[Reach] = []
         self.attributes: list[tuple[type, str, Any]] = []
+        self.sizes: list[tuple[type, int]] = []  # an attribute that is added may hide one of a base class
         for cls in {base for module in cell.modules() for base in type(module).__mro__}:
             if cls.__module__.partition(".")[0] in ("tinygrad_lstm", "builtins"):
                 continue
+            self.sizes.append((cls, len(vars(cls))))
             for name, value in vars(cls).items():
-                if isinstance(value, FunctionType):
+                functions = _functions_of(value)
+                if not functions and name.startswith("__"):
+                    continue
+                self.attributes.append((cls, name, value))
+                self.reached += [Reach(function) for function in functions]
+                if isinstance(value, (tuple, list, dict)):
                     self.reached.append(Reach(value))
-                elif not name.startswith("__") and isinstance(value, (bool, int, float, str, tuple, np.generic)):
-                    self.attributes.append((cls, name, value))
 
     def __bool__(self) -> bool:
         """Whether there is anything."""
         return bool(self.reached or self.attributes)
 
     def unchanged(self) -> bool:
+        for cls, size in self.sizes:
+            if len(cls.__dict__) != size:
+                return False
         for cls, name, value in self.attributes:
             if cls.__dict__.get(name) is not value:
                 return False
         return all(reach.unchanged() for reach in self.reached)
+
+
+def _functions_of(value: Any) -> list[FunctionType]:
+    """The functions that an attribute of a class runs."""
+    if isinstance(value, property):
+        return [value.fget] if isinstance(value.fget, FunctionType) else []
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    return [value] if isinstance(value, FunctionType) else []
 
 
 class _Entry:
