@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -567,11 +568,13 @@ def test_an_array_to_start_from_is_the_callers(used: list[bool]) -> None:
             later = 1.0 + later * grad[t]
 
 
-def test_trajectories_that_one_call_did_without(used: list[bool]) -> None:
-    layer = nn.Recurrent(Own(), return_states=True)
-    x = tg.tensor(sequence())
+@pytest.mark.parametrize("wanted", [{"return_states": True}, {"return_gates": True}])
+@pytest.mark.parametrize("make", [lambda **wanted: nn.Recurrent(Own(), **wanted), functools.partial(nn.GRU, F, H)])
+def test_trajectories_that_one_call_did_without(make: Any, wanted: dict[str, bool], used: list[bool]) -> None:
+    layer = make(**wanted)
+    x = tg.tensor(sequence().astype(next(iter(layer.parameters())).dtype))
     for _ in range(3):
-        assert len(layer(x, return_states=False)) == 2
+        assert len(layer(x, return_states=False, return_gates=False)) == 2
         assert len(layer(x)) == 3
     assert True not in used
 
