@@ -680,6 +680,23 @@ def test_a_cell_that_was_replaced_does_not_live_on() -> None:
     assert cell() is None
 
 
+@pytest.mark.parametrize("instance", [False, True])
+def test_a_layer_that_starts_in_a_way_of_its_own(instance: bool, used: list[bool]) -> None:
+    class Started(nn.Recurrent):
+        def start(self, batch: int, given: Any = None) -> Any:
+            return np.full((batch, F), 3.0)
+
+    layer = nn.Recurrent(Twice()) if instance else Started(Twice())
+    if instance:
+        layer.start = lambda batch, given: np.full((batch, F), 3.0)
+    expected = np.full((B, F), 3.0)
+    for row in sequence():
+        expected = np.tanh(expected + row)
+    for _ in range(3):
+        np.testing.assert_allclose(layer(tg.tensor(sequence()))[1].numpy(), expected)
+    assert used == []
+
+
 SETTINGS = {"gain": 2.0}
 
 

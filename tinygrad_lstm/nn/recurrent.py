@@ -261,7 +261,8 @@ class Recurrent(Budgeted):
             outputs = flipped(outputs)
         if not (want_states or want_gates):
             bare = not (self.batch_first or self.return_states or self.return_gates) and self.learned_state is None
-            if plain and bare and self.budget(memory) is None and recording_state().trace is None:
+            usual = type(self).start is Recurrent.start and "start" not in vars(self)
+            if plain and bare and usual and self.budget(memory) is None and recording_state().trace is None:
                 keep_recurrent(self, self.cell, self.reverse, x, start)
             return outputs, final
         return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}
