@@ -17,6 +17,7 @@ import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops, replays
 from tinygrad_lstm.errors import GraphError
 from tinygrad_lstm.primitive import Primitive
+from tinygrad_lstm.record import state
 
 TENSORS: Any = sys.modules["tinygrad_lstm.tensor"]
 
@@ -507,6 +508,32 @@ def test_long_tapes_are_replayed_generally(counter: Counter, rng: Any) -> None:
     for _ in range(5):
         gradients(loss, [x])
     assert counter.general == 5
+
+
+def test_an_interrupt_leaves_recording_as_it_was(pair: list[tg.Tensor]) -> None:
+    """Wherever in this package it comes: a state that is not restored would end all recording."""
+    for k in range(200):
+        out, calls = product(*pair), [0]
+
+        def trace(frame: Any, event: str, argument: Any, k: int = k, calls: list[int] = calls) -> None:
+            if frame.f_code.co_filename.endswith(("tensor.py", "record.py", "replays.py", "ownership.py")):
+                calls[0] += 1
+                if calls[0] > k:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            out.backward()
+        except KeyboardInterrupt:
+            pass
+        else:
+            break  # all calls were interrupted once
+        finally:
+            sys.settrace(before)
+        assert state().enabled
+    assert 5 < k < 199
 
 
 def test_an_error_in_a_rule_leaves_gradients_alone(pair: list[tg.Tensor], counter: Counter) -> None:

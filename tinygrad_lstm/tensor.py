@@ -14,7 +14,7 @@ import numpy as np
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
 from tinygrad_lstm.kernels.pool import copied
 from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
-from tinygrad_lstm.record import silent, state
+from tinygrad_lstm.record import _STATE, SILENT, state
 from tinygrad_lstm.replays import known_replay
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
@@ -328,21 +328,28 @@ class Tensor:
         seed = seed_cotangent(self, grad, "backward")
         # The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
         node = self._node
-        with silent(), np.errstate(divide="ignore", invalid="ignore"):
-            if node.__class__ is Record and known_replay(node, seed._data, not retain_graph, take_gradient):
-                return
-            retained: list[tuple[Any, Tensor]] = []
-            found: dict[Any, Tensor] = replay([(self._node or self, seed)], free=not retain_graph, retained=retained)
-            del seed
-            for leaf in found:
-                meta = leaf._meta
-                if meta is not None and meta.hooks:
-                    found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
-            for reference, cotangent in retained:
-                if (computed := reference()) is not None:
-                    accumulate_grad(computed, cotangent)
-            del retained
-            settle(found, accumulate_grad)
+        # No context manager of our own: in its __exit__ an interrupt could come before the state is restored.
+        token = _STATE.set(SILENT)
+        try:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                if node.__class__ is Record and known_replay(node, seed._data, not retain_graph, take_gradient):
+                    return
+                retained: list[tuple[Any, Tensor]] = []
+                found: dict[Any, Tensor] = replay(
+                    [(self._node or self, seed)], free=not retain_graph, retained=retained
+                )
+                del seed
+                for leaf in found:
+                    meta = leaf._meta
+                    if meta is not None and meta.hooks:
+                        found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
+                for reference, cotangent in retained:
+                    if (computed := reference()) is not None:
+                        accumulate_grad(computed, cotangent)
+                del retained
+                settle(found, accumulate_grad)
+        finally:
+            _STATE.reset(token)
 
 
 def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
