@@ -536,6 +536,13 @@ def test_an_interrupt_leaves_recording_as_it_was(pair: list[tg.Tensor]) -> None:
     assert 5 < k < 199
 
 
+def test_wide_tapes_are_replayed_generally(counter: Counter, rng: Any) -> None:
+    leaves = [tg.tensor(rng.standard_normal(1), requires_grad=True) for _ in range(replays.MOST_INPUTS + 1)]
+    for _ in range(5):
+        gradients(lambda *xs: ops.concatenate(list(xs)).sum(), leaves)
+    assert counter.general == 5
+
+
 def test_an_error_in_a_rule_leaves_gradients_alone(pair: list[tg.Tensor], counter: Counter) -> None:
     a, b = pair
     failing = [False]

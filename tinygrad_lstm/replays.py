@@ -7,8 +7,8 @@ first looks whether the tape at hand has this form, and then runs the rules, in 
 bare arrays.  There is no second definition of anything: what it calls are the rules' own programs
 (:class:`.arrayrules.ArrayRule`), what a primitive offers as ``prepared``, or ``pull`` itself; the bits are the same.
 
-Whatever is out of the ordinary (hooks, retained gradients, tapes, values that may have been changed) is left to the
-general replay.
+Whatever is out of the ordinary (hooks, retained gradients, tapes, values that may have been changed, rules that may
+skip inputs) is left to the general replay.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tinygrad_lstm.storage import last_change, verify
 
 __all__ = ["Known", "Offer", "known_replay"]
 
-MOST_RECORDS = 64  # of a form; longer tapes spend their time in the rules
+MOST_RECORDS, MOST_INPUTS = 64, 256  # of a form; longer tapes spend their time in the rules
 MOST_FORMS = 8  # kept for one place
 MOST_PLACES = 256
 PATIENCE = 3  # by then the rules that the general replay runs on arrays are recorded
@@ -163,16 +163,20 @@ class _Builder:
     def _order(self) -> list[Record]:
         """The records in the order of the replay."""
         seen: set[Record] = set()
+        inputs = 0
         pending = [self.root]
         while pending:
             record = pending.pop()
             if record in seen:
                 continue
             seen.add(record)
-            primitive = record.primitive
-            if len(seen) > MOST_RECORDS or record.parents is None or not primitive.explains or primitive.may_skip:
+            primitive, parents = record.primitive, record.parents
+            if len(seen) > MOST_RECORDS or parents is None or not primitive.explains or primitive.may_skip:
                 raise _Unknown
-            for parent in record.parents:
+            inputs += len(parents)
+            if inputs > MOST_INPUTS:
+                raise _Unknown
+            for parent in parents:
                 if parent.__class__ is Output:
                     pending.append(parent.record)
                 elif parent.__class__ is Record:
