@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 
@@ -10,10 +12,21 @@ from tinygrad_lstm import nn, ops
 
 temperature = 1.0
 settings = {"gain": 1.0}
+config = types.ModuleType("config_of_a_user")
+config.scale, config.part = 1.0, types.ModuleType("config_of_a_user.part")
+config.part.shift = 0.0
+
+
+class Base:
+    rate = 1.0
+
+
+class Options(Base):
+    """Named by its class."""
 
 
 def helper(z):
-    return z * settings["gain"]
+    return z * settings["gain"] * config.scale * Options.rate + config.part.shift
 
 
 class Cell(nn.Module):
@@ -43,7 +56,22 @@ def change_class(monkeypatch):
     monkeypatch.setattr(Cell, "slope", 0.5)
 
 
-@pytest.mark.parametrize("change", [change_global, change_dict, change_class])
+def change_module(monkeypatch):
+    monkeypatch.setattr(config, "scale", 0.5)
+
+
+def change_module_in_a_module(monkeypatch):
+    monkeypatch.setattr(config.part, "shift", 0.5)
+
+
+def change_another_class(monkeypatch):
+    monkeypatch.setattr(Base, "rate", 0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_global, change_dict, change_class, change_module, change_module_in_a_module, change_another_class],
+)
 @pytest.mark.parametrize("mode", ["never", "always"])
 def test_what_a_cell_reads_outside_is_read_again(change, mode, monkeypatch):
     monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", mode)

@@ -16,7 +16,8 @@ import dis
 import functools
 import sys
 import weakref
-from types import CellType, CodeType, FunctionType, MethodType
+from collections.abc import Sequence
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,23 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
         if isinstance(constant, CodeType):
             names.update(_global_names(constant))
     return tuple(sorted(names))
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_paths(code: CodeType) -> tuple[tuple[str, ...], ...]:
+    """Attributes of globals that a function names, as ``settings.scale``: (global, attribute, attribute of that...)."""
+    found: set[tuple[str, ...]] = set()
+    path: tuple[str, ...] = ()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and path:
+            path = (*path, instruction.argval)
+            found.add(path)
+        elif instruction.opname not in ("CACHE", "EXTENDED_ARG"):
+            path = (instruction.argval,) if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found.update(_global_paths(constant))
+    return tuple(sorted(found))
 
 
 class _Cell:
@@ -212,11 +230,31 @@ class Reach:
             if name in names:
                 self._key.append(name)
                 self._entry(names, name, names[name])
+        for first, *rest in _global_paths(function.__code__):
+            if first in names:
+                self._path(names[first], rest)
+
+    def _path(self, value: Any, names: Sequence[str]) -> None:
+        """What stands behind names in a module, or in a class, of the user's: their other content does not matter."""
+        for name in names:
+            if not isinstance(value, (ModuleType, type)) or _is_foreign(value):
+                return
+            places = [vars(c) for c in (value.__mro__ if isinstance(value, type) else (value,)) if name in vars(c)]
+            if not places:
+                return
+            self._key.append(name)
+            self._entry(places[0], name, places[0][name])
+            value = places[0][name]
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a module or class is not the user's."""
+    home = str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "")).partition(".")[0]
+    return home in _FOREIGN or home == __name__.partition(".")[0]
 
 
 def _is_plain_object(value: Any) -> bool:
     """An instance of a class that the user wrote in Python; its attributes are looked at."""
     if isinstance(value, (type, Primitive, Generator)) or not hasattr(value, "__dict__"):
         return False
-    home = type(value).__module__.partition(".")[0]
-    return home not in _FOREIGN and home != __name__.partition(".")[0]
+    return not _is_foreign(type(value))
