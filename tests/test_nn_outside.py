@@ -95,3 +95,58 @@ def test_a_compiled_function_looks_at_the_globals_of_a_modules_forward(monkeypat
     assert np.abs(after - before).max() > 0.01
     with tg.eager():
         np.testing.assert_allclose(after, layer(x)[0].numpy(), rtol=1e-6)
+
+
+class Holder(nn.Module):
+    """Numbers in containers of its own, read by methods of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.nested, self.chosen = [np.float32(2.0)], ({"a": np.int64(2)},), {2.0}
+
+    def initial_state(self, batch):
+        return np.zeros((batch, 3), np.float32)
+
+    @property
+    def gain(self):
+        return self.numbers[0] * self.nested[0]["a"] * sum(self.chosen)
+
+    @staticmethod
+    def shift():
+        return settings["gain"]
+
+    def forward(self, x, h):
+        h = ops.tanh(x + h * 0.1) * self.gain + self.shift()
+        return h, h
+
+
+def change_number(cell, monkeypatch):
+    cell.numbers[0] = np.float32(0.5)
+
+
+def change_nested(cell, monkeypatch):
+    cell.nested[0]["a"] = np.int64(3)
+
+
+def change_set(cell, monkeypatch):
+    cell.chosen.clear()
+    cell.chosen.add(0.5)
+
+
+def change_what_a_static_method_reads(cell, monkeypatch):
+    monkeypatch.setitem(settings, "gain", np.float32(0.25))
+
+
+@pytest.mark.parametrize("change", [change_number, change_nested, change_set, change_what_a_static_method_reads])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_in_containers_are_looked_at(change, compiled, monkeypatch):
+    layer, x = nn.Recurrent(Holder()), np.full((4, 2, 3), 0.1, np.float32)
+    run = tg.compile(lambda x: layer(x)[0]) if compiled else lambda x: layer(x)[0]
+    before = [run(x).numpy().copy() for _ in range(3)]
+    np.testing.assert_array_equal(before[0], before[2])
+    change(layer.cell, monkeypatch)
+    after = run(x).numpy()
+    with tg.eager():
+        expected = layer(x)[0].numpy()
+    assert np.abs(after - before[0]).max() > 0.01
+    np.testing.assert_allclose(after, expected, rtol=1e-6)

@@ -26,7 +26,7 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Reach", "is_scalar", "scalar_key"]
+__all__ = ["Reach", "functions_of", "is_scalar", "scalar_key"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
 _MOST = 20_000  # objects looked at: what lies behind is taken as it is
@@ -108,6 +108,7 @@ class Reach:
         self._identities: list[tuple[Any, Any, Any]] = []  # holder, place, object
         self._modules: list[tuple[dict[str, Any], int, Any]] = []  # attributes, version, training
         self._lengths: list[tuple[Any, int]] = []
+        self._sets: list[tuple[Any, frozenset[Any]]] = []
         self._keep: list[Any] = []  # what counts by identity: nothing else may get its id
         self._visit(root, None, None)
         self.key = tuple(self._key)
@@ -120,6 +121,9 @@ class Reach:
                 return False
         for container, length in self._lengths:
             if len(container) != length:
+                return False
+        for items, content in self._sets:
+            if frozenset(map(scalar_key, items)) != content:
                 return False
         try:
             for holder, place, found in self._identities:
@@ -153,6 +157,10 @@ class Reach:
             key.append((type(value), len(value)))
             for k, item in enumerate(value):
                 self._visit(item, value, k)
+        elif isinstance(value, (set, frozenset)) and all(isinstance(item, _SCALARS) for item in value):
+            content = frozenset(map(scalar_key, value))
+            key.append((type(value), content))
+            self._sets.append((value, content))
         elif isinstance(value, list):
             key.append((type(value), len(value)))
             self._container(value, list(enumerate(value)))
@@ -196,8 +204,8 @@ class Reach:
         attributes = module.__dict__
         self._key.append((type(module), type(module).forward, module.training))
         self._keep.append(type(module).forward)
-        if isinstance(type(module).forward, FunctionType):
-            self._function(type(module).forward)  # a user's forward may read globals
+        for cls in type(module).__mro__:
+            self._class(cls)
         if not self._inside:
             self.modules.append(weakref.ref(module))
         self._modules.append((attributes, attributes.get("_version"), attributes.get("training")))
@@ -208,6 +216,24 @@ class Reach:
             self._key.append(name)
             self._visit(value, attributes, name)  # the version tells when an attribute is set
         self._inside -= 1
+
+    def _class(self, cls: type) -> None:
+        """What the methods of a user's class read, and its other attributes."""
+        if _is_foreign(cls) or id(cls) in self._seen:
+            return
+        self._seen[id(cls)] = len(self._seen)
+        self._keep.append(cls)
+        attributes: Any = vars(cls)
+        self._lengths.append((attributes, len(attributes)))  # an attribute that is added may hide one of a base class
+        for name, value in list(attributes.items()):
+            functions = functions_of(value)
+            if functions or not name.startswith("__"):
+                self._identities.append((attributes, name, value))
+            for function in functions:
+                self._function(function)
+            if not functions and not name.startswith("__"):
+                self._key.append(name)
+                self._visit(value, attributes, name)
 
     def _function(self, function: FunctionType) -> None:
         self._key.append(("function", id(function.__code__)))
@@ -245,6 +271,15 @@ class Reach:
             self._key.append(name)
             self._entry(places[0], name, places[0][name])
             value = places[0][name]
+
+
+def functions_of(value: Any) -> list[FunctionType]:
+    """The functions that an attribute of a class runs."""
+    if isinstance(value, property):
+        return [value.fget] if isinstance(value.fget, FunctionType) else []
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    return [value] if isinstance(value, FunctionType) else []
 
 
 def _is_foreign(value: Any) -> bool:

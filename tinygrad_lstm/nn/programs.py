@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.reach import Reach
+from tinygrad_lstm.compiler.reach import Reach, functions_of
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.nn.module import Module, Parameter
@@ -120,7 +120,7 @@ class _Outside:
                 continue
             self.sizes.append((cls, len(vars(cls))))
             for name, value in vars(cls).items():
-                functions = _functions_of(value)
+                functions = functions_of(value)
                 if not functions and name.startswith("__"):
                     continue
                 self.attributes.append((cls, name, value))
@@ -140,15 +140,6 @@ class _Outside:
             if cls.__dict__.get(name) is not value:
                 return False
         return all(reach.unchanged() for reach in self.reached)
-
-
-def _functions_of(value: Any) -> list[FunctionType]:
-    """The functions that an attribute of a class runs."""
-    if isinstance(value, property):
-        return [value.fget] if isinstance(value.fget, FunctionType) else []
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    return [value] if isinstance(value, FunctionType) else []
 
 
 class _Entry:
