@@ -281,6 +281,8 @@ class Tensor:
         """
         if not self._rg:
             raise GraphError("register_hook() on a tensor that does not require a gradient")
+        if not callable(hook):
+            raise DTypeError(f"register_hook() takes a function of the gradient, found {hook!r}")
         if self._node is None:
             meta = self._more()
             meta.hooks = hooks = meta.hooks or []

@@ -17,6 +17,7 @@ from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
 from tinygrad_lstm.nn.module import Parameter
 from tinygrad_lstm.nn.programs import recorder_for
 from tinygrad_lstm.nn.ready import find, keep_recurrent
+from tinygrad_lstm.nn.states import checked_state
 from tinygrad_lstm.ops.control import scan_with
 from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.tape import recording
@@ -182,13 +183,7 @@ class Recurrent(Budgeted):
         default = self.cell.initial_state(batch)
         leaves, treedef = flatten(default)
         if given is not None:
-            found = flatten(given)[0]
-            if len(found) != len(leaves):
-                raise ShapeError(
-                    f"{describe(self)}: the state has {len(found)} parts, "
-                    f"that of {type(self.cell).__name__} has {len(leaves)}"
-                )
-            return unflatten(treedef, [asarray(leaf) for leaf in found])
+            return checked_state(describe(self), type(self.cell).__name__, given, leaves, treedef)
         if self.learned_state is not None:
             grown = [ops.broadcast_to(p, (batch, *p.shape[1:])) for p in self.learned_state]
             return unflatten(treedef, grown)
