@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from collections.abc import Callable
@@ -303,6 +304,15 @@ def test_drawing_outside_of_ops_is_refused_before_anything_is_drawn() -> None:
 
     refused(f, X)
     assert generator.get_state() == before
+
+
+@pytest.mark.parametrize("draw", [lambda: np.random.rand(), lambda: random.random()])  # noqa: NPY002
+def test_draws_from_shared_generators_are_warned_of(draw: Any) -> None:
+    state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with pytest.warns(CompileWarning, match="drawn with numpy.random or random"):
+        tg.compile(lambda x: x * draw())(np.ones(3))
+    np.random.set_state(state[0])  # noqa: NPY002
+    random.setstate(state[1])
 
 
 def test_what_the_recording_draws_is_drawn_anew_at_each_call() -> None:
