@@ -49,8 +49,8 @@ class _NoDraws(dict):
 
 def _shared_generators() -> tuple[Any, ...]:
     """The states of the generators that NumPy's and Python's functions draw from."""
-    state = np.random.get_state()
-    return state[1].tobytes(), state[2:], random.getstate()  # type: ignore[index,union-attr]
+    state: Any = np.random.get_state()  # noqa: NPY002 - what others draw from
+    return state[1].tobytes(), state[2:], random.getstate()
 
 
 class FunctionTrace(Trace):
