@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import ops
+from tinygrad_lstm import nn, ops
 
 # ---------------------------------------------------------------------------- grad and value_and_grad
 
@@ -317,3 +317,66 @@ def test_gradcheck_refuses_what_it_cannot_check():
         tg.gradcheck(lambda i: i, np.arange(3))
     with pytest.raises(tg.Error, match="order"):
         tg.gradcheck(lambda x: x * x, 1.0, order=3)
+
+
+# ---------------------------------------------------------------------------- modules as arguments
+
+
+def small_model() -> tuple[nn.LSTM, np.ndarray, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    layer = nn.LSTM(2, 3, dtype=np.float64)
+    direction = {name: rng.standard_normal(p.shape) for name, p in layer.named_parameters()}
+    return layer, rng.standard_normal((3, 2, 2)), direction
+
+
+def test_transforms_take_modules() -> None:
+    layer, x, v = small_model()
+    before = layer.state_dict()
+
+    def loss(m: nn.LSTM, x: np.ndarray) -> tg.Tensor:
+        return ops.square(m(x)[0]).sum()
+
+    gradient = tg.grad(loss)(layer, x)
+    value, slope = tg.jvp(lambda m: loss(m, x), (layer,), (v,))
+    along = sum(float((gradient[name].numpy() * v[name]).sum()) for name in v)
+    np.testing.assert_allclose(slope.numpy(), along, rtol=1e-12)
+    out, pullback = tg.vjp(loss, layer, x)
+    by_name, by_x = pullback(1.0)
+    np.testing.assert_array_equal(out.numpy(), value.numpy())
+    for name in v:
+        np.testing.assert_allclose(by_name[name].numpy(), gradient[name].numpy(), rtol=1e-12)
+    np.testing.assert_allclose(by_x.numpy(), tg.grad(loss, 1)(layer, x).numpy(), rtol=1e-12)
+    _, (product,) = tg.hvp(lambda m: loss(m, x), (layer,), (v,))
+    step, ends = 1e-5, []
+    for sign in (1, -1):
+        layer.load_state_dict({name: before[name] + sign * step * v[name] for name in v})
+        ends.append(tg.grad(loss)(layer, x))
+    layer.load_state_dict(before)
+    for name in v:
+        numeric = (ends[0][name].numpy() - ends[1][name].numpy()) / (2 * step)
+        np.testing.assert_allclose(product[name].numpy(), numeric, rtol=1e-6, atol=1e-7)
+    assert tg.gradcheck(loss, layer, x, order=2)
+    for name, p in layer.named_parameters():  # they stand where they stood
+        assert isinstance(p, nn.Parameter)
+        np.testing.assert_array_equal(p.numpy(), before[name])
+
+
+def test_a_function_that_raises_leaves_the_modules_parameters() -> None:
+    layer, x, v = small_model()
+    own = list(layer.parameters())
+
+    def failing(m: nn.LSTM) -> tg.Tensor:
+        raise RuntimeError("here")
+
+    for run in (
+        lambda: tg.jvp(failing, (layer,), (v,)),
+        lambda: tg.vjp(failing, layer),
+        lambda: tg.gradcheck(failing, layer),
+    ):
+        with pytest.raises(RuntimeError, match="here"):
+            run()
+        assert all(a is b for a, b in zip(layer.parameters(), own, strict=True))
+    with pytest.raises(tg.ShapeError, match="another structure"):
+        tg.jvp(lambda m: m(x)[0].sum(), (layer,), ({"weight_ih_l0": v["weight_ih_l0"]},))
+    with pytest.raises(tg.DTypeError, match="found a Module"):
+        tg.hessian(lambda m: m(x)[0].sum())(layer)

@@ -7,6 +7,7 @@ of an outer call stay connected through the arguments' own history.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
@@ -62,6 +63,42 @@ class _Swapped:
     def __exit__(self, *exc: object) -> None:
         self.module.__tree_swap__(self.saved)
         self.lock.release()
+
+
+class _Filled:
+    """Put given tensors in place of a Module's parameters for a block; other threads wait for it."""
+
+    def __init__(self, module: Any, values: dict[str, Any]) -> None:
+        self.module, self.values, self.lock = module, values, _lock_of(module)
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.saved = self.module.__tree_leaves__()
+        self.module.__tree_swap__(self.values)
+
+    def __exit__(self, *exc: object) -> None:
+        self.module.__tree_swap__(self.saved)
+        self.lock.release()
+
+
+def opened(f: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function of Modules as one of dicts of their floating parameters, and the arguments as such."""
+    modules = {k: a for k, a in enumerate(arguments) if hasattr(a, "__tree_swap__") and not isinstance(a, type)}
+    if not modules:
+        return f, tuple(arguments)
+
+    def of_parameters(*given: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            filled = list(given)
+            for k, module in modules.items():
+                stack.enter_context(_Filled(module, {name: asarray(value) for name, value in given[k].items()}))
+                filled[k] = module
+            return f(*filled, **kwargs)
+
+    plain = list(arguments)
+    for k, module in modules.items():
+        plain[k] = {name: p for name, p in module.__tree_leaves__().items() if p.dtype.kind == "f"}
+    return of_parameters, tuple(plain)
 
 
 # Stand-ins are put into the module itself, so two threads cannot differentiate one module at the same time.
@@ -195,14 +232,15 @@ def grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool 
 def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """Run ``f`` and return ``(out, pullback)``.
 
-    ``pullback(cotangent)`` gives a tuple, one tree per primal; it may be called as often as wanted.  The
-    cotangent has the structure of ``out``.
+    ``pullback(cotangent)`` gives a tuple, one tree per primal (of a Module, a dict by parameter name); it may be
+    called as often as wanted.  The cotangent has the structure of ``out``.
 
     >>> import tinygrad_lstm as tg
     >>> out, pullback = tg.vjp(lambda x, y: x * y, 3.0, 4.0)
     >>> [g.item() for g in pullback(1.0)]
     [4.0, 3.0]
     """
+    f, primals = opened(f, primals)
     since = now()
     enabled = state().enabled
     with recording(enabled=True):
