@@ -396,3 +396,24 @@ def test_reports_are_made_when_somebody_looks() -> None:
 def test_the_report_of_a_body_that_needs_values() -> None:
     text = str(report.stepwise(tg.TraceError("the value of a tensor is needed (model.py:3)"), 7))
     assert "scan of 7 steps: not compiled" in text and "model.py:3" in text
+
+
+def test_setting_a_tensor_as_an_attribute_is_refused_with_its_line() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory: Any = None
+
+        def forward(self, x: Any) -> Any:
+            return x + self.memory
+
+    decoder = Decoder()
+
+    @tg.compile
+    def f(x: Any) -> Any:
+        decoder.memory = ops.broadcast_to(x, (2, 3)) * 2.0
+        return decoder(x).sum()
+
+    line = f.__wrapped__.__code__.co_firstlineno + 2
+    with pytest.raises(TraceError, match=rf"changes something outside of itself \(.*test_compile_errors.py:{line}\)"):
+        f(np.ones(3))
