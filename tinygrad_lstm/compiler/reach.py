@@ -149,7 +149,7 @@ class Reach:
             key.append(("tensor", value.shape, value.dtype))
             self.number_of[id(value)] = len(self.tensors)
             self.tensors.append((holder, place))
-        elif hasattr(value, "__tree_swap__") and not isinstance(value, type):
+        elif hasattr(type(value), "__tree_swap__"):  # of the type: some objects have every attribute
             self._module(value)
         elif number > _MOST:
             self._opaque(value)
@@ -263,7 +263,7 @@ class Reach:
     def _path(self, value: Any, names: Sequence[str]) -> None:
         """What stands behind names in a module, or in a class, of the user's: their other content does not matter."""
         for name in names:
-            if not isinstance(value, (ModuleType, type)) or _is_foreign(value):
+            if not isinstance(value, (ModuleType, type)) or _is_foreign(value) or _is_installed(value):
                 return
             places = [vars(c) for c in (value.__mro__ if isinstance(value, type) else (value,)) if name in vars(c)]
             if not places:
@@ -286,6 +286,13 @@ def _is_foreign(value: Any) -> bool:
     """Whether a module or class is not the user's."""
     home = str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "")).partition(".")[0]
     return home in _FOREIGN or home == __name__.partition(".")[0]
+
+
+def _is_installed(value: Any) -> bool:
+    """Whether a module or class comes with an installed package, whose content is its own business."""
+    module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
+    file = getattr(module, "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
 
 
 def _is_plain_object(value: Any) -> bool:
