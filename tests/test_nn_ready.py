@@ -486,9 +486,7 @@ def test_only_the_initial_state_is_trained(used: list[bool]) -> None:
     np.testing.assert_allclose(found, layer.cell.first.grad, rtol=1e-12)
 
 
-def test_what_a_users_cell_closes_over_is_not_frozen(used: list[bool]) -> None:
-    memory = tg.tensor(np.ones(F), requires_grad=True)
-
+def closing_over(memory: Any) -> Any:
     class Closed(nn.Module):
         def initial_state(self, batch: int) -> Any:
             return np.zeros((batch, F))
@@ -497,7 +495,13 @@ def test_what_a_users_cell_closes_over_is_not_frozen(used: list[bool]) -> None:
             h = ops.tanh(h + x * memory)
             return h, h
 
-    layer = nn.Recurrent(Closed())
+    return Closed()
+
+
+def test_what_a_users_cell_closes_over_is_not_frozen(used: list[bool]) -> None:
+    memory = tg.tensor(np.ones(F), requires_grad=True)
+
+    layer = nn.Recurrent(closing_over(memory))
     for scale in (1.0, 2.0, 3.0):
         memory.data = np.full(F, scale)
         memory.grad = None
@@ -577,18 +581,6 @@ def test_trajectories_that_one_call_did_without(make: Any, wanted: dict[str, boo
         assert len(layer(x, return_states=False, return_gates=False)) == 2
         assert len(layer(x)) == 3
     assert True not in used
-
-
-def closing_over(memory: Any) -> Any:
-    class Closed(nn.Module):
-        def initial_state(self, batch: int) -> Any:
-            return np.zeros((batch, F))
-
-        def forward(self, x: Any, h: Any) -> Any:
-            h = ops.tanh(h + x * memory)
-            return h, h
-
-    return Closed()
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "Recurrent", "Closed"])

@@ -66,13 +66,17 @@ def is_sole(cotangent: Any) -> bool:
     Cotangents may be shared (both operands of an addition get the same one) or be views.
     """
     array = cotangent._data
-    whole = 0  # references to what the array is a view of
-    if not has_own_memory(array):
-        base = array.base
-        if base is None or base.__class__ is not np.ndarray or not base.flags.owndata or base.nbytes != array.nbytes:
-            return False
-        whole = sys.getrefcount(base)
-    return (sys.getrefcount(cotangent), sys.getrefcount(array), whole) in _SOLE
+    return (sys.getrefcount(cotangent), sys.getrefcount(array), _viewed(array)) in _SOLE
+
+
+def _viewed(array: np.ndarray) -> int:
+    """References to the array of which this is a view of all; 0 where it has its own memory, -1 for other views."""
+    if has_own_memory(array):
+        return 0
+    base = array.base
+    if base is None or base.__class__ is not np.ndarray or not base.flags.owndata or base.nbytes != array.nbytes:
+        return -1
+    return sys.getrefcount(base)
 
 
 _SOLE: set[tuple[int, int, int]] = set()
@@ -110,13 +114,7 @@ def is_array_alone(array: np.ndarray) -> bool:
 
 def is_sole_array(array: np.ndarray) -> bool:
     """The same question of a finished cotangent: as :func:`is_sole`."""
-    whole = 0
-    if not has_own_memory(array):
-        base = array.base
-        if base is None or base.__class__ is not np.ndarray or not base.flags.owndata or base.nbytes != array.nbytes:
-            return False
-        whole = sys.getrefcount(base)
-    return (sys.getrefcount(array), whole) in _SOLE_ARRAYS
+    return (sys.getrefcount(array), _viewed(array)) in _SOLE_ARRAYS
 
 
 _ALONE = 0

@@ -61,9 +61,8 @@ def short_form(equation: Equation, avals: Sequence[Aval], tag: str) -> ShortForm
         return ShortForm(f"spread({{0}}, {tag}, {tag}_strides)", constants)
     if name == "matmul" and _is_of_matrices(equation, avals):
         text = "{0}.dot({1})" if is_small_product(equation, avals) else "dot({0}, {1})"
-        constants = {"dot": dot}
         if len(shape) == 2:
-            return ShortForm(text, constants)
+            return ShortForm(text, {"dot": dot})
         constants = {"dot": dot, tag: (-1, shape[-1]), f"{tag}_shape": avals[equation.outputs[0]].shape}
         left = f"{{0}}.reshape({tag})"
         return ShortForm(f"{text.replace('{0}', left)}.reshape({tag}_shape)", constants)

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
@@ -46,25 +46,6 @@ def variables(tree: Any, who: str, requires_grad: bool = True) -> tuple[list[Ten
     return fresh, treedef, unflatten(treedef, fresh)
 
 
-class _Swapped:
-    """Put variables in place of a Module's parameters for a block; other threads wait for it."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.lock = _lock_of(module)
-
-    def __enter__(self) -> list[Tensor]:
-        self.lock.acquire()
-        self.saved = self.module.__tree_leaves__()
-        self.fresh = {name: variable(p) for name, p in self.saved.items() if p.dtype.kind == "f"}
-        self.module.__tree_swap__(self.fresh)
-        return list(self.fresh.values())
-
-    def __exit__(self, *exc: object) -> None:
-        self.module.__tree_swap__(self.saved)
-        self.lock.release()
-
-
 class _Filled:
     """Put given tensors in place of a Module's parameters for a block; other threads wait for it."""
 
@@ -81,9 +62,21 @@ class _Filled:
         self.lock.release()
 
 
-def opened(f: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function of Modules as one of dicts of their floating parameters, and the arguments as such."""
-    modules = {k: a for k, a in enumerate(arguments) if hasattr(a, "__tree_swap__") and not isinstance(a, type)}
+def _parameters(module: Any) -> dict[str, Tensor]:
+    """The floating parameters of a Module, not what another thread has put in their place."""
+    with _lock_of(module):
+        return {name: p for name, p in module.__tree_leaves__().items() if p.dtype.kind == "f"}
+
+
+def opened(
+    f: Callable[..., Any], arguments: Sequence[Any], chosen: Iterable[int] | None = None
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function of Modules as one of dicts of their floating parameters, and the arguments as such.
+
+    ``chosen``: the positions of the arguments that are opened; all without it.
+    """
+    numbers = range(len(arguments)) if chosen is None else chosen
+    modules = {k: arguments[k] for k in numbers if hasattr(type(arguments[k]), "__tree_swap__")}
     if not modules:
         return f, tuple(arguments)
 
@@ -95,10 +88,7 @@ def opened(f: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Callable[..
                 filled[k] = module
             return f(*filled, **kwargs)
 
-    plain = list(arguments)
-    for k, module in modules.items():
-        plain[k] = {name: p for name, p in module.__tree_leaves__().items() if p.dtype.kind == "f"}
-    return of_parameters, tuple(plain)
+    return of_parameters, tuple(_parameters(a) if k in modules else a for k, a in enumerate(arguments))
 
 
 # Stand-ins are put into the module itself, so two threads cannot differentiate one module at the same time.
@@ -158,26 +148,16 @@ def value_and_grad(
             chosen.append(number % len(args))
         enabled = state().enabled
         since = now()
-        replaced = list(args)
-        swaps: list[_Swapped] = []
+        of_trees, trees = opened(f, args, chosen)
+        replaced = list(trees)
         sources: list[Tensor] = []
         spans: list[tuple[TreeDef, int]] = []
         with recording(enabled=True):
-            try:
-                for number in chosen:
-                    if hasattr(args[number], "__tree_swap__"):
-                        swap = _Swapped(args[number])
-                        fresh = swap.__enter__()
-                        swaps.append(swap)
-                        spans.append((flatten(dict.fromkeys(swap.fresh, 0))[1], len(fresh)))
-                    else:
-                        fresh, treedef, replaced[number] = variables(args[number], "grad")
-                        spans.append((treedef, len(fresh)))
-                    sources.extend(fresh)
-                result = f(*replaced, **kwargs)
-            finally:
-                for swap in reversed(swaps):
-                    swap.__exit__()
+            for number in chosen:
+                fresh, treedef, replaced[number] = variables(trees[number], "grad")
+                spans.append((treedef, len(fresh)))
+                sources.extend(fresh)
+            result = of_trees(*replaced, **kwargs)
             out = _check_scalar(result[0] if has_aux else result, "grad")
             found = pullback_to(out, seed_cotangent(out, None, "grad"), sources, since)
             kept = enabled and (observed(sources) or foreign([out], sources, since))

@@ -33,8 +33,8 @@ def products(program: Program) -> Program:
     return _expanded(program, lambda _, e: _wanted(program, e) if e.primitive.name == "einsum" else None)
 
 
-def _expanded(program: Program, _wanted: Callable[[Program, Any], Rule | None]) -> Program:
-    if not any(_wanted(program, equation) for equation in program.equations):
+def _expanded(program: Program, rule_of: Callable[[Program, Any], Rule | None]) -> Program:
+    if not any(rule_of(program, equation) for equation in program.equations):
         return program
     recorder = Trace()
     environment: dict[int, Any] = {}
@@ -45,7 +45,7 @@ def _expanded(program: Program, _wanted: Callable[[Program, Any], Rule | None]) 
             sources.append(environment[slot])
         for equation in program.equations:
             operands = tuple(environment[o] if o.__class__ is int else o.value for o in equation.operands)
-            rule = _wanted(program, equation)
+            rule = rule_of(program, equation)
             if rule is not None:
                 out = rule(*operands, equation.params)
             else:

@@ -16,7 +16,7 @@ import dis
 import functools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -26,7 +26,7 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Reach", "functions_of", "is_scalar", "scalar_key"]
+__all__ = ["Reach", "is_foreign", "is_scalar", "scalar_key"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
 _MOST = 20_000  # objects looked at: what lies behind is taken as it is
@@ -97,7 +97,7 @@ class Reach:
         Set by whoever keeps reaches: equal numbers, equal keys.
     """
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, classes: Iterable[type] = ()) -> None:
         self.tensors: list[tuple[Any, Any]] = []
         self.modules: list[Any] = []
         self._inside = 0  # how many modules we are in
@@ -111,6 +111,8 @@ class Reach:
         self._sets: list[tuple[Any, frozenset[Any]]] = []
         self._keep: list[Any] = []  # what counts by identity: nothing else may get its id
         self._visit(root, None, None)
+        for cls in classes:  # of the user's: what their methods read
+            self._class(cls)
         self.key = tuple(self._key)
         del self._key
 
@@ -219,14 +221,14 @@ class Reach:
 
     def _class(self, cls: type) -> None:
         """What the methods of a user's class read, and its other attributes."""
-        if _is_foreign(cls) or id(cls) in self._seen:
+        if is_foreign(cls) or id(cls) in self._seen:
             return
         self._seen[id(cls)] = len(self._seen)
         self._keep.append(cls)
         attributes: Any = vars(cls)
         self._lengths.append((attributes, len(attributes)))  # an attribute that is added may hide one of a base class
         for name, value in list(attributes.items()):
-            functions = functions_of(value)
+            functions = _functions_of(value)
             if functions or not name.startswith("__"):
                 self._identities.append((attributes, name, value))
             for function in functions:
@@ -263,7 +265,7 @@ class Reach:
     def _path(self, value: Any, names: Sequence[str]) -> None:
         """What stands behind names in a module, or in a class, of the user's: their other content does not matter."""
         for name in names:
-            if not isinstance(value, (ModuleType, type)) or _is_foreign(value) or _is_installed(value):
+            if not isinstance(value, (ModuleType, type)) or is_foreign(value) or _is_installed(value):
                 return
             places = [vars(c) for c in (value.__mro__ if isinstance(value, type) else (value,)) if name in vars(c)]
             if not places:
@@ -273,7 +275,7 @@ class Reach:
             value = places[0][name]
 
 
-def functions_of(value: Any) -> list[FunctionType]:
+def _functions_of(value: Any) -> list[FunctionType]:
     """The functions that an attribute of a class runs."""
     if isinstance(value, property):
         return [value.fget] if isinstance(value.fget, FunctionType) else []
@@ -282,7 +284,7 @@ def functions_of(value: Any) -> list[FunctionType]:
     return [value] if isinstance(value, FunctionType) else []
 
 
-def _is_foreign(value: Any) -> bool:
+def is_foreign(value: Any) -> bool:
     """Whether a module or class is not the user's."""
     home = str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "")).partition(".")[0]
     return home in _FOREIGN or home == __name__.partition(".")[0]
@@ -299,4 +301,4 @@ def _is_plain_object(value: Any) -> bool:
     """An instance of a class that the user wrote in Python; its attributes are looked at."""
     if isinstance(value, (type, Primitive, Generator)) or not hasattr(value, "__dict__"):
         return False
-    return not _is_foreign(type(value))
+    return not is_foreign(type(value))

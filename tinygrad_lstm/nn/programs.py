@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.reach import Reach, functions_of
+from tinygrad_lstm.compiler.reach import Reach, is_foreign
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.nn.module import Module, Parameter
@@ -108,38 +108,10 @@ def _is_opaque(value: Any) -> bool:
     return value is not None and not isinstance(value, _SEEN)
 
 
-class _Outside:
+def _outside(cell: Module) -> Reach | None:
     """What the methods of a user's cell read outside of the cell: globals, and attributes of its class."""
-
-    def __init__(self, cell: Module) -> None:
-        self.reached: list[Reach] = []
-        self.attributes: list[tuple[type, str, Any]] = []
-        self.sizes: list[tuple[type, int]] = []  # an attribute that is added may hide one of a base class
-        for cls in {base for module in cell.modules() for base in type(module).__mro__}:
-            if cls.__module__.partition(".")[0] in ("tinygrad_lstm", "builtins"):
-                continue
-            self.sizes.append((cls, len(vars(cls))))
-            for name, value in vars(cls).items():
-                functions = functions_of(value)
-                if not functions and name.startswith("__"):
-                    continue
-                self.attributes.append((cls, name, value))
-                self.reached += [Reach(function) for function in functions]
-                if isinstance(value, (tuple, list, dict)):
-                    self.reached.append(Reach(value))
-
-    def __bool__(self) -> bool:
-        """Whether there is anything."""
-        return bool(self.reached or self.attributes)
-
-    def unchanged(self) -> bool:
-        for cls, size in self.sizes:
-            if len(cls.__dict__) != size:
-                return False
-        for cls, name, value in self.attributes:
-            if cls.__dict__.get(name) is not value:
-                return False
-        return all(reach.unchanged() for reach in self.reached)
+    classes = {base for module in cell.modules() for base in type(module).__mro__ if not is_foreign(base)}
+    return Reach(None, sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__))) if classes else None
 
 
 class _Entry:
@@ -148,7 +120,7 @@ class _Entry:
     __slots__ = ("expected", "outside", "places", "recorded", "settled")
 
     def __init__(
-        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: _Outside, settled: bool
+        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None, settled: bool
     ) -> None:  # fmt: skip
         self.recorded = recorded
         self.outside = outside
@@ -217,7 +189,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         if entry is not None:
             if isinstance(entry, str):
                 raise TraceError(entry)
-            captures = entry.captures() if entry.outside.unchanged() else None
+            captures = entry.captures() if entry.outside is None or entry.outside.unchanged() else None
             if captures is not None:
                 recorded = Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
                 recorded.entry = entry if entry.settled else None
@@ -237,7 +209,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         if all(place is not None for place in found):
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
             bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
-            known[key] = _Entry(bare, [place for place in found if place is not None], _Outside(cell), settled)
+            known[key] = _Entry(bare, [place for place in found if place is not None], _outside(cell), settled)
             recorded.entry = known[key] if known[key].settled else None
         return recorded
 

@@ -38,7 +38,7 @@ class _Run:
         self, cell: Any, recorded: Any, carry: list[Tensor] | None, steps: int, reverse: bool
     ) -> None:  # fmt: skip
         self.cell, self.kind, self.methods = cell, type(cell), _methods(type(cell))
-        self.outside = recorded.entry.outside or None
+        self.outside = recorded.entry.outside
         # Parameters are looked up anew at each call: those of now may be stand-ins, which must not live on here.
         self.program, self.captures, self.carry = recorded.program, recorded.entry.captures, carry
         self.n_carry, self.steps, self.reverse = recorded.n_carry, steps, reverse
