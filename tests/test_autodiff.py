@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import namedtuple
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
+from tinygrad_lstm.autodiff.reverse import opened
 
 # ---------------------------------------------------------------------------- grad and value_and_grad
 
@@ -380,3 +382,25 @@ def test_a_function_that_raises_leaves_the_modules_parameters() -> None:
         tg.jvp(lambda m: m(x)[0].sum(), (layer,), ({"weight_ih_l0": v["weight_ih_l0"]},))
     with pytest.raises(tg.DTypeError, match="found a Module"):
         tg.hessian(lambda m: m(x)[0].sum())(layer)
+
+
+def test_another_threads_stand_ins_are_no_parameters() -> None:
+    """While one thread differentiates a module, what stands in its parameters' places is not theirs to read."""
+    layer, x, _ = small_model()
+    own, found, done = dict(layer.named_parameters()), [], threading.Event()
+
+    def look() -> None:
+        found.append(opened(lambda m: m, (layer,))[1][0])
+        done.set()
+
+    other = threading.Thread(target=look)
+
+    def loss(m: nn.LSTM) -> tg.Tensor:
+        other.start()
+        assert not done.wait(0.1), "it did not wait"
+        return ops.square(m(x)[0]).sum()
+
+    tg.grad(loss)(layer)
+    other.join()
+    assert found[0].keys() == own.keys()
+    assert all(found[0][name] is own[name] for name in own)
