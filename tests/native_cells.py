@@ -303,7 +303,7 @@ def rows_normalised(c: Any) -> Any:
 def embedding_counted_from_the_end(c: Any) -> Any:
     def body(carry: Any, following: Any) -> Any:
         h, token = carry
-        h = ops.tanh(ops.take(c["E"], token, axis=0) + h @ c["U"])
+        h = ops.tanh(c["E"][token] + h @ c["U"])
         return [h, following], h
 
     return body
@@ -387,12 +387,24 @@ def conversions(c: Any) -> Any:
     return body
 
 
-@case(("B", H), ("B", H), "numpy numpy", slow=True, U=(H, H))
-def three_operands(c: Any) -> Any:
+@case(("B", H), ("B", H), U=(H, H), M=("B", 5, H))
+def einsums(c: Any) -> Any:
+    """Products and multiplications by letters."""
+
+    def body(h: Any, x: Any) -> Any:
+        read = ops.einsum("bsi,bi,bsj->bj", c["M"], x, c["M"])
+        h = ops.tanh(ops.einsum("bi,ij,bj->bi", x, c["U"], h) + ops.einsum("ij,bi->bj", c["U"], h) + 0.1 * read)
+        return h, ops.einsum("bi,bj->bij", h, x)
+
+    return body
+
+
+@case(("B", H), ("B", H), "numpy whole", slow=True, U=(H, H))
+def scattered(c: Any) -> Any:
     """No native form: the executor runs it."""
 
     def body(h: Any, x: Any) -> Any:
-        h = ops.tanh(ops.einsum("bi,ij,bj->bi", x, c["U"], h) + x)
+        h = ops.tanh(h @ c["U"] + ops.scatter_add(x, np.zeros(1, int), h[:1]))
         return h, h
 
     return body

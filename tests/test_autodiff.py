@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import namedtuple
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import ops
+from tinygrad_lstm import nn, ops
+from tinygrad_lstm.autodiff.reverse import opened
 
 # ---------------------------------------------------------------------------- grad and value_and_grad
 
@@ -317,3 +319,88 @@ def test_gradcheck_refuses_what_it_cannot_check():
         tg.gradcheck(lambda i: i, np.arange(3))
     with pytest.raises(tg.Error, match="order"):
         tg.gradcheck(lambda x: x * x, 1.0, order=3)
+
+
+# ---------------------------------------------------------------------------- modules as arguments
+
+
+def small_model() -> tuple[nn.LSTM, np.ndarray, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    layer = nn.LSTM(2, 3, dtype=np.float64)
+    direction = {name: rng.standard_normal(p.shape) for name, p in layer.named_parameters()}
+    return layer, rng.standard_normal((3, 2, 2)), direction
+
+
+def test_transforms_take_modules() -> None:
+    layer, x, v = small_model()
+    before = layer.state_dict()
+
+    def loss(m: nn.LSTM, x: np.ndarray) -> tg.Tensor:
+        return ops.square(m(x)[0]).sum()
+
+    gradient = tg.grad(loss)(layer, x)
+    value, slope = tg.jvp(lambda m: loss(m, x), (layer,), (v,))
+    along = sum(float((gradient[name].numpy() * v[name]).sum()) for name in v)
+    np.testing.assert_allclose(slope.numpy(), along, rtol=1e-12)
+    out, pullback = tg.vjp(loss, layer, x)
+    by_name, by_x = pullback(1.0)
+    np.testing.assert_array_equal(out.numpy(), value.numpy())
+    for name in v:
+        np.testing.assert_allclose(by_name[name].numpy(), gradient[name].numpy(), rtol=1e-12)
+    np.testing.assert_allclose(by_x.numpy(), tg.grad(loss, 1)(layer, x).numpy(), rtol=1e-12)
+    _, (product,) = tg.hvp(lambda m: loss(m, x), (layer,), (v,))
+    step, ends = 1e-5, []
+    for sign in (1, -1):
+        layer.load_state_dict({name: before[name] + sign * step * v[name] for name in v})
+        ends.append(tg.grad(loss)(layer, x))
+    layer.load_state_dict(before)
+    for name in v:
+        numeric = (ends[0][name].numpy() - ends[1][name].numpy()) / (2 * step)
+        np.testing.assert_allclose(product[name].numpy(), numeric, rtol=1e-6, atol=1e-7)
+    assert tg.gradcheck(loss, layer, x, order=2)
+    for name, p in layer.named_parameters():  # they stand where they stood
+        assert isinstance(p, nn.Parameter)
+        np.testing.assert_array_equal(p.numpy(), before[name])
+
+
+def test_a_function_that_raises_leaves_the_modules_parameters() -> None:
+    layer, x, v = small_model()
+    own = list(layer.parameters())
+
+    def failing(m: nn.LSTM) -> tg.Tensor:
+        raise RuntimeError("here")
+
+    for run in (
+        lambda: tg.jvp(failing, (layer,), (v,)),
+        lambda: tg.vjp(failing, layer),
+        lambda: tg.gradcheck(failing, layer),
+    ):
+        with pytest.raises(RuntimeError, match="here"):
+            run()
+        assert all(a is b for a, b in zip(layer.parameters(), own, strict=True))
+    with pytest.raises(tg.ShapeError, match="another structure"):
+        tg.jvp(lambda m: m(x)[0].sum(), (layer,), ({"weight_ih_l0": v["weight_ih_l0"]},))
+    with pytest.raises(tg.DTypeError, match="found a Module"):
+        tg.hessian(lambda m: m(x)[0].sum())(layer)
+
+
+def test_another_threads_stand_ins_are_no_parameters() -> None:
+    """While one thread differentiates a module, what stands in its parameters' places is not theirs to read."""
+    layer, x, _ = small_model()
+    own, found, done = dict(layer.named_parameters()), [], threading.Event()
+
+    def look() -> None:
+        found.append(opened(lambda m: m, (layer,))[1][0])
+        done.set()
+
+    other = threading.Thread(target=look)
+
+    def loss(m: nn.LSTM) -> tg.Tensor:
+        other.start()
+        assert not done.wait(0.1), "it did not wait"
+        return ops.square(m(x)[0]).sum()
+
+    tg.grad(loss)(layer)
+    other.join()
+    assert found[0].keys() == own.keys()
+    assert all(found[0][name] is own[name] for name in own)

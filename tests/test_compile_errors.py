@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import warnings
 from collections.abc import Callable
@@ -305,6 +306,15 @@ def test_drawing_outside_of_ops_is_refused_before_anything_is_drawn() -> None:
     assert generator.get_state() == before
 
 
+@pytest.mark.parametrize("draw", [lambda: np.random.rand(), lambda: random.random()])  # noqa: NPY002
+def test_draws_from_shared_generators_are_warned_of(draw: Any) -> None:
+    state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with pytest.warns(CompileWarning, match="drawn with numpy.random or random"):
+        tg.compile(lambda x: x * draw())(np.ones(3))
+    np.random.set_state(state[0])  # noqa: NPY002
+    random.setstate(state[1])
+
+
 def test_what_the_recording_draws_is_drawn_anew_at_each_call() -> None:
     generator = tg.Generator(3)
 
@@ -386,3 +396,24 @@ def test_reports_are_made_when_somebody_looks() -> None:
 def test_the_report_of_a_body_that_needs_values() -> None:
     text = str(report.stepwise(tg.TraceError("the value of a tensor is needed (model.py:3)"), 7))
     assert "scan of 7 steps: not compiled" in text and "model.py:3" in text
+
+
+def test_setting_a_tensor_as_an_attribute_is_refused_with_its_line() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory: Any = None
+
+        def forward(self, x: Any) -> Any:
+            return x + self.memory
+
+    decoder = Decoder()
+
+    @tg.compile
+    def f(x: Any) -> Any:
+        decoder.memory = ops.broadcast_to(x, (2, 3)) * 2.0
+        return decoder(x).sum()
+
+    line = f.__wrapped__.__code__.co_firstlineno + 2
+    with pytest.raises(tg.TraceError, match=rf"outside of itself \(.*test_compile_errors.py:{line}\)"):
+        f(np.ones(3))

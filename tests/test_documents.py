@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,8 @@ def test_a_wrong_promise_is_noticed(tmp_path: Path) -> None:
     document.write_text("```python\nprint(1)\n```\n```text\n2\n```\n")
     with pytest.raises(AssertionError, match="other output"):
         test_code_blocks(document)
+
+
+def test_the_list_of_names_is_what_the_package_has() -> None:
+    written = (ROOT / "docs" / "names.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "names.py"))["document"]() == written, "run python docs/names.py"

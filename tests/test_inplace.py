@@ -370,9 +370,9 @@ def test_a_change_noted_in_the_middle_of_another_is_not_forgotten(monkeypatch):
         if not later:
             later.append(None)
             storage._note()
-            later[0] = storage._last[0]
+            later[0] = storage.last_change[0]
         return serial
 
     monkeypatch.setattr(storage, "now", interrupted)
     storage._note()
-    assert storage._last[0] == later[0]
+    assert storage.last_change[0] == later[0]

@@ -106,3 +106,22 @@ def test_integers_beyond_2_to_the_53_are_rounded_on_the_way_through_a_float() ->
     x = np.array([2**53 + 1])
     compiled = tg.compile(lambda t: ops.add(t.astype(np.float64).astype(np.int64), 0))
     assert compiled(x).tolist() == (x.astype(np.float64).astype(np.int64)).tolist()
+
+
+@pytest.mark.parametrize("start", [(), {}, None])
+def test_a_loop_without_a_carry_of_which_everything_leaves(start: Any, runs: Any, rng: Any) -> None:  # noqa: F811
+    """Nothing is left to do in the loop, forward or backward."""
+    w = tg.tensor(0.1 * rng.standard_normal((64, 64)), requires_grad=True)
+    x = tg.tensor(rng.standard_normal((6, 4, 64)), requires_grad=True)
+
+    def both() -> list[np.ndarray]:
+        w.grad = x.grad = None
+        _, y = ops.scan(lambda c, v: (c, (ops.tanh(v @ w), v @ ops.tanh(v).T)), start, x)
+        (y[0].sum() + (y[1] * y[1]).sum()).backward()
+        return [y[0].numpy(), y[1].numpy(), w.grad, x.grad]
+
+    found = both()
+    with tg.eager():
+        expected = both()
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)

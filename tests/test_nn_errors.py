@@ -1,5 +1,7 @@
 """What the recurrent layers refuse, and what they say."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -79,3 +81,18 @@ def test_replacing_a_parameter_by_its_flat_name():
         layer.weight_hh_l0 = nn.Parameter(np.ones((2, 2), np.float32))
     with pytest.raises(AttributeError, match="weight_hh_l7"):
         _ = layer.weight_hh_l7
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (np.zeros((1, 8, 8), np.float32), tg.ShapeError, r"the state has shape \(1, 8, 8\), expected \(8, 8\)"),
+        (np.zeros((7, 8), np.float32), tg.ShapeError, r"the state has shape \(7, 8\), expected \(8, 8\)"),
+        ((np.zeros((8, 8), np.float32),), tg.ShapeError, "1 parts in a tuple, that of GRUCell is one array"),
+    ],
+)
+def test_a_state_of_another_form(state: Any, error: type[Exception], message: str) -> None:
+    layer, x = nn.Recurrent(nn.GRUCell(4, 8)), np.zeros((5, 8, 4), np.float32)
+    assert layer(x, np.zeros((8, 8), np.float32))[0].shape == (5, 8, 8)
+    with pytest.raises(error, match=message):
+        layer(x, state)

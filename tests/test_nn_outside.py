@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 
@@ -10,10 +12,21 @@ from tinygrad_lstm import nn, ops
 
 temperature = 1.0
 settings = {"gain": 1.0}
+config = types.ModuleType("config_of_a_user")
+config.scale, config.part = 1.0, types.ModuleType("config_of_a_user.part")
+config.part.shift = 0.0
+
+
+class Base:
+    rate = 1.0
+
+
+class Options(Base):
+    """Named by its class."""
 
 
 def helper(z):
-    return z * settings["gain"]
+    return z * settings["gain"] * config.scale * Options.rate + config.part.shift
 
 
 class Cell(nn.Module):
@@ -43,7 +56,22 @@ def change_class(monkeypatch):
     monkeypatch.setattr(Cell, "slope", 0.5)
 
 
-@pytest.mark.parametrize("change", [change_global, change_dict, change_class])
+def change_module(monkeypatch):
+    monkeypatch.setattr(config, "scale", 0.5)
+
+
+def change_module_in_a_module(monkeypatch):
+    monkeypatch.setattr(config.part, "shift", 0.5)
+
+
+def change_another_class(monkeypatch):
+    monkeypatch.setattr(Base, "rate", 0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_global, change_dict, change_class, change_module, change_module_in_a_module, change_another_class],
+)
 @pytest.mark.parametrize("mode", ["never", "always"])
 def test_what_a_cell_reads_outside_is_read_again(change, mode, monkeypatch):
     monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", mode)
@@ -67,3 +95,58 @@ def test_a_compiled_function_looks_at_the_globals_of_a_modules_forward(monkeypat
     assert np.abs(after - before).max() > 0.01
     with tg.eager():
         np.testing.assert_allclose(after, layer(x)[0].numpy(), rtol=1e-6)
+
+
+class Holder(nn.Module):
+    """Numbers in containers of its own, read by methods of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.nested, self.chosen = [np.float32(2.0)], ({"a": np.int64(2)},), {2.0}
+
+    def initial_state(self, batch):
+        return np.zeros((batch, 3), np.float32)
+
+    @property
+    def gain(self):
+        return self.numbers[0] * self.nested[0]["a"] * sum(self.chosen)
+
+    @staticmethod
+    def shift():
+        return settings["gain"]
+
+    def forward(self, x, h):
+        h = ops.tanh(x + h * 0.1) * self.gain + self.shift()
+        return h, h
+
+
+def change_number(cell, monkeypatch):
+    cell.numbers[0] = np.float32(0.5)
+
+
+def change_nested(cell, monkeypatch):
+    cell.nested[0]["a"] = np.int64(3)
+
+
+def change_set(cell, monkeypatch):
+    cell.chosen.clear()
+    cell.chosen.add(0.5)
+
+
+def change_what_a_static_method_reads(cell, monkeypatch):
+    monkeypatch.setitem(settings, "gain", np.float32(0.25))
+
+
+@pytest.mark.parametrize("change", [change_number, change_nested, change_set, change_what_a_static_method_reads])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_in_containers_are_looked_at(change, compiled, monkeypatch):
+    layer, x = nn.Recurrent(Holder()), np.full((4, 2, 3), 0.1, np.float32)
+    run = tg.compile(lambda x: layer(x)[0]) if compiled else lambda x: layer(x)[0]
+    before = [run(x).numpy().copy() for _ in range(3)]
+    np.testing.assert_array_equal(before[0], before[2])
+    change(layer.cell, monkeypatch)
+    after = run(x).numpy()
+    with tg.eager():
+        expected = layer(x)[0].numpy()
+    assert np.abs(after - before[0]).max() > 0.01
+    np.testing.assert_allclose(after, expected, rtol=1e-6)

@@ -31,14 +31,14 @@ LAYERS: dict[str, Callable[[], Any]] = {
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of a layer was a known one."""
     seen: list[bool] = []
-    captures = ready.ReadyLayers.captures
+    captures = ready._Ready.captures
 
     def watched(self: Any, cells: Any, current: Any) -> Any:
         found = captures(self, cells, current)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(ready.ReadyLayers, "captures", watched)
+    monkeypatch.setattr(ready._Ready, "captures", watched)
     return seen
 
 

@@ -100,3 +100,8 @@ def test_weight_drop():
     assert "layer.weight_hh_l0" in gradient
     with pytest.raises(tg.ArgumentError, match="nothing"):
         nn.WeightDrop(layer, ["nothing"])
+
+
+def test_a_probability_in_place_of_names() -> None:
+    with pytest.raises(tg.DTypeError, match=r"names are a list of str, found 0.5; the probability is p=0.5"):
+        nn.WeightDrop(nn.LSTM(3, 5), 0.5)

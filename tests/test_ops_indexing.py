@@ -138,3 +138,37 @@ def test_dropout():
         with pytest.raises(tg.Error):
             ops.dropout(x, p)
     assert silently(lambda: ops.dropout(x, 0.0).numpy().all())
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        lambda i: i, lambda i: (i,), lambda i: (i, ...), lambda i: (..., i), lambda i: (slice(None), i),
+        lambda i: (slice(None), i, ...), lambda i: (..., i, slice(None)), lambda i: (i, slice(None), slice(None)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ids", [np.array([2, -1, 0, 2]), np.array([[1], [-3]], np.int32), np.array(1), []])
+def test_rows_of_a_table(index: Any, ids: Any) -> None:
+    """One array of integers and all of the other axes: a ``take``, which loops know."""
+    x = np.random.default_rng(0).standard_normal((3, 3, 3))
+    t = tg.tensor(x, requires_grad=True)
+    with tg.Tape() as tape:
+        found = t[index(ids)]
+    assert [record.primitive.name for record in tape.records] == ["take"]
+    ids = np.asarray(ids, np.intp)
+    np.testing.assert_array_equal(found.numpy(), x[index(ids)])
+    weights = np.random.default_rng(1).standard_normal(found.shape)
+    (found * weights).sum().backward()
+    expected = np.zeros_like(x)
+    np.add.at(expected, index(ids), weights)
+    np.testing.assert_allclose(t.grad, expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("index", [lambda i: (i, 0), lambda i: (i, i), lambda i: (i, None), lambda i: (i, slice(1))])
+def test_other_indices_with_an_array(index: Any) -> None:
+    x, ids = np.arange(27.0).reshape(3, 3, 3), np.array([2, 0, -1])
+    np.testing.assert_array_equal(tg.tensor(x)[index(ids)].numpy(), x[index(ids)])
+    with pytest.raises(tg.OutOfRangeError, match="parts for an array"):
+        tg.tensor(x)[(*index(ids), *(slice(None),) * 3)]
+    with pytest.raises(tg.OutOfRangeError, match="3"):
+        tg.tensor(x)[index(np.array([3]))]

@@ -316,3 +316,16 @@ def test_an_update_costs_little():
         optimizer.step()
         times.append(time.perf_counter() - start)
     assert min(times) < 2e-3
+
+
+def test_the_learning_rate_as_an_attribute() -> None:
+    a, b = nn.Parameter([1.0]), nn.Parameter([1.0])
+    optimizer = optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.1)
+    assert optimizer.lr == 0.1
+    optimizer.lr = 0.25
+    (a + b).sum().backward()
+    optimizer.step()
+    assert a.tolist() == b.tolist() == [0.75]
+    with pytest.raises(tg.ArgumentError, match="lr is not negative"):
+        optimizer.lr = -1.0
+    assert optimizer.lr == 0.25

@@ -88,3 +88,15 @@ def test_sums_of_many_shares(size: int, rng: Any) -> None:
     (y * y + y * 3.0 + ops.sin(y) + y).sum().backward()
     expected = 2.0 * (2 * 2 * values + 3.0 + np.cos(2 * values) + 1.0)
     np.testing.assert_allclose(x.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_is_not_a_part_of_a_larger_array(rng: Any) -> None:
+    """Parts of one cotangent are copied: else a gradient would keep all of it alive."""
+    a, b = (tg.tensor(rng.standard_normal(3), requires_grad=True) for _ in range(2))
+    weights = rng.standard_normal(6)
+    for _ in range(6):  # general replays, then known ones
+        a.grad = b.grad = None
+        (ops.concatenate([a, b]) * weights).sum().backward()
+        np.testing.assert_array_equal(np.concatenate([a.grad, b.grad]), weights)
+        for gradient in (a.grad, b.grad):
+            assert gradient.base is None or gradient.base.nbytes == gradient.nbytes

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
-from tinygrad_lstm.pullback import ArrayRule
+from tinygrad_lstm.arrayrules import ArrayRule
 from tinygrad_lstm.shortforms import short_form
 
 FUNCTIONS = {
@@ -268,12 +268,21 @@ def test_a_number_among_the_operands_has_no_short_form():
     assert short_form(program.equations[0], program.avals, "p") is None
 
 
-@pytest.mark.parametrize("name", ["a large product", "an empty product"])
-def test_a_product_that_is_not_small_has_no_short_form(name):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("an empty product", None),
+        ("a large product", "dot({0}.reshape(p), {1}).reshape(p_shape)"),  # by the kernels
+        ("stacked product", "{0}.reshape(p).dot({1}).reshape(p_shape)"),
+        ("product", "{0}.dot({1})"),
+    ],
+)
+def test_short_forms_of_products(name, expected):
     shapes, function = PROGRAMS[name]
     inputs = [tg.tensor(np.ones(shape)) for shape in shapes]
     with tg.Tape() as tape:
         out = function(*inputs)
     program = tape.to_program(inputs, [out])
     (product,) = (equation for equation in program.equations if equation.primitive.name == "matmul")
-    assert short_form(product, program.avals, "p") is None
+    found = short_form(product, program.avals, "p")
+    assert (None if found is None else found.text) == expected

@@ -336,3 +336,10 @@ def test_no_grad_in_one_task_does_not_reach_another():
         return await asyncio.gather(quiet(x, gate, done), recording(x, gate, done))
 
     assert asyncio.run(main()) == [False, True]
+
+
+def test_a_hook_is_a_function() -> None:
+    x = tg.tensor([1.0], requires_grad=True)
+    for t in (x, x * 2.0):
+        with pytest.raises(tg.DTypeError, match="takes a function of the gradient, found 3"):
+            t.register_hook(3)

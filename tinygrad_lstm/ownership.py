@@ -14,7 +14,7 @@ import numpy as np
 
 from tinygrad_lstm.kernels.pool import has_own_memory
 
-__all__ = ["counted", "is_pending_alone", "is_sole", "settle"]
+__all__ = ["counted", "is_array_alone", "is_pending_alone", "is_sole", "is_sole_array", "settle"]
 
 
 class _Cotangent:
@@ -66,13 +66,17 @@ def is_sole(cotangent: Any) -> bool:
     Cotangents may be shared (both operands of an addition get the same one) or be views.
     """
     array = cotangent._data
-    whole = 0  # references to what the array is a view of
-    if not has_own_memory(array):
-        base = array.base
-        if base is None or base.__class__ is not np.ndarray or not base.flags.owndata or base.nbytes != array.nbytes:
-            return False
-        whole = sys.getrefcount(base)
-    return (sys.getrefcount(cotangent), sys.getrefcount(array), whole) in _SOLE
+    return (sys.getrefcount(cotangent), sys.getrefcount(array), _viewed(array)) in _SOLE
+
+
+def _viewed(array: np.ndarray) -> int:
+    """References to the array of which this is a view of all; 0 where it has its own memory, -1 for other views."""
+    if has_own_memory(array):
+        return 0
+    base = array.base
+    if base is None or base.__class__ is not np.ndarray or not base.flags.owndata or base.nbytes != array.nbytes:
+        return -1
+    return sys.getrefcount(base)
 
 
 _SOLE: set[tuple[int, int, int]] = set()
@@ -97,3 +101,59 @@ def _look(leaf: Any, cotangent: Any) -> None:
 
 
 _measure()
+
+
+# ---------------------------------------------------------------------------- arrays in a known replay
+
+
+def is_array_alone(array: np.ndarray) -> bool:
+    """Asked of its argument by a function that a replay on arrays calls: whether only that replay's variable refers to
+    the array, and nobody else to its memory."""
+    return sys.getrefcount(array) == _ALONE and array.flags.writeable and has_own_memory(array)
+
+
+def is_sole_array(array: np.ndarray) -> bool:
+    """The same question of a finished cotangent: as :func:`is_sole`."""
+    return (sys.getrefcount(array), _viewed(array)) in _SOLE_ARRAYS
+
+
+_ALONE = 0
+_SOLE_ARRAYS: set[tuple[int, int]] = set()
+
+
+def _measure_arrays() -> None:
+    """What is said of arrays that one variable refers to, asked by a function that is given them."""
+
+    class Looking(set[tuple[int, int]]):
+        def __contains__(self, counts: Any) -> bool:
+            self.add(counts)
+            return True
+
+    class Alone(int):
+        count = 0
+
+        def __eq__(self, other: Any) -> bool:
+            Alone.count = other
+            return False
+
+        def __hash__(self) -> int:
+            return 0
+
+    def alone(present: np.ndarray, share: Any) -> bool:
+        return is_array_alone(present)
+
+    def sole(leaf: Any, present: np.ndarray) -> bool:
+        return is_sole_array(present)
+
+    global _ALONE, _SOLE_ARRAYS
+    _ALONE = Alone()
+    one, view = np.empty(2), np.empty(2).reshape(1, 2)
+    alone(one, None)
+    _ALONE = Alone.count
+    _SOLE_ARRAYS = seen = Looking()
+    sole(None, one)
+    sole(None, view)
+    _SOLE_ARRAYS = set(seen)
+
+
+_measure_arrays()

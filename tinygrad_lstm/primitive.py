@@ -89,6 +89,9 @@ class Primitive(Differentiable):
         self.always_tuple = always_tuple  # the forward returns a tuple even for one output
         self._jvp = jvp
         self.joint = joint
+        # Whether its rule may give no cotangent to a linked input, which shows only when it runs: a known replay cannot
+        # foresee that.
+        self.may_skip = joint
         self.__doc__ = doc
         self.__name__ = name
         self.argument_names, self.variadic, self.parameter_names = signature_of(expression or forward)

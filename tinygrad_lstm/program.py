@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, GraphError
+from tinygrad_lstm.kernels.matmul import dot
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.record import Place
 from tinygrad_lstm.shortforms import is_small_product, is_turn, is_turnable, short_form
@@ -198,8 +199,8 @@ class Program:
             direct = short_form(equation, self.avals, f"p{k}")
             if k in turned:
                 small = is_small_product(equation, self.avals)
-                names["product"] = equation.primitive.forward
-                text_of = "{1}.T.dot({0}.T)" if small else "product({1}.T, {0}.T)"
+                names["dot"] = dot
+                text_of = "{1}.T.dot({0}.T)" if small else "dot({1}.T, {0}.T)"
                 lines.append(f"    v{equation.outputs[0]} = {text_of.format(*arguments)}")
             elif equation.outputs[0] in turned.values():
                 lines.append(f"    v{equation.outputs[0]} = {arguments[0]}")

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, GraphError, TraceError
+from tinygrad_lstm.arrayrules import ArrayRule, Rule
+from tinygrad_lstm.errors import ArgumentError, GraphError
 from tinygrad_lstm.kernels import expression as _expressions
-from tinygrad_lstm.kernels.pool import SMALLEST
 from tinygrad_lstm.kernels.table import LEAVES
-from tinygrad_lstm.record import _STATE, Aval, Output
+from tinygrad_lstm.record import _STATE, Output
+from tinygrad_lstm.replays import Offer
 from tinygrad_lstm.tensor import Tensor, asarray
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["REGISTRY", "Differentiable", "Rule", "signature_of", "sum_to", "zeros"]
 
 REGISTRY: dict[str, Primitive] = {}
-
-Rule = Callable[..., Any]
-_ndarray = np.ndarray
 
 
 _OUT_NAMES = ("out", "ans", "output", "y_out")
@@ -45,6 +43,7 @@ class Differentiable:
     declared: bool
     explains: bool
     joint: bool
+    may_skip: bool
     always_tuple: bool
     accumulate: Any
     argument_names: list[str]
@@ -182,6 +181,31 @@ class Differentiable:
                 ]
         return self._fitted(shares, record, cotangent)
 
+    def prepared(self, record: Any, given: Sequence[bool], asked: Sequence[bool]) -> Offer | None:
+        """How a known replay pulls cotangents through records like this one on arrays; None: by :meth:`pull`.
+
+        ``given`` says which outputs have a cotangent, ``asked`` which inputs are linked.
+        """
+        if not self.simple or record.output_avals is not None:
+            return None
+        conditions: list[tuple[str, dict[str, Any]]] = []
+        lines: list[tuple[tuple[int, ...], str]] = []
+        constants: dict[str, Any] = {}
+        for j, (on_arrays, yes) in enumerate(zip(self._on_arrays, asked, strict=True)):
+            if not yes:
+                continue
+            found = None if on_arrays is None else on_arrays.known(record)
+            parent = record.parents[j]
+            if found is None or (found.aval.shape, found.aval.dtype) != (parent.shape, parent.dtype):
+                return None  # to be un-broadcast or converted
+            constants[f"f{j}"] = found.function
+            line = f"{{f{j}}}({', '.join(['{g}', *found.reads])})"
+            if found.aval.shape == ():  # NumPy gives numbers there
+                constants["asarray"], line = np.asarray, f"({{asarray}}({line}[0]),)"
+            lines.append(((j,), line))
+            conditions += found.conditions
+        return Offer(conditions, lines, constants)
+
     def _array_rule(self, rule: Rule) -> ArrayRule | None:
         """The rule as a function on arrays, where it reads values (and static properties) alone."""
         if self.joint or self.variadic:
@@ -234,126 +258,6 @@ class Differentiable:
             zeros(aval) if cotangent is None else cotangent
             for cotangent, aval in zip(cotangents, record.output_avals, strict=True)
         ]
-
-
-class ArrayRule:
-    """One rule as functions on arrays: the rule's own program, recorded once for each kind of operands.
-
-    A plain backward records nothing, so it need not run ops.  There is no second definition: what runs is what
-    the rule recorded.
-    """
-
-    MOST = 64  # kinds of operands
-    PATIENCE = 3  # a kind is recorded when it is met so often: recording costs as much as running the rule ten times
-
-    def __init__(self, prim: Any, rule: Rule, asked: list[tuple[str, Any]]) -> None:
-        self.prim, self.rule, self.asked = prim, rule, asked
-        self.places = [what for kind, what in asked if kind == "saved"]
-        self.params = [what for kind, what in asked if kind == "param"]
-        self.shapes = any(kind in ("shapes", "dtypes") for kind, _ in asked)
-        # The shapes of an elementwise rule do not matter: un-broadcasting comes after it.
-        self.any_shape = prim.is_elementwise and not self.params and not self.shapes
-        self.functions: dict[Any, Any] = {}  # by kind of the operands: a function, or how often the kind was met
-
-    def share(self, record: Any, cotangent: Any) -> Tensor | None:
-        """The share of the rule's input; None where the rule itself must run."""
-        if cotangent.__class__ is not Tensor:
-            return None
-        arrays = [cotangent._data]
-        saved = record.saved
-        dtype = arrays[0].dtype
-        alike = self.any_shape
-        for place in self.places:
-            value = saved[place]
-            if value.__class__ is not _ndarray:
-                if not isinstance(value, Tensor):
-                    return None  # a number: rules may branch on it
-                value = value._data
-            arrays.append(value)
-            alike = alike and value.dtype is dtype
-        if alike:  # the usual case: one dtype
-            key: Any = dtype.num if arrays[0].nbytes < SMALLEST else (dtype.num,)
-        elif self.any_shape:
-            key = (*[array.dtype for array in arrays], arrays[0].nbytes < SMALLEST)
-        else:
-            params = record.params
-            key = (
-                record.shapes if self.shapes else None,
-                *[params[name] for name in self.params],
-                *[(array.shape, array.dtype.num) for array in arrays],
-            )
-        try:
-            function = self.functions.get(key, 0)
-        except TypeError:  # a parameter without a hash
-            self._give_up()
-            return None
-        if function.__class__ is int:
-            function = self._met(key, function, record, arrays)
-            if function is None:
-                return None
-        (out,) = function(*arrays)
-        return Tensor(out if out.__class__ is _ndarray else np.asarray(out))
-
-    def _met(self, key: Any, times: int, record: Any, arrays: list[np.ndarray]) -> Any:
-        """The function for a kind of operands, or None as long as (or where) there is none."""
-        if not self.any_shape and times + 1 < self.PATIENCE:
-            if times or len(self.functions) < self.MOST:
-                self.functions[key] = times + 1
-            return None
-        # Of those for any shape there are two: large results get memory of another kind (see short_form).
-        size = 2 if arrays[0].nbytes < SMALLEST else SMALLEST
-        avals = [Aval((size,) if self.any_shape else a.shape, a.dtype) for a in arrays]
-        function = self._recorded(record, avals)
-        if function is None:
-            self._give_up()
-            return None
-        self.functions[key] = function
-        return function
-
-    def _give_up(self) -> None:
-        """Do not look again."""
-        rules = self.prim._on_arrays
-        for k, on_arrays in enumerate(rules):
-            if on_arrays is self:
-                rules[k] = None
-
-    def _recorded(self, record: Any, avals: Sequence[Aval]) -> Any:
-        """The rule's program as a function, or None where it is more than arithmetic on what it reads."""
-        from tinygrad_lstm.trace import trace
-
-        prim, params = self.prim, record.params
-        if (self.params or self.shapes) and not (prim.explains and all(_is_static(params[n]) for n in self.params)):
-            return None
-
-        def flat(cotangent: Any, *values: Any) -> list[Any]:
-            rest = iter(values)
-            static = {"shapes": record.shapes and [s[0] for s in record.shapes]}
-            static["dtypes"] = record.shapes and [s[1] for s in record.shapes]
-            arguments = [
-                next(rest) if kind == "saved" else params[what] if kind == "param" else static[kind]
-                for kind, what in self.asked
-            ]
-            return [self.rule(cotangent, *arguments)]
-
-        try:
-            traced = trace(flat, avals, flat=True)
-        except TraceError:  # it looks at values
-            return None
-        program = traced.program
-        arithmetic = all(
-            e.primitive.explains and (e.primitive.is_elementwise or (not self.any_shape and e.primitive.linear))
-            for e in program.equations
-        )
-        if not program.equations or not arithmetic or traced.captures:
-            return None
-        return program.function()
-
-
-def _is_static(value: Any) -> bool:
-    """Whether a parameter may be part of a key: equal ones are the same (0.0 and -0.0 are equal, and are not)."""
-    if value.__class__ is tuple:
-        return all(map(_is_static, value))
-    return value is None or value.__class__ in (bool, int, str)
 
 
 def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:

@@ -99,19 +99,7 @@ def now() -> int:
     return next(_serials)
 
 
-_SILENT = State(enabled=False)
-
-
-class silent:
-    """Record nothing for a block: what ``backward`` runs in (a class, because it is entered at every step)."""
-
-    __slots__ = ("_token",)
-
-    def __enter__(self) -> None:
-        self._token = _STATE.set(_SILENT)
-
-    def __exit__(self, *exc: object) -> None:
-        _STATE.reset(self._token)
+SILENT = State(enabled=False)  # nothing is recorded: what ``backward`` runs in
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_lstm.kernels.matmul import THRESHOLD
+from tinygrad_lstm.kernels.matmul import THRESHOLD, dot
 from tinygrad_lstm.kernels.pool import SMALLEST, applied
 from tinygrad_lstm.record import Aval
 
@@ -59,11 +59,13 @@ def short_form(equation: Equation, avals: Sequence[Aval], tag: str) -> ShortForm
         target = params["shape"]
         constants = {"spread": _spread, tag: target, f"{tag}_strides": (0,) * len(target)}
         return ShortForm(f"spread({{0}}, {tag}, {tag}_strides)", constants)
-    if name == "matmul" and is_small_product(equation, avals):
+    if name == "matmul" and _is_of_matrices(equation, avals):
+        text = "{0}.dot({1})" if is_small_product(equation, avals) else "dot({0}, {1})"
         if len(shape) == 2:
-            return ShortForm("{0}.dot({1})", {})
-        constants = {tag: (-1, shape[-1]), f"{tag}_shape": avals[equation.outputs[0]].shape}
-        return ShortForm(f"{{0}}.reshape({tag}).dot({{1}}).reshape({tag}_shape)", constants)
+            return ShortForm(text, {"dot": dot})
+        constants = {"dot": dot, tag: (-1, shape[-1]), f"{tag}_shape": avals[equation.outputs[0]].shape}
+        left = f"{{0}}.reshape({tag})"
+        return ShortForm(f"{text.replace('{0}', left)}.reshape({tag}_shape)", constants)
     return None
 
 
@@ -85,15 +87,22 @@ def is_turnable(equation: Equation, avals: Sequence[Aval]) -> bool:
     return matrices and 0 not in (*a.shape, *b.shape) and (a.shape[0] >= PANEL or is_small_product(equation, avals))
 
 
-def is_small_product(equation: Equation, avals: Sequence[Aval]) -> bool:
-    """Whether a product is one that :func:`tinygrad_lstm.kernels.matmul` hands to ``ndarray.dot`` as it is."""
+def _is_of_matrices(equation: Equation, avals: Sequence[Aval]) -> bool:
+    """Whether a product is one of rows and a matrix of one float dtype, none of them empty."""
     if any(operand.__class__ is not int for operand in equation.operands):
         return False
     a, b = (avals[operand] for operand in equation.operands)
-    if len(a.shape) < 2 or len(b.shape) != 2 or a.dtype != b.dtype or np.dtype(a.dtype) not in (np.float32, np.float64):
+    floating = a.dtype == b.dtype and np.dtype(a.dtype) in (np.float32, np.float64)
+    return floating and len(a.shape) >= 2 and len(b.shape) == 2 and 0 not in (*a.shape, *b.shape)
+
+
+def is_small_product(equation: Equation, avals: Sequence[Aval]) -> bool:
+    """Whether a product is one that :func:`tinygrad_lstm.kernels.matmul` hands to ``ndarray.dot`` as it is."""
+    if not _is_of_matrices(equation, avals):
         return False
+    a, b = (avals[operand] for operand in equation.operands)
     size = math.prod(a.shape[:-1]) * b.shape[1]
-    return 0 < size * a.shape[-1] < THRESHOLD and size * np.dtype(a.dtype).itemsize < SMALLEST
+    return size * a.shape[-1] < THRESHOLD and size * np.dtype(a.dtype).itemsize < SMALLEST
 
 
 def is_turn(equation: Equation, avals: Sequence[Aval]) -> bool:

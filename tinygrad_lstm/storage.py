@@ -22,26 +22,26 @@ from tinygrad_lstm.record import Output, Record, now
 if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Storage", "fingerprint", "guard_of", "share", "verify"]
+__all__ = ["Storage", "fingerprint", "guard_of", "last_change", "share", "verify"]
 
 
 # The serial of the last time that any memory was exposed or changed: older records are looked at, younger ones cannot
 # have been touched (unless they took a fingerprint).
-_last = [0]
+last_change = [0]
 _noting = threading.RLock()  # a finalizer may come here in the middle of it
 
 
 def _note() -> None:
     with _noting:
         serial = now()
-        if serial > _last[0]:
-            _last[0] = serial
+        if serial > last_change[0]:
+            last_change[0] = serial
 
 
 def untouched(record: Record) -> bool:
     """Whether nothing that this record saved can have been changed since, at one look."""
     extra = record.extra
-    return record.serial > _last[0] and (extra is None or not extra.marked)
+    return record.serial > last_change[0] and (extra is None or not extra.marked)
 
 
 class Storage:

@@ -100,6 +100,8 @@ def replay(
                 f"the graph behind {record.describe()} was freed by an earlier backward; "
                 "pass retain_graph=True to the first backward to go through it again"
             )
+        if not record.parents:  # a constant, as what only a Tape recorded is when that has died
+            continue
         primitive = record.primitive
         if not primitive.saves_nothing and not untouched(record):
             verify(record)

@@ -13,8 +13,9 @@ import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
 from tinygrad_lstm.kernels.pool import copied
-from tinygrad_lstm.ownership import is_sole, settle
-from tinygrad_lstm.record import silent, state
+from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
+from tinygrad_lstm.record import _STATE, SILENT, state
+from tinygrad_lstm.replays import known_replay
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
 
@@ -280,6 +281,8 @@ class Tensor:
         """
         if not self._rg:
             raise GraphError("register_hook() on a tensor that does not require a gradient")
+        if not callable(hook):
+            raise DTypeError(f"register_hook() takes a function of the gradient, found {hook!r}")
         if self._node is None:
             meta = self._more()
             meta.hooks = hooks = meta.hooks or []
@@ -326,19 +329,29 @@ class Tensor:
             )
         seed = seed_cotangent(self, grad, "backward")
         # The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
-        with silent(), np.errstate(divide="ignore", invalid="ignore"):
-            retained: list[tuple[Any, Tensor]] = []
-            found: dict[Any, Tensor] = replay([(self._node or self, seed)], free=not retain_graph, retained=retained)
-            del seed
-            for leaf in found:
-                meta = leaf._meta
-                if meta is not None and meta.hooks:
-                    found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
-            for reference, cotangent in retained:
-                if (computed := reference()) is not None:
-                    accumulate_grad(computed, cotangent)
-            del retained
-            settle(found, accumulate_grad)
+        node = self._node
+        # No context manager of our own: in its __exit__ an interrupt could come before the state is restored.
+        token = _STATE.set(SILENT)
+        try:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                if node.__class__ is Record and known_replay(node, seed._data, not retain_graph, take_gradient):
+                    return
+                retained: list[tuple[Any, Tensor]] = []
+                found: dict[Any, Tensor] = replay(
+                    [(self._node or self, seed)], free=not retain_graph, retained=retained
+                )
+                del seed
+                for leaf in found:
+                    meta = leaf._meta
+                    if meta is not None and meta.hooks:
+                        found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
+                for reference, cotangent in retained:
+                    if (computed := reference()) is not None:
+                        accumulate_grad(computed, cotangent)
+                del retained
+                settle(found, accumulate_grad)
+        finally:
+            _STATE.reset(token)
 
 
 def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
@@ -359,12 +372,21 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
 
 def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
     """Add a finished cotangent to ``leaf.grad``, in an array that nothing else refers to."""
+    sole = is_sole(cotangent)
+    _accumulate(leaf, cotangent._data, sole)
+
+
+def take_gradient(leaf: Tensor, array: np.ndarray) -> None:
+    """:func:`accumulate_grad` for the array that a known replay found."""
+    sole = is_sole_array(array)
+    _accumulate(leaf, array, sole)
+
+
+def _accumulate(leaf: Tensor, array: np.ndarray, sole: bool) -> None:
     meta = leaf._meta or leaf._more()
     if meta.grad is not None:
-        meta.grad = meta.grad + cotangent._data  # a new array: the user may have kept the old one
+        meta.grad = meta.grad + array  # a new array: the user may have kept the old one
         return
-    sole = is_sole(cotangent)
-    array = cotangent._data
     if sole and array.dtype is leaf._data.dtype and array.flags.c_contiguous and array.flags.writeable:
         meta.grad = array
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.autodiff.reverse import unlinked, variables
+from tinygrad_lstm.autodiff.reverse import opened, unlinked, variables
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.pushforward import push
@@ -42,7 +42,8 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
     Parameters
     ----------
     primals, tangents : tuples of arrays, Tensors or trees
-        Of the same structure and shapes; a tangent leaf takes its primal's dtype.
+        Of the same structure and shapes; a tangent leaf takes its primal's dtype.  The tangent of a Module is a dict by
+        parameter name.
 
     Examples
     --------
@@ -55,6 +56,7 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         raise DTypeError("jvp: primals and tangents are tuples, one entry per argument; write (x,) for one")
     if len(primals) != len(tangents):
         raise ShapeError(f"jvp: {len(primals)} primals and {len(tangents)} tangents")
+    f, primals = opened(f, primals)
     enabled = state().enabled
     with recording(enabled=True):
         seeds: dict[Any, Tensor] = {}

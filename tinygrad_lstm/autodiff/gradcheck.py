@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.autodiff.reverse import grad, vjp
+from tinygrad_lstm.autodiff.reverse import grad, opened, vjp
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GradcheckError
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -26,7 +26,8 @@ def gradcheck(
     f : callable
         Of trees of arrays; returns a tree of Tensors.  The check is of a random projection of all its outputs.
     args : arrays, Tensors or trees
-        Floating leaves are checked, after conversion to float64; others are passed on.
+        Floating leaves are checked, after conversion to float64; others are passed on.  Of a Module its parameters are
+        checked; it should be a float64 one, so that what it computes beside them is.
     order : 1 or 2
         2 checks the gradient of the gradient as well (projected at random).
     rtol, atol : float
@@ -48,6 +49,7 @@ def gradcheck(
     """
     if order not in (1, 2):
         raise ArgumentError(f"gradcheck: order is 1 or 2, found {order}")
+    f, args = opened(f, args)
     args = tuple(asarray(a) if isinstance(a, (list, tuple)) and _plain(a) else a for a in args)
     leaves, treedef = flatten(args)
     arrays = [_to_float64(leaf) for leaf in leaves]

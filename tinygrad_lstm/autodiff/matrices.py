@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.autodiff.forward import jvp
-from tinygrad_lstm.autodiff.reverse import grad, value_and_grad, vjp
+from tinygrad_lstm.autodiff.reverse import grad, opened, value_and_grad, vjp
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import reshape, stack
 from tinygrad_lstm.primitive import Aval, zeros
@@ -20,22 +20,24 @@ __all__ = ["hessian", "hvp", "jacobian"]
 def hvp(f: Callable[..., Any], primals: Sequence[Any], vectors: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
     """``(f(*primals), H v)`` by forward over reverse (Pearlmutter 1994), without building the Hessian.
 
-    ``primals`` and ``vectors`` are tuples of one structure; ``H v`` is a tuple like ``primals``.
+    ``primals`` and ``vectors`` are tuples of one structure; ``H v`` is a tuple like ``primals``.  In place of a Module
+    the vector and its product are dicts by parameter name.
 
     >>> import tinygrad_lstm as tg
     >>> value, (product,) = tg.hvp(lambda x: (x * x * x).sum(), ([1.0, 2.0],), ([1.0, 1.0],))
     >>> product.tolist()
     [6.0, 12.0]
     """
-    arguments = tuple(asarray(p) if isinstance(p, list) and _is_numbers(p) else p for p in primals)
+    if not isinstance(primals, (tuple, list)) or not isinstance(vectors, (tuple, list)) or len(primals) != len(vectors):
+        raise ShapeError("hvp: primals and vectors are tuples of one length, an entry per argument; write (x,) for one")
+    of_plain, opened_primals = opened(f, primals)
+    arguments = tuple(asarray(p) if isinstance(p, list) and _is_numbers(p) else p for p in opened_primals)
     directions = tuple(asarray(v) if isinstance(v, list) and _is_numbers(v) else v for v in vectors)
 
     def gradient(*xs: Any) -> Any:
-        value, grads = value_and_grad(f, tuple(range(len(xs))))(*xs)
+        value, grads = value_and_grad(of_plain, tuple(range(len(xs))))(*xs)
         return value, grads
 
-    if not isinstance(primals, (tuple, list)) or not isinstance(vectors, (tuple, list)) or len(primals) != len(vectors):
-        raise ShapeError("hvp: primals and vectors are tuples of one length, an entry per argument; write (x,) for one")
     (value, _), (_, product) = jvp(gradient, arguments, directions)
     return value, product
 
@@ -61,6 +63,11 @@ def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
         if not -len(args) <= argnums < len(args):
             raise ArgumentError(f"jacobian: argnums={argnums} for a call with {len(args)} arguments")
         number = argnums % len(args)
+        if hasattr(args[number], "__tree_swap__"):
+            raise DTypeError(
+                "jacobian and hessian are of one array, found a Module; take jvp, vjp or hvp with respect to its "
+                "parameters, or differentiate a function of one of them"
+            )
         x = asarray(args[number])
 
         def of_one(value: Any) -> Any:

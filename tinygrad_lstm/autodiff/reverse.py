@@ -7,10 +7,11 @@ of an outer call stay connected through the arguments' own history.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
@@ -45,23 +46,49 @@ def variables(tree: Any, who: str, requires_grad: bool = True) -> tuple[list[Ten
     return fresh, treedef, unflatten(treedef, fresh)
 
 
-class _Swapped:
-    """Put variables in place of a Module's parameters for a block; other threads wait for it."""
+class _Filled:
+    """Put given tensors in place of a Module's parameters for a block; other threads wait for it."""
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.lock = _lock_of(module)
+    def __init__(self, module: Any, values: dict[str, Any]) -> None:
+        self.module, self.values, self.lock = module, values, _lock_of(module)
 
-    def __enter__(self) -> list[Tensor]:
+    def __enter__(self) -> None:
         self.lock.acquire()
         self.saved = self.module.__tree_leaves__()
-        self.fresh = {name: variable(p) for name, p in self.saved.items() if p.dtype.kind == "f"}
-        self.module.__tree_swap__(self.fresh)
-        return list(self.fresh.values())
+        self.module.__tree_swap__(self.values)
 
     def __exit__(self, *exc: object) -> None:
         self.module.__tree_swap__(self.saved)
         self.lock.release()
+
+
+def _parameters(module: Any) -> dict[str, Tensor]:
+    """The floating parameters of a Module, not what another thread has put in their place."""
+    with _lock_of(module):
+        return {name: p for name, p in module.__tree_leaves__().items() if p.dtype.kind == "f"}
+
+
+def opened(
+    f: Callable[..., Any], arguments: Sequence[Any], chosen: Iterable[int] | None = None
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function of Modules as one of dicts of their floating parameters, and the arguments as such.
+
+    ``chosen``: the positions of the arguments that are opened; all without it.
+    """
+    numbers = range(len(arguments)) if chosen is None else chosen
+    modules = {k: arguments[k] for k in numbers if hasattr(type(arguments[k]), "__tree_swap__")}
+    if not modules:
+        return f, tuple(arguments)
+
+    def of_parameters(*given: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            filled = list(given)
+            for k, module in modules.items():
+                stack.enter_context(_Filled(module, {name: asarray(value) for name, value in given[k].items()}))
+                filled[k] = module
+            return f(*filled, **kwargs)
+
+    return of_parameters, tuple(_parameters(a) if k in modules else a for k, a in enumerate(arguments))
 
 
 # Stand-ins are put into the module itself, so two threads cannot differentiate one module at the same time.
@@ -121,26 +148,16 @@ def value_and_grad(
             chosen.append(number % len(args))
         enabled = state().enabled
         since = now()
-        replaced = list(args)
-        swaps: list[_Swapped] = []
+        of_trees, trees = opened(f, args, chosen)
+        replaced = list(trees)
         sources: list[Tensor] = []
         spans: list[tuple[TreeDef, int]] = []
         with recording(enabled=True):
-            try:
-                for number in chosen:
-                    if hasattr(args[number], "__tree_swap__"):
-                        swap = _Swapped(args[number])
-                        fresh = swap.__enter__()
-                        swaps.append(swap)
-                        spans.append((flatten(dict.fromkeys(swap.fresh, 0))[1], len(fresh)))
-                    else:
-                        fresh, treedef, replaced[number] = variables(args[number], "grad")
-                        spans.append((treedef, len(fresh)))
-                    sources.extend(fresh)
-                result = f(*replaced, **kwargs)
-            finally:
-                for swap in reversed(swaps):
-                    swap.__exit__()
+            for number in chosen:
+                fresh, treedef, replaced[number] = variables(trees[number], "grad")
+                spans.append((treedef, len(fresh)))
+                sources.extend(fresh)
+            result = of_trees(*replaced, **kwargs)
             out = _check_scalar(result[0] if has_aux else result, "grad")
             found = pullback_to(out, seed_cotangent(out, None, "grad"), sources, since)
             kept = enabled and (observed(sources) or foreign([out], sources, since))
@@ -195,14 +212,15 @@ def grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool 
 def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """Run ``f`` and return ``(out, pullback)``.
 
-    ``pullback(cotangent)`` gives a tuple, one tree per primal; it may be called as often as wanted.  The
-    cotangent has the structure of ``out``.
+    ``pullback(cotangent)`` gives a tuple, one tree per primal (of a Module, a dict by parameter name); it may be
+    called as often as wanted.  The cotangent has the structure of ``out``.
 
     >>> import tinygrad_lstm as tg
     >>> out, pullback = tg.vjp(lambda x, y: x * y, 3.0, 4.0)
     >>> [g.item() for g in pullback(1.0)]
     [4.0, 3.0]
     """
+    f, primals = opened(f, primals)
     since = now()
     enabled = state().enabled
     with recording(enabled=True):

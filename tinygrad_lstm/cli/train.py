@@ -32,7 +32,7 @@ HELP = "train a character-level language model"
 # What a run is made of; a checkpoint stores it, and a resumed run cannot change it.
 DEFAULTS: dict[str, Any] = {
     "cell": "lstm", "hidden": 128, "layers": 2, "dropout": 0.1, "embedding": 64, "dtype": "float32",
-    "seq_len": 100, "batch": 32, "steps": 2500, "epochs": None, "lr": 4e-3, "clip": 1.0, "seed": 0,
+    "seq_len": 100, "batch": 16, "steps": 8000, "epochs": None, "lr": 6e-3, "clip": 1.0, "seed": 0,
     "held_out": 0.05, "eval_every": None,
 }  # fmt: skip
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

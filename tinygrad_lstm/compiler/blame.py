@@ -21,7 +21,9 @@ def _home(frame: Any) -> str:
 
 
 def _is_ours(frame: Any) -> bool:
-    return _home(frame) in (_PACKAGE, "")  # code that the package generates has no name
+    home = _home(frame)
+    # Code that the package generates has no name; what its libraries do in between is not the user's either.
+    return home in (_PACKAGE, "", "numpy", "numba", "llvmlite") or home.startswith("namedtuple_")
 
 
 def user_line() -> str:

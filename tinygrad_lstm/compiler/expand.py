@@ -1,5 +1,6 @@
-"""Composite reductions taken apart: softmax, log-sum-exp, norms and sums over several axes become maxima,
-sums of one axis and elementwise equations, which the fusing pass puts into one loop over a row."""
+"""Composite operations taken apart: softmax, log-sum-exp, norms and sums over several axes become maxima,
+sums of one axis and elementwise equations, which the fusing pass puts into one loop over a row; einsums become matrix
+products."""
 
 from __future__ import annotations
 
@@ -17,12 +18,23 @@ from tinygrad_lstm.tape import recording
 from tinygrad_lstm.tensor import Tensor
 from tinygrad_lstm.trace import Trace
 
-__all__ = ["expand"]
+__all__ = ["expand", "products"]
+
+Rule = Callable[..., Any]
 
 
 def expand(program: Program) -> Program:
     """The same program with composite reductions as several equations."""
-    if not any(_wanted(program, equation) for equation in program.equations):
+    return _expanded(program, _wanted)
+
+
+def products(program: Program) -> Program:
+    """The same program with einsums as matrix products: other passes know those."""
+    return _expanded(program, lambda _, e: _wanted(program, e) if e.primitive.name == "einsum" else None)
+
+
+def _expanded(program: Program, rule_of: Callable[[Program, Any], Rule | None]) -> Program:
+    if not any(rule_of(program, equation) for equation in program.equations):
         return program
     recorder = Trace()
     environment: dict[int, Any] = {}
@@ -33,7 +45,7 @@ def expand(program: Program) -> Program:
             sources.append(environment[slot])
         for equation in program.equations:
             operands = tuple(environment[o] if o.__class__ is int else o.value for o in equation.operands)
-            rule = _wanted(program, equation)
+            rule = rule_of(program, equation)
             if rule is not None:
                 out = rule(*operands, equation.params)
             else:
@@ -51,9 +63,6 @@ def expand(program: Program) -> Program:
     return simplify(fill(expanded, constants))
 
 
-Rule = Callable[..., Any]
-
-
 def _wanted(program: Program, equation: Any) -> Rule | None:
     name = equation.primitive.name
     if name in {"sum", "max", "min"}:
@@ -64,12 +73,9 @@ def _wanted(program: Program, equation: Any) -> Rule | None:
 
 
 def _is_product(subscripts: str) -> bool:
-    """Whether an einsum has two operands, and sums only over what both of them have."""
+    """Whether an einsum takes no diagonals, and gives an array."""
     terms, out = subscripts.split("->")
-    parts = terms.split(",")
-    if len(parts) != 2 or len(out) == 0:
-        return False
-    return all(c in out or (c in parts[0] and c in parts[1]) for c in parts[0] + parts[1])
+    return len(out) > 0 and all(len({*term}) == len(term) for term in terms.split(","))
 
 
 def _one_axis_at_a_time(name: str) -> Rule:
@@ -123,28 +129,78 @@ def _sum_to(x: Any, params: Mapping[str, Any]) -> Any:
     return REGISTRY["reshape"](_reduced("sum", x, {"axis": tuple(axes)}), shape=tuple(shape))
 
 
-def _einsum(a: Any, b: Any, params: Mapping[str, Any]) -> Any:
-    """Two operands as one matrix product: (shared, left, summed) @ (shared, summed, right)."""
-    (first, second), out = params["subscripts"].split("->")[0].split(","), params["subscripts"].split("->")[1]
-    shared = [c for c in out if c in first and c in second]
-    summed = [c for c in first if c in second and c not in out]
-    left = [c for c in first if c not in second]
-    right = [c for c in second if c not in first]
-    sizes = {**dict(zip(first, a.shape, strict=True)), **dict(zip(second, b.shape, strict=True))}
+def _einsum(*operands: Any) -> Any:
+    """Matrix products and multiplications of two operands at a time, in the order that NumPy finds cheapest."""
+    *tensors, params = operands
+    left, out = params["subscripts"].split("->")
+    terms = list(zip(left.split(","), tensors, strict=True))
+    like = [np.broadcast_to(np.float32(0), t.shape) for t in tensors]
+    for pair in np.einsum_path(params["subscripts"], *like, optimize="greedy")[0][1:]:
+        chosen = [terms[k] for k in sorted(pair)]
+        terms = [term for k, term in enumerate(terms) if k not in pair]
+        while chosen:
+            (term, t), *chosen = chosen
+            needed = {*out, *(c for other, _ in (*terms, *chosen) for c in other)}
+            term, t = _without(term, t, needed)
+            if chosen:
+                (other, u), *chosen = chosen
+                needed = {*out, *(c for other, _ in (*terms, *chosen) for c in other)}
+                other, u = _without(other, u, {*needed, *term})
+                chosen = [_contracted(*_in_order(term, t, other, u, out), needed), *chosen]
+            else:
+                terms.append((term, t))
+    term, t = _without(*terms[0], set(out))
+    return REGISTRY["transpose"](t, axes=tuple(term.index(c) - len(term) for c in out))
 
-    def arranged(t: Any, term: str, order: list[str], *groups: list[str]) -> Any:
-        axes = tuple(term.index(c) - len(term) for c in order)
-        shape = tuple(math.prod(sizes[c] for c in group) for group in groups)
-        lead = tuple(sizes[c] for c in shared)
-        return REGISTRY["reshape"](REGISTRY["transpose"](t, axes=axes), shape=(*lead, *shape))
 
-    product = REGISTRY["matmul"](
-        arranged(a, first, [*shared, *left, *summed], left, summed),
-        arranged(b, second, [*shared, *summed, *right], summed, right),
-    )
+def _without(term: str, t: Any, needed: set[str]) -> tuple[str, Any]:
+    """Summed over the axes that nobody needs."""
+    for place in range(len(term) - 1, -1, -1):
+        if term[place] not in needed:
+            t = REGISTRY["sum"](t, axis=(place - len(term),), keepdims=False)
+            term = term[:place] + term[place + 1 :]
+    return term, t
+
+
+def _in_order(first: str, a: Any, second: str, b: Any, out: str) -> tuple[str, Any, str, Any]:
+    """The operands so that a product has its letters as the result has them: rows of the batch stay rows."""
+    left = [out.index(c) for c in first if c in out and c not in second]
+    right = [out.index(c) for c in second if c in out and c not in first]
+    turned = bool(left and right) and min(right) < min(left)
+    return (second, b, first, a) if turned else (first, a, second, b)
+
+
+def _contracted(first: str, a: Any, second: str, b: Any, needed: set[str]) -> tuple[str, Any]:
+    """One matrix product, (shared, left, summed) @ (shared, summed, right); where nothing is summed, a
+    multiplication."""
+    common = [c for c in first if c in second]
+    shared, summed = [c for c in common if c in needed], [c for c in common if c not in needed]
+    left, right = [c for c in first if c not in second], [c for c in second if c not in first]
+    sizes = dict(zip(first, a.shape, strict=True))
+    sizes.update({c: max(n, sizes.get(c, 0)) for c, n in zip(second, b.shape, strict=True) if sizes.get(c) != 0})
     found = [*shared, *left, *right]
-    opened = REGISTRY["reshape"](product, shape=tuple(sizes[c] for c in found))
-    return REGISTRY["transpose"](opened, axes=tuple(found.index(c) - len(found) for c in out))
+
+    def arranged(t: Any, term: str, order: list[str], shape: Any) -> Any:
+        t = REGISTRY["transpose"](t, axes=tuple(term.index(c) - len(term) for c in order))
+        full = tuple(sizes[c] for c in order)
+        if t.shape != full:  # a length of 1 is as good as any other
+            t = REGISTRY["broadcast_to"](t, shape=full)
+        return REGISTRY["reshape"](t, shape=(*(sizes[c] for c in shared), *shape))
+
+    def length(letters: list[str]) -> int:
+        return math.prod(sizes[c] for c in letters)
+
+    if not summed:
+        product = REGISTRY["multiply"](
+            arranged(a, first, [*shared, *left], (*(sizes[c] for c in left), *(1 for _ in right))),
+            arranged(b, second, [*shared, *right], (*(1 for _ in left), *(sizes[c] for c in right))),
+        )
+        return "".join(found), product
+    product = REGISTRY["matmul"](
+        arranged(a, first, [*shared, *left, *summed], (length(left), length(summed))),
+        arranged(b, second, [*shared, *summed, *right], (length(summed), length(right))),
+    )
+    return "".join(found), REGISTRY["reshape"](product, shape=tuple(sizes[c] for c in found))
 
 
 _RULES: dict[str, Rule] = {

@@ -164,16 +164,19 @@ def compile(f: F) -> F:
     ------
     TraceError
         At the first call with a signature, where ``f`` asks for values (``if t``, ``float(t)``, ``np.asarray(t)``),
-        calls ``backward()``, draws random numbers, or writes to objects outside; with file and line.
+        calls ``backward()``, draws from a generator of this package outside of ops, or writes to objects outside; with
+        file and line.
 
     Warns
     -----
     CompileWarning
-        Where so much was recorded that a loop over time was probably unrolled.
+        Where so much was recorded that a loop over time was probably unrolled, or where numbers were drawn with
+        ``numpy.random`` or ``random`` meanwhile.
 
     Notes
     -----
-    What ``f`` computes with NumPy alone, and arrays that it closes over, are constants of the recording.
+    What ``f`` computes with NumPy alone is a constant of the recording, and so is what a function returns anew each
+    time: a clock, a generator that ``f`` makes itself.
 
     Examples
     --------

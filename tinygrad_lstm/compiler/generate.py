@@ -74,6 +74,7 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
     _carry(writer, lowered, split, place, first=True)
     writer.line("for step in range(start, stop):")
     writer.indent += 1
+    writer.line("pass")  # everything may have left the loop
     for name in roots:
         if name[0] == "i":
             kept = lowered.kept[int(name[1:])]

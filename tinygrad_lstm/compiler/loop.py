@@ -17,6 +17,7 @@ import numpy as np
 from tinygrad_lstm.compiler.batch_first import batch_first
 from tinygrad_lstm.compiler.batching import TimeSum, can_batch, run_batched
 from tinygrad_lstm.compiler.constants import fill
+from tinygrad_lstm.compiler.expand import products
 from tinygrad_lstm.compiler.fuse import fuse, worth_compiling
 from tinygrad_lstm.compiler.merge import merge_matmuls
 from tinygrad_lstm.compiler.native import NativeLoop, chosen, native_loop, wanted, work_of
@@ -422,7 +423,7 @@ def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | N
     ``body`` maps (carry..., x...; captures...) to (carry..., y..., s...): of the last ones the sum over all
     steps is wanted.  ``whole``: the steps of the loop that these are a piece of; its pieces all take one path.
     """
-    body = merge_matmuls(simplify(body), n_carry=n_carry)
+    body = merge_matmuls(simplify(products(body)), n_carry=n_carry)
     why: Any = None
     if wanted((whole or steps) * work_of(body)):
         opened = batch_first(unnest(body, lambda b, c, y, t: _Planner(b, c, y, t, native=True).plan()), n_carry)

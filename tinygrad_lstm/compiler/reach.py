@@ -16,7 +16,8 @@ import dis
 import functools
 import sys
 import weakref
-from types import CellType, CodeType, FunctionType, MethodType
+from collections.abc import Iterable, Sequence
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Reach", "is_scalar", "scalar_key"]
+__all__ = ["Reach", "is_foreign", "is_scalar", "scalar_key"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
 _MOST = 20_000  # objects looked at: what lies behind is taken as it is
@@ -50,6 +51,23 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
         if isinstance(constant, CodeType):
             names.update(_global_names(constant))
     return tuple(sorted(names))
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_paths(code: CodeType) -> tuple[tuple[str, ...], ...]:
+    """Attributes of globals that a function names, as ``settings.scale``: (global, attribute, attribute of that...)."""
+    found: set[tuple[str, ...]] = set()
+    path: tuple[str, ...] = ()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and path:
+            path = (*path, instruction.argval)
+            found.add(path)
+        elif instruction.opname not in ("CACHE", "EXTENDED_ARG"):
+            path = (instruction.argval,) if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ()
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found.update(_global_paths(constant))
+    return tuple(sorted(found))
 
 
 class _Cell:
@@ -79,7 +97,7 @@ class Reach:
         Set by whoever keeps reaches: equal numbers, equal keys.
     """
 
-    def __init__(self, root: Any) -> None:
+    def __init__(self, root: Any, classes: Iterable[type] = ()) -> None:
         self.tensors: list[tuple[Any, Any]] = []
         self.modules: list[Any] = []
         self._inside = 0  # how many modules we are in
@@ -90,8 +108,11 @@ class Reach:
         self._identities: list[tuple[Any, Any, Any]] = []  # holder, place, object
         self._modules: list[tuple[dict[str, Any], int, Any]] = []  # attributes, version, training
         self._lengths: list[tuple[Any, int]] = []
+        self._sets: list[tuple[Any, frozenset[Any]]] = []
         self._keep: list[Any] = []  # what counts by identity: nothing else may get its id
         self._visit(root, None, None)
+        for cls in classes:  # of the user's: what their methods read
+            self._class(cls)
         self.key = tuple(self._key)
         del self._key
 
@@ -102,6 +123,9 @@ class Reach:
                 return False
         for container, length in self._lengths:
             if len(container) != length:
+                return False
+        for items, content in self._sets:
+            if frozenset(map(scalar_key, items)) != content:
                 return False
         try:
             for holder, place, found in self._identities:
@@ -127,7 +151,7 @@ class Reach:
             key.append(("tensor", value.shape, value.dtype))
             self.number_of[id(value)] = len(self.tensors)
             self.tensors.append((holder, place))
-        elif hasattr(value, "__tree_swap__") and not isinstance(value, type):
+        elif hasattr(type(value), "__tree_swap__"):  # of the type: some objects have every attribute
             self._module(value)
         elif number > _MOST:
             self._opaque(value)
@@ -135,6 +159,10 @@ class Reach:
             key.append((type(value), len(value)))
             for k, item in enumerate(value):
                 self._visit(item, value, k)
+        elif isinstance(value, (set, frozenset)) and all(isinstance(item, _SCALARS) for item in value):
+            content = frozenset(map(scalar_key, value))
+            key.append((type(value), content))
+            self._sets.append((value, content))
         elif isinstance(value, list):
             key.append((type(value), len(value)))
             self._container(value, list(enumerate(value)))
@@ -178,8 +206,8 @@ class Reach:
         attributes = module.__dict__
         self._key.append((type(module), type(module).forward, module.training))
         self._keep.append(type(module).forward)
-        if isinstance(type(module).forward, FunctionType):
-            self._function(type(module).forward)  # a user's forward may read globals
+        for cls in type(module).__mro__:
+            self._class(cls)
         if not self._inside:
             self.modules.append(weakref.ref(module))
         self._modules.append((attributes, attributes.get("_version"), attributes.get("training")))
@@ -190,6 +218,24 @@ class Reach:
             self._key.append(name)
             self._visit(value, attributes, name)  # the version tells when an attribute is set
         self._inside -= 1
+
+    def _class(self, cls: type) -> None:
+        """What the methods of a user's class read, and its other attributes."""
+        if is_foreign(cls) or id(cls) in self._seen:
+            return
+        self._seen[id(cls)] = len(self._seen)
+        self._keep.append(cls)
+        attributes: Any = vars(cls)
+        self._lengths.append((attributes, len(attributes)))  # an attribute that is added may hide one of a base class
+        for name, value in list(attributes.items()):
+            functions = _functions_of(value)
+            if functions or not name.startswith("__"):
+                self._identities.append((attributes, name, value))
+            for function in functions:
+                self._function(function)
+            if not functions and not name.startswith("__"):
+                self._key.append(name)
+                self._visit(value, attributes, name)
 
     def _function(self, function: FunctionType) -> None:
         self._key.append(("function", id(function.__code__)))
@@ -212,11 +258,47 @@ class Reach:
             if name in names:
                 self._key.append(name)
                 self._entry(names, name, names[name])
+        for first, *rest in _global_paths(function.__code__):
+            if first in names:
+                self._path(names[first], rest)
+
+    def _path(self, value: Any, names: Sequence[str]) -> None:
+        """What stands behind names in a module, or in a class, of the user's: their other content does not matter."""
+        for name in names:
+            if not isinstance(value, (ModuleType, type)) or is_foreign(value) or _is_installed(value):
+                return
+            places = [vars(c) for c in (value.__mro__ if isinstance(value, type) else (value,)) if name in vars(c)]
+            if not places:
+                return
+            self._key.append(name)
+            self._entry(places[0], name, places[0][name])
+            value = places[0][name]
+
+
+def _functions_of(value: Any) -> list[FunctionType]:
+    """The functions that an attribute of a class runs."""
+    if isinstance(value, property):
+        return [value.fget] if isinstance(value.fget, FunctionType) else []
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    return [value] if isinstance(value, FunctionType) else []
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether a module or class is not the user's."""
+    home = str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "")).partition(".")[0]
+    return home in _FOREIGN or home == __name__.partition(".")[0]
+
+
+def _is_installed(value: Any) -> bool:
+    """Whether a module or class comes with an installed package, whose content is its own business."""
+    module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
+    file = getattr(module, "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
 
 
 def _is_plain_object(value: Any) -> bool:
     """An instance of a class that the user wrote in Python; its attributes are looked at."""
     if isinstance(value, (type, Primitive, Generator)) or not hasattr(value, "__dict__"):
         return False
-    home = type(value).__module__.partition(".")[0]
-    return home not in _FOREIGN and home != __name__.partition(".")[0]
+    return not is_foreign(type(value))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import random
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from tinygrad_lstm.compiler import report as _report
 from tinygrad_lstm.compiler.blame import explained, line_where, user_line
@@ -42,6 +45,12 @@ class _NoDraws(dict):
             f"random numbers were drawn while {self.name} was recorded ({user_line()}); every later call would see the "
             "same ones: draw them before the call and pass them as an argument, or use ops.dropout"
         )
+
+
+def _shared_generators() -> tuple[Any, ...]:
+    """The states of the generators that NumPy's and Python's functions draw from."""
+    state: Any = np.random.get_state()  # noqa: NPY002 - what others draw from
+    return state[1].tobytes(), state[2:], random.getstate()
 
 
 class FunctionTrace(Trace):
@@ -158,6 +167,7 @@ class Recording:
         """Record the function; raises TraceError where it is not pure."""
         recorder = FunctionTrace()
         versions = [(t, t.version) for t in self._reached()]
+        generators = _shared_generators()
         try:
             made = self._lowered(recorder)
         except Error as error:
@@ -176,6 +186,13 @@ class Recording:
                 "update parameters outside of the compiled function"
             )
         self._check_escapes(recorder)
+        if _shared_generators() != generators:
+            warnings.warn(  # no error: another thread may have drawn
+                f"{self.name}: numbers were drawn with numpy.random or random while it was recorded; if it draws them "
+                "itself, every later call sees the same ones: pass them as arguments, or use ops.dropout",
+                CompileWarning,
+                stacklevel=3,
+            )
         if made.n_recorded > MANY_RECORDS:
             warnings.warn(
                 f"{self.name}: {made.n_recorded} operations were recorded; a Python loop over time is unrolled, so "

@@ -287,6 +287,7 @@ whole_primitive: Primitive = Primitive(
     shape=lambda *operands, program: tuple(program.output_avals()),
     doc="A recorded function: operands are its program's inputs.",
 )  # fmt: skip
+whole_primitive.may_skip = False
 
 
 def bind_program(program: Program, operands: Sequence[Tensor], keep: bool = True) -> tuple[Tensor, ...]:

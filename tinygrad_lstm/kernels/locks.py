@@ -15,28 +15,28 @@ _locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 class Lock:
     """As ``threading.Lock``; free in a forked child, whatever thread of the parent held it."""
 
-    __slots__ = ("__weakref__", "_lock")
+    __slots__ = ("__weakref__", "plain")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.plain = threading.Lock()  # of now: to be taken and given back in one go
         _locks.add(self)
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take the lock; whether that was possible."""
-        return self._lock.acquire(blocking)
+        return self.plain.acquire(blocking)
 
     def release(self) -> None:
         """Give it back."""
-        self._lock.release()
+        self.plain.release()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.plain.acquire()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lock.release()
+        self.plain.release()
 
     def _renew(self) -> None:
-        self._lock = threading.Lock()
+        self.plain = threading.Lock()
 
 
 def _after_fork() -> None:

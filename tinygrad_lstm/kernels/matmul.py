@@ -41,7 +41,7 @@ import numpy as np
 
 from .pool import SMALLEST, empty
 
-__all__ = ["matmul"]
+__all__ = ["dot", "matmul"]
 
 # From so many multiply-adds on, products are native.  Once compiled they win earlier (32 x 32 x 32: 1.1 against
 # 1.5 us), but what only ever multiplies small matrices is not worth .5 s of compiling.
@@ -64,21 +64,21 @@ def matmul(a: Any, b: Any, out: np.ndarray | None = None) -> Any:
         if out is None:
             # Shapes are compared first: the message of np.matmul names the core dimensions.
             if rank_a == 2 and rank_b == 2 and a.shape[1] == b.shape[0]:
-                return _dot(a, b)
+                return dot(a, b)
             if rank_b == 2 and rank_a > 2 and a.shape[-1] == b.shape[0] and a.size:
-                return _dot(a.reshape(-1, b.shape[0]), b).reshape(*a.shape[:-1], b.shape[1])
+                return dot(a.reshape(-1, b.shape[0]), b).reshape(*a.shape[:-1], b.shape[1])
         elif rank_a == 2 and rank_b == 2 and a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1]):
-            _dot(a, b, out)
+            dot(a, b, out)
             return out
         elif rank_b == 2 and rank_a > 2 and a.size and out.size and out.flags.c_contiguous:
             rows, columns = b.shape
             if a.shape[-1] == rows and out.shape == (*a.shape[:-1], columns):
-                _dot(a.reshape(-1, rows), b, out.reshape(-1, columns))
+                dot(a.reshape(-1, rows), b, out.reshape(-1, columns))
                 return out
     return np.matmul(a, b) if out is None else np.matmul(a, b, out=out)
 
 
-def _dot(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def dot(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """2-D @ 2-D of matching shapes; a large result gets pooled memory."""
     (rows, length), columns, dtype = a.shape, b.shape[1], a.dtype
     large = rows * length * columns >= THRESHOLD and rows > 1 and columns >= NARROW

@@ -44,21 +44,29 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALLEST:
         return np.empty(shape, dtype)
+    lock = _lock.plain
     # Never waited for: the garbage collector may run a finalizer, which makes arrays too, in the middle of this.
-    if not _lock.acquire(blocking=False):
+    if not lock.acquire(False):
         return np.empty(shape, dtype)
     try:
-        block, start = _take(block_size(nbytes))
+        block, start = _take(_sizes.get(nbytes) or block_size(nbytes))
     finally:
-        _lock.release()
-    return block[start : start + nbytes].view(dtype).reshape(shape)
+        lock.release()
+    return np.ndarray(shape, dtype, block, start)
 
 
 def block_size(nbytes: int) -> int:
     """Bytes of the block that an array of so many bytes is made of."""
     # Steps of an eighth: T and T + 1 rows take turns in one block.  What is not touched takes no memory.
     granule = 1 << (nbytes.bit_length() - 4) if nbytes >= LARGE else 4096
-    return -(-nbytes // granule) * granule + STAGGER * PLACES + LINE
+    size = -(-nbytes // granule) * granule + STAGGER * PLACES + LINE
+    if len(_sizes) < MOST_SIZES:
+        _sizes[nbytes] = size
+    return size
+
+
+_sizes: dict[int, int] = {}  # of the blocks for arrays of so many bytes
+MOST_SIZES = 1024
 
 
 def applied(ufunc: np.ufunc, a: np.ndarray, b: np.ndarray) -> Any:
@@ -105,28 +113,29 @@ def has_own_memory(array: np.ndarray) -> bool:
     block = array.base
     if block is None:
         return bool(array.flags.owndata)
-    known = _blocks.get(block.size, ()) if block.__class__ is np.ndarray else ()
-    return sys.getrefcount(block) == _HELD and any(found is block for found in known)
+    # The ids of blocks are those of arrays that are alive, so nothing else has one.
+    return sys.getrefcount(block) == _HELD and id(block) in _starts
 
 
 def _take(size: int) -> tuple[np.ndarray, int]:
     """A block that nobody uses, and where an array in it starts."""
     global _turn
-    blocks = _blocks.setdefault(size, [])
+    blocks = _blocks.get(size, _NO_BLOCKS)
     for k in range(len(blocks)):
         if sys.getrefcount(blocks[k]) == _UNUSED:
-            blocks.append(blocks.pop(k))  # the one used last is the last to be given up
-            break
-    else:
-        _give_up(MOST_IDLE)
-        block = np.empty(size, np.uint8)
-        _turn = (_turn + 1) % PLACES
-        _starts[id(block)] = -block.ctypes.data % LINE + _turn * STAGGER
-        blocks = _blocks.setdefault(size, [])
-        blocks.append(block)
-    return blocks[-1], _starts[id(blocks[-1])]
+            if k + 1 < len(blocks):
+                blocks.append(blocks.pop(k))  # the one used last is the last to be given up
+            block = blocks[-1]
+            return block, _starts[id(block)]
+    _give_up(MOST_IDLE)
+    block = np.empty(size, np.uint8)
+    _turn = (_turn + 1) % PLACES
+    _starts[id(block)] = start = -block.ctypes.data % LINE + _turn * STAGGER
+    _blocks.setdefault(size, []).append(block)
+    return block, start
 
 
+_NO_BLOCKS: list[np.ndarray] = []
 _turn = 0
 _starts: dict[int, int] = {}  # by the id of a block: the same place each time, whose pages are there already
 

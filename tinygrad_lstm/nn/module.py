@@ -62,15 +62,18 @@ class Parameter(Tensor):
 
 
 def _plain(value: Any) -> Any:
-    """The numbers, strings and Nones in a list or dict, with their places; () where there are none."""
+    """The numbers, strings and Nones in a container, with their places; () where there are none."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     found = []
     for key, item in items:
-        if item is None or isinstance(item, (bool, int, float, str)):
+        if item is None or isinstance(item, (bool, int, float, str, np.generic)):
             found.append((key, type(item).__name__, item))
-        elif isinstance(item, (list, dict)) and (inside := _plain(item)):
+        elif isinstance(item, _CONTAINERS) and (inside := _plain(item)):
             found.append((key, "of", inside))
-    return tuple(found)
+    return frozenset(part[1:] for part in found) if isinstance(value, (set, frozenset)) else tuple(found)
+
+
+_CONTAINERS = (list, dict, tuple, set, frozenset)
 
 
 class Place(NamedTuple):
@@ -235,7 +238,7 @@ class Module:
         return tuple(seen.values())
 
     def _versions_into(self, seen: dict[int, Any]) -> None:
-        plain = [_plain(value) for value in self.__dict__.values() if isinstance(value, (list, dict))]
+        plain = [_plain(value) for value in self.__dict__.values() if isinstance(value, _CONTAINERS)]
         seen[id(self)] = (self._version, *plain) if any(plain) else self._version
         for _, part in _contents(self.__dict__):
             if isinstance(part, Module) and id(part) not in seen:

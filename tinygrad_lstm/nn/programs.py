@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.reach import Reach
+from tinygrad_lstm.compiler.reach import Reach, is_foreign
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.nn.module import Module, Parameter
@@ -108,30 +108,10 @@ def _is_opaque(value: Any) -> bool:
     return value is not None and not isinstance(value, _SEEN)
 
 
-class _Outside:
-    """What the methods of a user's cell read outside of the cell: globals, and numbers of its class."""
-
-    def __init__(self, cell: Module) -> None:
-        self.reached: list[Reach] = []
-        self.attributes: list[tuple[type, str, Any]] = []
-        for cls in {base for module in cell.modules() for base in type(module).__mro__}:
-            if cls.__module__.partition(".")[0] in ("tinygrad_lstm", "builtins"):
-                continue
-            for name, value in vars(cls).items():
-                if isinstance(value, FunctionType):
-                    self.reached.append(Reach(value))
-                elif not name.startswith("__") and isinstance(value, (bool, int, float, str, tuple, np.generic)):
-                    self.attributes.append((cls, name, value))
-
-    def __bool__(self) -> bool:
-        """Whether there is anything."""
-        return bool(self.reached or self.attributes)
-
-    def unchanged(self) -> bool:
-        for cls, name, value in self.attributes:
-            if cls.__dict__.get(name) is not value:
-                return False
-        return all(reach.unchanged() for reach in self.reached)
+def _outside(cell: Module) -> Reach | None:
+    """What the methods of a user's cell read outside of the cell: globals, and attributes of its class."""
+    classes = {base for module in cell.modules() for base in type(module).__mro__ if not is_foreign(base)}
+    return Reach(None, sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__))) if classes else None
 
 
 class _Entry:
@@ -139,15 +119,18 @@ class _Entry:
 
     __slots__ = ("expected", "outside", "places", "recorded", "settled")
 
-    def __init__(self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: _Outside) -> None:
+    def __init__(
+        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None, settled: bool
+    ) -> None:  # fmt: skip
         self.recorded = recorded
         self.outside = outside
         self.places = places  # all (holder, key) of every capture: a shared parameter has several
         program = recorded.program
         avals = [program.avals[slot] for slot in program.captures]
         self.expected = [(aval.shape, np.dtype(aval.dtype)) for aval in avals]
-        # Whether only a change that counts (see module.changes) can make another program, or other captures, of it.
-        self.settled = not outside and all(_is_attribute(holder) for found in places for holder, _ in found)
+        # Whether only a change that counts (see module.changes), or one outside, can make another program, or other
+        # captures, of it.
+        self.settled = settled and all(_is_attribute(holder) for found in places for holder, _ in found)
 
     def captures(self) -> list[Any] | None:
         """What stands in the places now; None where that is not what was recorded.
@@ -175,19 +158,21 @@ def _is_attribute(holder: Any) -> bool:
     return isinstance(holder, dict) and "_version" in holder
 
 
-def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
+def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
     """A function like :func:`~tinygrad_lstm.ops.control.record_body` that looks into the cell's cache first.
 
-    ``variant`` says how the body differs from a plain call of the cell (lengths, trajectories, ...).
+    ``variant`` says how the body differs from a plain call of the cell (lengths, trajectories, ...).  Given None for a
+    body it only looks, and returns None where nothing is found.
     """
     if not isinstance(cell, Module):
         return record_body
 
-    def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded:
+    def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded | None:
         structure: Any = _quick_state(cell)
+        settled = structure is not None
         if structure is None:
             if _has_opaque_state(cell):
-                return record_body(body, carry, carry_tree, xs, x_tree)
+                return None if body is None else record_body(body, carry, carry_tree, xs, x_tree)
             structure = (cell.version, tuple(module.training for module in cell.modules()))
         known = known_of(cell) or {}
         key = (
@@ -204,11 +189,13 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
         if entry is not None:
             if isinstance(entry, str):
                 raise TraceError(entry)
-            captures = entry.captures() if entry.outside.unchanged() else None
+            captures = entry.captures() if entry.outside is None or entry.outside.unchanged() else None
             if captures is not None:
                 recorded = Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
                 recorded.entry = entry if entry.settled else None
                 return recorded
+        if body is None:
+            return None
         known = known_of(cell, make=True)
         try:
             recorded = record_body(body, carry, carry_tree, xs, x_tree)
@@ -222,7 +209,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Recorded]:
         if all(place is not None for place in found):
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
             bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
-            known[key] = _Entry(bare, [place for place in found if place is not None], _Outside(cell))
+            known[key] = _Entry(bare, [place for place in found if place is not None], _outside(cell), settled)
             recorded.entry = known[key] if known[key].settled else None
         return recorded
 

@@ -15,44 +15,51 @@ import numpy as np
 from tinygrad_lstm import ops
 from tinygrad_lstm.compiler.runner import run_loop
 from tinygrad_lstm.errors import TraceError
-from tinygrad_lstm.nn.module import changes
+from tinygrad_lstm.nn.cells import GatedCell
+from tinygrad_lstm.nn.module import Module, changes
 from tinygrad_lstm.nn.programs import known_of, recorder_for
-from tinygrad_lstm.ops.control import leaves_of
+from tinygrad_lstm.ops.control import leaves_of, rebuilt
 from tinygrad_lstm.ops.loop import bind_site
-from tinygrad_lstm.ops.prepared import Site, compile_mode, plan_of, site_of
+from tinygrad_lstm.ops.prepared import Site, _apart, compile_mode, plan_of, site_of
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.record import State
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.tree import LEAF
+from tinygrad_lstm.tree import LEAF, TreeDef
 
-__all__ = ["ReadyLayers", "find", "keep"]
+__all__ = ["ReadyLayers", "ReadyRecurrent", "find", "keep", "keep_recurrent"]
 
 _PLAIN = (False, False, False)  # the variant of a cell's program without lengths, states and gates
 
 
 class _Run:
-    """One cell over a sequence of one shape, from its zero state."""
+    """One cell over a sequence of one shape, by default from its zero state."""
 
-    def __init__(self, cell: Any, recorded: Any, carry: list[Tensor], steps: int, reverse: bool) -> None:
-        self.cell, self.kind = cell, type(cell)
-        self.forward, self.initial_state = self.kind.forward, self.kind.initial_state
+    def __init__(
+        self, cell: Any, recorded: Any, carry: list[Tensor] | None, steps: int, reverse: bool
+    ) -> None:  # fmt: skip
+        self.cell, self.kind, self.methods = cell, type(cell), _methods(type(cell))
+        self.outside = recorded.entry.outside
         # Parameters are looked up anew at each call: those of now may be stand-ins, which must not live on here.
         self.program, self.captures, self.carry = recorded.program, recorded.entry.captures, carry
-        self.n_carry, self.steps, self.reverse = len(carry), steps, reverse
+        self.n_carry, self.steps, self.reverse = recorded.n_carry, steps, reverse
         self.n_ys = len(recorded.program.outputs) - self.n_carry
         self.sites: dict[tuple[bool, ...], Site] = {}
 
     def stands(self, cell: Any) -> bool:
         """Whether this is the cell, with the equations that were recorded."""
-        kind = self.kind
-        return cell is self.cell and kind.forward is self.forward and kind.initial_state is self.initial_state
+        unchanged = cell is self.cell and _methods(self.kind) == self.methods
+        return unchanged and (self.outside is None or self.outside.unchanged())
 
-    def __call__(self, x: Tensor, captures: list[Tensor], current: State, lead: bool = False) -> tuple[Tensor, ...]:
+    def __call__(
+        self, x: Tensor, captures: list[Tensor], current: State, lead: bool = False, carry: list[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
         """(parts of the final state..., outputs); with ``lead`` the state has another axis in front."""
+        if carry is None:
+            carry = self.carry or []
         if current.enabled:
-            operands = (*self.carry, x, *captures)
+            operands = (*carry, x, *captures)
             linked = tuple([t._rg for t in operands[self.n_carry :]])
-            if True in linked:
+            if True in linked or (carry is not self.carry and any(t._rg for t in carry)):
                 site = self.sites.get(linked)
                 if site is None:
                     site = site_of(self.program, self.n_carry, self.n_ys, self.steps, self.reverse, linked)
@@ -60,15 +67,16 @@ class _Run:
                 return bind_site(site, operands, True, current, lead=lead)
         plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
         arrays = [t._data for t in captures]
-        final, ys = run_loop(plan, [t._data for t in self.carry], [x._data], arrays, self.steps, self.reverse)
+        final, ys = run_loop(plan, [t._data for t in carry], [x._data], arrays, self.steps, self.reverse)
+        ys = ys if len(ys) < 2 else _apart(ys)
         return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in ys])
 
 
-class ReadyLayers:
-    """Stacked layers over a time-major sequence of one shape, without lengths, trajectories, dropout or a budget."""
+class _Ready:
+    """Cells over a time-major sequence of one shape, without lengths, trajectories, dropout or a budget."""
 
-    def __init__(self, runs: Sequence[_Run], directions: int, parts: int) -> None:
-        self.runs, self.directions, self.parts = runs, directions, parts
+    def __init__(self, runs: Sequence[_Run]) -> None:
+        self.runs = runs
         self.changes, self.generation, self.mode = changes(), Primitive.generation, compile_mode()
 
     def captures(self, cells: Sequence[Any], current: State) -> list[list[Tensor]] | None:
@@ -92,6 +100,14 @@ class ReadyLayers:
             found.append(captures)
         return found
 
+
+class ReadyLayers(_Ready):
+    """Stacked layers."""
+
+    def __init__(self, runs: Sequence[_Run], directions: int, parts: int) -> None:
+        super().__init__(runs)
+        self.directions, self.parts = directions, parts
+
     def __call__(self, x: Tensor, captures: list[list[Tensor]], current: State) -> tuple[Tensor, Any]:
         """Outputs of the last layer, and the state in PyTorch's form."""
         if len(self.runs) == 1:
@@ -109,7 +125,32 @@ class ReadyLayers:
         return x, state[0] if self.parts == 1 else tuple(state)
 
 
-def find(layer: Any, x: Tensor) -> ReadyLayers | None:
+class ReadyRecurrent(_Ready):
+    """One cell, also of a user's: its initial state is asked for at every call."""
+
+    def __init__(self, run: _Run, carry: list[Tensor], carry_tree: TreeDef, y_tree: TreeDef) -> None:
+        super().__init__([run])
+        self.run, self.carry_tree, self.y_tree = run, carry_tree, y_tree
+        self.ours = run.carry is not None
+        self.avals = [(t.shape, t.dtype) for t in carry]
+
+    def start(self, batch: int) -> Any:
+        """What the cell says it starts from, if that has to be asked."""
+        return None if self.ours else self.run.cell.initial_state(batch)
+
+    def __call__(self, x: Tensor, start: Any, captures: list[list[Tensor]], current: State) -> tuple[Any, Any] | None:
+        """Outputs and the final state; None where the cell starts from another kind of state than it did."""
+        carry = None
+        if not self.ours:
+            carry, tree = leaves_of(start, "init")
+            if tree != self.carry_tree or [(t.shape, t.dtype) for t in carry] != self.avals:
+                return None
+        outs = list(self.run(x, captures[0], current, carry=carry))
+        n_carry = self.run.n_carry
+        return rebuilt(self.y_tree, outs[n_carry:]), rebuilt(self.carry_tree, outs[:n_carry])
+
+
+def find(layer: Any, x: Tensor) -> Any:
     """The known call of a layer on a tensor of this shape."""
     known = known_of(layer)
     return known.get((x._data.shape, x._data.dtype)) if known is not None else None
@@ -127,22 +168,54 @@ def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tenso
         like = Tensor(np.broadcast_to(np.zeros((), x.dtype), (steps, batch, width)))
         carry, tree = leaves_of(cell.initial_state(batch), "init")
         try:
-            recorded = recorder_for(cell, _PLAIN)(_unexpected, carry, tree, [like], LEAF)
+            recorded = recorder_for(cell, _PLAIN)(None, carry, tree, [like], LEAF)
         except TraceError:
             return
-        if recorded.entry is None or recorded.y_tree is not LEAF or not recorded.program.outputs:
+        if recorded is None or recorded.entry is None or recorded.y_tree is not LEAF or not recorded.program.outputs:
             return
         runs.append(_Run(cell, recorded, carry, steps, k % directions == 1))
-    known_of(layer, make=True)[x.shape, x.dtype] = ReadyLayers(runs, directions, parts)
+    _put(layer, x, ReadyLayers(runs, directions, parts))
+
+
+def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor, start: Any) -> None:
+    """Keep a call of ``nn.Recurrent`` that was just made from the state ``start``, as :func:`keep`."""
+    if not isinstance(cell, Module) or hasattr(cell, "noise") or not vars(cell).keys().isdisjoint(_OVERRIDES):
+        return
+    like = Tensor(np.broadcast_to(np.zeros((), x.dtype), x.shape))
+    carry, tree = leaves_of(start, "init")
+    try:
+        recorded = recorder_for(cell, _PLAIN)(None, carry, tree, [like], LEAF)
+    except TraceError:
+        return
+    if recorded is None or recorded.entry is None or not recorded.program.outputs or not carry:
+        return
+    # What a user's cell starts from is the user's (and may have a past): it must not live on here.
+    run = _Run(cell, recorded, carry if _is_ours(cell) else None, x.shape[0], reverse)
+    _put(layer, x, ReadyRecurrent(run, carry, tree, recorded.y_tree))
+
+
+def _put(layer: Any, x: Tensor, ready: _Ready) -> None:
+    """Keep a call, and give up those before the last change: they are never right again, and hold on to cells."""
+    known = known_of(layer, make=True)
+    for key, other in list(known.items()):
+        if isinstance(other, _Ready) and other.changes != ready.changes:
+            known.pop(key, None)
+    known[x.shape, x.dtype] = ready
 
 
 def _is_ours(cell: Any) -> bool:
     """Whether equations and initial state are those of this package: that one is zeros, and stays so."""
     kind = type(cell)
-    methods = (kind.forward, kind.initial_state, kind.state_sizes, kind.__call__)
+    methods = [method for method in _methods(kind) if method is not None]
     ours = all(getattr(method, "__module__", "").startswith("tinygrad_lstm.") for method in methods)
-    return ours and vars(cell).keys().isdisjoint(("forward", "initial_state", "state_sizes"))
+    return ours and isinstance(cell, GatedCell) and vars(cell).keys().isdisjoint(_OVERRIDES)
 
 
-def _unexpected(carry: Any, x: Any) -> Any:
-    raise TraceError("a cell that was not recorded")
+_OVERRIDES = ("forward", "initial_state", "state_sizes", "noise")
+
+
+def _methods(kind: type) -> tuple[Any, ...]:
+    """What the equations and the initial state of a cell may come from."""
+    return tuple(
+        [getattr(kind, name, None) for name in ("forward", "initial_state", "state_sizes", "noise", "__call__")]
+    )

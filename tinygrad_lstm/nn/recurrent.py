@@ -16,9 +16,12 @@ from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
 from tinygrad_lstm.nn.module import Parameter
 from tinygrad_lstm.nn.programs import recorder_for
+from tinygrad_lstm.nn.ready import find, keep_recurrent
+from tinygrad_lstm.nn.states import checked_state
 from tinygrad_lstm.ops.control import scan_with
 from tinygrad_lstm.ops.lengths import check_lengths
-from tinygrad_lstm.tape import recording, state
+from tinygrad_lstm.tape import recording
+from tinygrad_lstm.tape import state as recording_state
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import describe as describe_tree
 from tinygrad_lstm.tree import flatten, tree_map, unflatten
@@ -47,7 +50,7 @@ def run_cell(
             return new, out
         with recording(names={}):
             out, new = _stepped(cell, *inputs)
-            named = state().names or {}
+            named = recording_state().names or {}
         return new, (out, _selected(named, new, gates))
 
     xs = x if noise is None else (x, noise)
@@ -180,13 +183,7 @@ class Recurrent(Budgeted):
         default = self.cell.initial_state(batch)
         leaves, treedef = flatten(default)
         if given is not None:
-            found = flatten(given)[0]
-            if len(found) != len(leaves):
-                raise ShapeError(
-                    f"{describe(self)}: the state has {len(found)} parts, "
-                    f"that of {type(self.cell).__name__} has {len(leaves)}"
-                )
-            return unflatten(treedef, [asarray(leaf) for leaf in found])
+            return checked_state(describe(self), type(self.cell).__name__, given, leaves, treedef)
         if self.learned_state is not None:
             grown = [ops.broadcast_to(p, (batch, *p.shape[1:])) for p in self.learned_state]
             return unflatten(treedef, grown)
@@ -215,6 +212,15 @@ class Recurrent(Budgeted):
         -------
         (outputs, final state), or (outputs, final state, trajectories)
         """
+        plain = x.__class__ is Tensor and state is None and lengths is None and memory is None
+        start = None
+        if plain and not return_states and not return_gates:
+            ready, current = find(self, x), recording_state()
+            if ready is not None and (captures := ready.captures((self.cell,), current)) is not None:
+                start = ready.start(x._data.shape[1])
+                result = ready(x, start, captures, current)
+                if result is not None:
+                    return result
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
@@ -239,14 +245,20 @@ class Recurrent(Budgeted):
         steps, batch = leaves[0].shape[:2]
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, who)
+        if start is None:
+            start = self.start(batch, state)
         outputs, final, trajectories = run_cell(
-            self.cell, x, self.start(batch, state), lengths=lengths,
+            self.cell, x, start, lengths=lengths,
             reverse=self.reverse, states=want_states, gates=want_gates, noise=draw_noise(self.cell, steps, batch),
             memory=self.budget(memory),
         )  # fmt: skip
         if self.batch_first:
             outputs = flipped(outputs)
         if not (want_states or want_gates):
+            bare = not (self.batch_first or self.return_states or self.return_gates) and self.learned_state is None
+            usual = type(self).start is Recurrent.start and "start" not in vars(self)
+            if plain and bare and usual and self.budget(memory) is None and recording_state().trace is None:
+                keep_recurrent(self, self.cell, self.reverse, x, start)
             return outputs, final
         return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.errors import ArgumentError, ShapeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.nn.recurrent import check_cell
 from tinygrad_lstm.ops.random import drawn, dropout_mask
@@ -160,6 +160,8 @@ class WeightDrop(Module):
     ) -> None:
         super().__init__()
         known = dict(layer.named_parameters())
+        if isinstance(names, (int, float, str)):
+            raise DTypeError(f"WeightDrop: names are a list of str, found {names!r}; the probability is p={names!r}")
         if names is None:
             names = [name for name in known if name.rpartition(".")[2].startswith("weight_hh")]
         wrong = [name for name in names if name not in known]

@@ -198,6 +198,7 @@ class RecurrentLayers(Budgeted):
         if not (want_states or want_gates):
             draws = self.dropout and self.training and self.num_layers > 1
             common = plain and share is None and not unbatched and not self.batch_first and steps
+            common = common and not (self.return_states or self.return_gates)  # what the next call gives by default
             if common and not draws and _STATE.get().trace is None:
                 keep(self, self._cells, self.directions, self.state_parts, given)
             return result

@@ -19,7 +19,7 @@ from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tape import recording, state
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, asarray, tensor
 from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
 
 __all__ = ["memory_plan", "scan", "stop_gradient"]
@@ -130,7 +130,9 @@ def leaves_of(tree: Any, what: str) -> tuple[list[Tensor], TreeDef]:
     if tree.__class__ is tuple and _TENSOR.issuperset(map(type, tree)):
         return list(tree), _tuple_of(len(tree))
     leaves, treedef = flatten(tree)
-    return [leaf if isinstance(leaf, Tensor) else asarray(leaf) for leaf in leaves], treedef
+    # An array to start from is copied: small, and then nobody else can write to what a record has saved.
+    make = tensor if what == "init" else asarray
+    return [leaf if isinstance(leaf, Tensor) else make(leaf) for leaf in leaves], treedef
 
 
 @functools.cache
@@ -139,7 +141,7 @@ def _tuple_of(count: int) -> TreeDef:
     return TreeDef(tuple, (), (LEAF,) * count)
 
 
-def _rebuilt(treedef: TreeDef, leaves: list[Any]) -> Any:
+def rebuilt(treedef: TreeDef, leaves: list[Any]) -> Any:
     """The tree of these leaves; the usual ones without a walk."""
     if treedef is LEAF:
         return leaves[0]
@@ -287,7 +289,7 @@ def _recorded(
 ) -> tuple[Any, Any]:
     recorded = record(body, carry, carry_tree, xs, x_tree)
     outs = recorded.run(carry, xs, recorded.captures, steps, reverse, memory)
-    return _rebuilt(carry_tree, outs[: len(carry)]), _rebuilt(recorded.y_tree, outs[len(carry) :])
+    return rebuilt(carry_tree, outs[: len(carry)]), rebuilt(recorded.y_tree, outs[len(carry) :])
 
 
 # ---------------------------------------------------------------------------- step by step

@@ -130,7 +130,24 @@ put: Primitive = Primitive(
 def getitem(x: Any, index: Any) -> Any:
     """``x[index]`` in all forms of NumPy: integers, slices, None, ..., integer and boolean arrays."""
     template, arrays = _template(index)
-    return getitem_primitive(asarray(x), *arrays, template=template)
+    x = asarray(x)
+    if len(arrays) == 1 and arrays[0].dtype.kind in "iu" and (axis := _sole_axis(template, x.ndim)) is not None:
+        return _take(x, arrays[0], axis=axis)  # rows of a table: known in loops, and cheaper to transpose
+    return getitem_primitive(x, *arrays, template=template)
+
+
+_ALL = ("slice", None, None, None)
+
+
+def _sole_axis(template: Template, ndim: int) -> int | None:
+    """The axis (from the end) of the one array in an index that takes all of the others; None where it does not."""
+    place = template.index(("array",))
+    before, after = template[:place], template[place + 1 :]
+    if any(item not in (_ALL, Ellipsis) for item in (*before, *after)) or template.count(Ellipsis) > 1:
+        return None
+    if len(template) - template.count(Ellipsis) > ndim:
+        return None  # too many: getitem says so
+    return -1 - len(after) if Ellipsis in before else place - ndim
 
 
 # ---------------------------------------------------------------------------- take and scatter_add

@@ -27,6 +27,7 @@ from tinygrad_lstm.ops.prepared import (
 from tinygrad_lstm.ops.shape import reshape
 from tinygrad_lstm.primitive import Aval, Primitive, zeros
 from tinygrad_lstm.program import Program
+from tinygrad_lstm.replays import Offer
 from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor
 
@@ -225,6 +226,32 @@ scan_primitive: Primitive = Primitive(
     "scan", _forward, (_vjp,), joint=True, jvp=_jvp, shape=_aval, always_tuple=True,
     doc="A loop over axis 0: operands (carry..., xs..., captures...), results (carry..., ys..., sums...).",
 )  # fmt: skip
+
+
+def _prepared(record: Any, given: Sequence[bool], asked: Sequence[bool]) -> Offer | None:
+    """What a known replay does for a scan whose forward kept what its adjoint loop reads."""
+    kept = record.saved[-1]
+    if kept.__class__ is not Residuals or kept.segments is not None or kept.site.generation != Primitive.generation:
+        return None
+    site, params = kept.site, record.params
+    back = site.backward(tuple(given[site.n_carry :]), tuple(asked[site.n_carry :]))
+    if back is None or back.picks is None or True in given[: site.n_carry]:
+        return None
+    conditions = [
+        ("{r}.params is {a}", {"a": params}),
+        ("{r}.saved[-1].__class__ is {a} and {r}.saved[-1].segments is None", {"a": Residuals}),
+        ("{r}.saved[-1].site is {a}", {"a": site}),
+    ]
+
+    def pulled(g: tuple[Any, ...], saved: tuple[Any, ...]) -> list[np.ndarray]:
+        return back.arrays(g, saved[:-1], saved[-1].arrays)
+
+    # What flows to an initial state is found in any case, and given to the nodes that are there.
+    return Offer(conditions, [(tuple(back.positions), "{f}(({g},), {r}.saved)")], {"f": pulled})
+
+
+scan_primitive.may_skip = False
+scan_primitive.prepared = _prepared  # type: ignore[method-assign]
 
 
 def _inner_forward(

@@ -213,13 +213,23 @@ class Backward:
 
     def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]) -> list[Any]:
         """Cotangents of the operands, None where they are not asked for."""
+        shares: list[Any] = [None] * len(inputs)
+        found = self.arrays([None if c is None else c._data for c in g], inputs, kept)
+        for position, array in zip(self.positions, found, strict=True):
+            shares[position] = Tensor(array)
+        return shares
+
+    def arrays(
+        self, g: Sequence[np.ndarray | None], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Cotangents of the operands at :attr:`positions`, given those of the outputs."""
         run_loop = _loops().run_loop
-        carry = [self.zeros[k] if g[k] is None else g[k]._data for k in self.floats]
-        xs = [kept[k] for k in self.picks or ()]
+        carry: list[Any] = [self.zeros[k] if g[k] is None else g[k] for k in self.floats]
+        xs: list[Any] = [kept[k] for k in self.picks or ()]
         xs += [inputs[k]._data for k in self.reads]
-        xs += [g[k]._data for k in self.y_seeds]
-        captures = [t._data for t in inputs[self.n_inputs :]]
-        captures += [g[k]._data for k in self.s_seeds]
+        xs += [g[k] for k in self.y_seeds]
+        captures: list[Any] = [t._data for t in inputs[self.n_inputs :]]
+        captures += [g[k] for k in self.s_seeds]
         try:
             final, outs = run_loop(self.plan, carry, xs, captures, self.length, self.reverse)
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
@@ -229,10 +239,7 @@ class Backward:
             }  # fmt: skip
             operands = [Tensor(array) for array in (*carry, *xs, *captures)]
             raise REGISTRY["scan"]._explained(error, operands, params) from None
-        shares: list[Any] = [None] * len(inputs)
-        for position, array in zip(self.positions, (*final, *_apart(outs)), strict=True):
-            shares[position] = Tensor(array)
-        return shares
+        return [*final, *(outs if len(outs) < 2 else _apart(outs))]
 
 
 def site_of(

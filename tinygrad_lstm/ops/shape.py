@@ -359,9 +359,10 @@ def tile(x: Any, reps: Any) -> Any:
     ndim = max(x.ndim, len(counts))
     shape = (1,) * (ndim - x.ndim) + x.shape
     counts = (1,) * (ndim - len(counts)) + counts
-    opened = reshape(x, tuple(v for n in shape for v in (1, n)))
-    spread = broadcast_to(opened, tuple(v for n, r in zip(shape, counts, strict=True) for v in (r, n)))
-    return reshape(spread, tuple(n * r for n, r in zip(shape, counts, strict=True)))
+    pairs = list(zip(shape, counts, strict=True))
+    opened = reshape(x, tuple(v for n, r in pairs for v in ((n,) if r == 1 else (1, n))))
+    spread = broadcast_to(opened, tuple(v for n, r in pairs for v in ((n,) if r == 1 else (r, n))))
+    return reshape(spread, tuple(n * r for n, r in pairs))
 
 
 def repeat(x: Any, repeats: Any, axis: int | None = None) -> Any:

@@ -104,6 +104,21 @@ class Optimizer:
         else:
             self.add_param_group({"params": groups[0] if single else groups})
 
+    @property
+    def lr(self) -> Any:
+        """The learning rate of the first group; setting it sets that of all groups."""
+        if "lr" not in self.defaults:
+            raise AttributeError(f"{type(self).__name__} has no learning rate")
+        return self.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        if "lr" not in self.defaults:
+            raise ArgumentError(f"{type(self).__name__} has no option lr; it has {sorted(self.defaults)}")
+        self._check({"lr": value})
+        for group in self.param_groups:
+            group["lr"] = value
+
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise unless the options are in their ranges."""
         who = type(self).__name__

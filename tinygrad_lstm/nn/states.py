@@ -1,0 +1,33 @@
+"""States that a caller gives to a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinygrad_lstm.errors import ShapeError
+from tinygrad_lstm.tensor import asarray
+from tinygrad_lstm.tree import TreeDef, flatten, unflatten
+
+__all__ = ["checked_state"]
+
+
+def checked_state(who: str, cell: str, given: Any, like: Sequence[Any], treedef: TreeDef) -> Any:
+    """A given state in the structure and the shapes of what the cell starts from by itself.
+
+    Raises ShapeError otherwise: a state of another shape would broadcast, and all outputs with it.
+    """
+    found, found_tree = flatten(given)
+    single = treedef.kind == "leaf"
+    if single and (len(found) != 1 or found_tree.kind != "leaf"):
+        raise ShapeError(
+            f"{who}: the state has {len(found)} parts in a {type(given).__name__}, that of {cell} is one array"
+        )
+    if len(found) != len(like):
+        raise ShapeError(f"{who}: the state has {len(found)} parts, that of {cell} has {len(like)}")
+    parts = [asarray(leaf) for leaf in found]
+    for k, (part, other) in enumerate(zip(parts, map(asarray, like), strict=True)):
+        which = "the state" if len(parts) == 1 else f"part {k} of the state"
+        if part.shape != other.shape:
+            raise ShapeError(f"{who}: {which} has shape {part.shape}, expected {other.shape}, which {cell} starts from")
+    return unflatten(treedef, parts)
