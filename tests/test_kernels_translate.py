@@ -125,6 +125,7 @@ def halves(a: int, b: int, c: int) -> int:
 def alone() -> int:
     return 5
 '''
+FUNCTIONS = ("factors", "division", "shifts", "choices", "loops", "flags", "halves")
 NUMBERS = (-17, -8, -2, -1, 0, 1, 2, 3, 5, 12, 97)
 
 
@@ -141,12 +142,24 @@ def python() -> dict[str, Any]:
     return module.__dict__
 
 
-@pytest.mark.parametrize("name", ["factors", "division", "shifts", "choices", "loops", "flags", "halves"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_native_code_computes_what_python_does(program: codecache.Program, python: Any, name: str) -> None:
     native = program.function(name)
     for given in itertools.product(NUMBERS, repeat=3):
         found, expected = native(*given), python[name](*given)
         assert found == expected and type(found) is type(expected), given
+
+
+@pytest.mark.slow
+def test_native_code_computes_what_numba_does(program: codecache.Program) -> None:
+    head = "from tinygrad_lstm.kernels.dialect import entry, exported, private"
+    assert head in TEXT
+    module = types.ModuleType("text")
+    exec(TEXT.replace(head, "from numba import njit\nentry = exported = private = njit"), module.__dict__)
+    for name in FUNCTIONS:
+        native, njit = program.function(name), module.__dict__[name]
+        for given in itertools.product(NUMBERS, repeat=3):
+            assert native(*given) == njit(*given), (name, given)
 
 
 def test_integers_wrap_around(program: codecache.Program) -> None:

@@ -1,8 +1,9 @@
-"""Functions written as source text, compiled by :mod:`.translate` and LLVM, and kept on disk by content.
+"""Functions written as source text, compiled by :mod:`.translate` and Numba's code generator, and
+kept on disk by content.
 
 Each source becomes one file ``<stem>_<hash>.code`` in the cache directory: a checksum, the names of its functions,
 and the machine code.  The hash covers the source, the sources of this package's generators, and the versions of
-LLVM, NumPy and Python with the target CPU and its features, so a stale file cannot be found.  The checksum is
+Numba, LLVM, NumPy and Python with the target CPU and its features, so a stale file cannot be found.  The checksum is
 compared before anything is loaded.  Files are written aside and renamed, so a reader sees all of one or none.
 What was not used for longest is deleted when there is more than ``$TINYGRAD_LSTM_CACHE_LIMIT`` (see
 :mod:`.cachefiles`).

@@ -1,13 +1,14 @@
-"""The CPU that code is compiled for, and LLVM behind it: from the IR of a module to machine code, and into memory.
+"""From the IR of a module to machine code, by Numba's code generator, and into memory, by LLVM's loader.
 
-``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` name another CPU than this one, as they do for Numba.  Imports llvmlite;
-imported lazily.
+``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` name another CPU than this one; ``NUMBA_DUMP_OPTIMIZED`` and
+``NUMBA_DUMP_ASSEMBLY`` print what was made.  Numba is imported only when something has to be compiled.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ __all__ = ["Target", "compiler", "load", "machine_code", "python_function", "tar
 
 
 class Target(NamedTuple):
-    """What LLVM compiles for."""
+    """What Numba compiles for."""
 
     triple: str
     cpu: str
@@ -34,55 +35,54 @@ class Target(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def target() -> Target:
-    """The CPU of this machine, or the one that the environment names.  Asked once a process."""
-    cpu = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
-    features = os.environ.get("NUMBA_CPU_FEATURES")
-    if features is None and cpu.lower() == "generic":
-        features = ""
-    if features is None:
-        try:
-            features = llvm.get_host_cpu_features().flatten()
-        except RuntimeError:  # LLVM cannot tell
-            features = ""
-    return Target(llvm.get_process_triple(), cpu, features)
-
-
-def compiler() -> str:
-    """What besides the IR decides the machine code."""
-    return f"llvmlite {llvmlite.__version__} LLVM {llvm.llvm_version_info} {tuple(target())}"
+    """The CPU of this machine, or the one that the environment names.  Asked once a process; imports Numba."""
+    return Target(*_generator().magic_tuple())
 
 
 @functools.lru_cache(maxsize=1)
-def _machine() -> Any:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    wanted = target()
-    # On x86, LLVM's loader of object code wants addresses that do not move.
-    relocation = "static" if wanted.triple.startswith(("x86", "i386", "i686")) else "default"
-    return llvm.Target.from_triple(wanted.triple).create_target_machine(
-        cpu=wanted.cpu, features=wanted.features, opt=3, reloc=relocation, codemodel="jitdefault", jit=True
-    )
+def compiler() -> str:
+    """What besides the IR decides the machine code, found without Numba."""
+    try:
+        features = llvm.get_host_cpu_features().flatten()
+    except RuntimeError:  # LLVM cannot tell
+        features = ""
+    named = {name: value for name, value in sorted(os.environ.items()) if name in _DECISIVE}
+    versions = importlib.metadata.version("numba"), llvmlite.__version__, llvm.llvm_version_info
+    return f"{versions} {llvm.get_process_triple()} {llvm.get_host_cpu_name()} {features} {named}"
+
+
+_DECISIVE = {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", "NUMBA_OPT", "NUMBA_LOOP_VECTORIZE"}
+
+
+@functools.lru_cache(maxsize=1)
+def _generator() -> Any:
+    from numba.core.codegen import JITCPUCodegen
+
+    return JITCPUCodegen("tinygrad_lstm")
 
 
 @functools.lru_cache(maxsize=1)
 def _engine() -> Any:
+    """What loads objects."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
     empty = llvm.parse_assembly("")
-    empty.triple = target().triple
-    return llvm.create_mcjit_compiler(empty, _machine())
+    empty.triple = llvm.get_process_triple()
+    # An engine wants to know a machine even if it is only to load what was compiled.
+    return llvm.create_mcjit_compiler(empty, llvm.Target.from_triple(empty.triple).create_target_machine(jit=True))
 
 
 def machine_code(text: str) -> bytes:
     """The object code of a module of LLVM IR, optimised."""
-    machine = _machine()
-    module = llvm.parse_assembly(text)
-    module.triple, module.data_layout = target().triple, str(machine.target_data)
-    module.verify()
-    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-    tuning.loop_vectorization = tuning.slp_vectorization = False  # the vectors are explicit
-    passes = llvm.create_pass_builder(machine, tuning)
-    passes.getModulePassManager().run(module, passes)
-    code: bytes = machine.emit_object(module)
-    return code
+    from numba.core.compiler_lock import global_compiler_lock
+
+    with global_compiler_lock:
+        library = _generator().create_library("tinygrad_lstm")
+        library.enable_object_caching()
+        library.add_llvm_module(llvm.parse_assembly(text))
+        library.finalize()
+        _, _, (code, _) = library.serialize_using_object_code()
+    return bytes(code)
 
 
 def load(code: bytes, names: Sequence[str]) -> list[int]:
@@ -93,7 +93,10 @@ def load(code: bytes, names: Sequence[str]) -> list[int]:
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return [engine.get_function_address(name) for name in names]
+    addresses = [engine.get_function_address(name) for name in names]
+    for name, address in zip(names, addresses, strict=True):
+        llvm.add_symbol(name, address)  # for the programs that call this one
+    return addresses
 
 
 class _Method(ctypes.Structure):
