@@ -238,7 +238,9 @@ class Expression:
     @functools.cached_property
     def worth_compiling(self) -> bool:
         """Whether one native loop can beat NumPy's at all: several operations, or one that NumPy lacks."""
-        return len(self.leaves) >= 2 or any(leaf.numpy.__module__.endswith(".special") for leaf in self.leaves)
+        # Functions of NumPy 2.0 do not say where they are from.
+        homes = [getattr(leaf.numpy, "__module__", "numpy") for leaf in self.leaves]
+        return len(homes) >= 2 or any(home.endswith(".special") for home in homes)
 
     @functools.cached_property
     def uses_every_input(self) -> bool:
