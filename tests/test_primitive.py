@@ -189,3 +189,12 @@ def test_a_changed_rule_counts_at_once():
     finally:
         tanh.set_rules(rules)
     np.testing.assert_array_equal(tg.grad(f)(x).numpy(), before)
+
+
+def test_a_function_of_numpy_is_a_forward_as_it_is():
+    """Its ``out`` and ``where`` are no arguments of the primitive."""
+    wave = tg.primitive("test_wave", forward=np.sin, vjp=lambda g, x: g * ops.cos(x))
+    x = tg.tensor([0.5, 1.0], requires_grad=True)
+    wave(x).sum().backward()
+    np.testing.assert_allclose(x.grad, np.cos([0.5, 1.0]), rtol=1e-6)
+    assert tg.gradcheck(wave, np.array([0.5, 1.0]))

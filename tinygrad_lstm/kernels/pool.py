@@ -86,12 +86,17 @@ def _keeps_dtype(ufunc: np.ufunc) -> bool:
 
 def taken(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
     """``numpy.take`` of indices that are known to be in range; a large result gets memory from here."""
+    if indices.dtype.num != _INTP:
+        indices = indices.astype(np.intp)  # NumPy 2.0 takes no uint64
     place = axis + array.ndim if axis < 0 else axis
     shape = (*array.shape[:place], *indices.shape, *array.shape[place + 1 :])
     if math.prod(shape) * array.itemsize < SMALLEST:
         return np.take(array, indices, axis=axis)
     # Without "wrap" NumPy would look for indices out of range, and write to a buffer first.
     return np.take(array, indices, axis=axis, out=empty(shape, array.dtype), mode="wrap")
+
+
+_INTP = np.dtype(np.intp).num
 
 
 def copied(array: np.ndarray, dtype: Any) -> np.ndarray:
