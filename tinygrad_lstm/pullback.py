@@ -266,7 +266,7 @@ def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[st
     if leaf is not None and getattr(_expressions, leaf.name) is function:
         return list("xyz"[: leaf.arity]), False, []  # a bare leaf: its arguments are x, y, z
     if isinstance(function, np.ufunc):  # before 2.3, NumPy's own functions had no signature
-        return [f"x{k + 1}" for k in range(function.nin)], False, []
+        return ["x"] if function.nin == 1 else [f"x{k + 1}" for k in range(function.nin)], False, []
     arguments, variadic, parameters = [], False, []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
