@@ -28,10 +28,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     run = native.NativeLoop.run
 
     def watched(self: Any, *arguments: Any, **options: Any) -> Any:
-        done = run(self, *arguments, **options)
-        if done is not None:
+        status = run(self, *arguments, **options)
+        if not status:
             seen.append(self.split)
-        return done
+        return status
 
     monkeypatch.setattr(native.NativeLoop, "run", watched)
     yield seen

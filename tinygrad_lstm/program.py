@@ -7,7 +7,7 @@ printer and the exporters read Programs alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,55 +173,65 @@ class Program:
         Straight-line code over the primitives' NumPy forwards; a value is dropped after its last use.
         """
         if self._function is None:
-            source, names = self._generate()
-            exec(compile(source, "<program>", "exec"), names)
+            arguments = [f"v{slot}" for slot in (*self.inputs, *self.captures)]
+            lines, results, names = self.text(arguments)
+            lines = [f"def program({', '.join(arguments)}):", *lines, f"return ({''.join(f'{r}, ' for r in results)})"]
+            exec(compile("\n    ".join(lines), "<program>", "exec"), names)
             self._function = names["program"]
         return self._function
 
-    def _generate(self) -> tuple[str, dict[str, Any]]:
+    def text(
+        self, arguments: Sequence[str], tag: str = "", stay: Collection[str] = ()
+    ) -> tuple[list[str], list[str], dict[str, Any]]:
+        """The lines of :meth:`function` on variables of these names, the variables of the results, and the constants.
+
+        All other names that are bound begin with a letter and ``tag``.  Variables in ``stay`` are not deleted.
+        """
         names: dict[str, Any] = {}
+        variable = dict(zip((*self.inputs, *self.captures), arguments, strict=True))
         last: dict[int, int] = {}
         for k, equation in enumerate(self.equations):
+            variable.update({slot: f"v{tag}{slot}" for slot in equation.outputs})
             for slot in equation.reads():
                 last[slot] = k
         keep = {output for output in self.outputs if output.__class__ is int}
 
-        def text(operand: Operand, tag: str) -> str:
+        def text(operand: Operand, constant: str) -> str:
             if operand.__class__ is int:
-                return f"v{operand}"
-            names[tag] = operand.value
-            return tag
+                return variable[operand]
+            names[constant] = operand.value
+            return constant
 
         turned = self._turned()
-        lines = [f"def program({', '.join(f'v{slot}' for slot in (*self.inputs, *self.captures))}):"]
+        lines = []
         for k, equation in enumerate(self.equations):
-            arguments = [text(operand, f"c{k}_{i}") for i, operand in enumerate(equation.operands)]
-            direct = short_form(equation, self.avals, f"p{k}")
+            operands = [text(operand, f"c{tag}{k}_{i}") for i, operand in enumerate(equation.operands)]
+            direct = short_form(equation, self.avals, f"p{tag}{k}")
+            target = variable[equation.outputs[0]]
             if k in turned:
                 small = is_small_product(equation, self.avals)
                 names["dot"] = dot
                 text_of = "{1}.T.dot({0}.T)" if small else "dot({1}.T, {0}.T)"
-                lines.append(f"    v{equation.outputs[0]} = {text_of.format(*arguments)}")
+                lines.append(f"{target} = {text_of.format(*operands)}")
             elif equation.outputs[0] in turned.values():
-                lines.append(f"    v{equation.outputs[0]} = {arguments[0]}")
+                lines.append(f"{target} = {operands[0]}")
             elif direct is not None:
                 names.update(direct.constants)
-                lines.append(f"    v{equation.outputs[0]} = {direct.text.format(*arguments)}")
+                lines.append(f"{target} = {direct.text.format(*operands)}")
             else:
-                names[f"f{k}"] = equation.primitive.forward
+                names[f"f{tag}{k}"] = equation.primitive.forward
                 for key, value in equation.params.items():
-                    names[f"p{k}_{key}"] = value
-                    arguments.append(f"{key}=p{k}_{key}")
-                targets = ", ".join(f"v{slot}" for slot in equation.outputs)
+                    names[f"p{tag}{k}_{key}"] = value
+                    operands.append(f"{key}=p{tag}{k}_{key}")
+                targets = ", ".join(variable[slot] for slot in equation.outputs)
                 several = "" if len(equation.outputs) == 1 and not _returns_tuple(equation) else ","
-                lines.append(f"    {targets}{several} = f{k}({', '.join(arguments)})")
+                lines.append(f"{targets}{several} = f{tag}{k}({', '.join(operands)})")
             dead = [slot for slot in {*equation.reads()} if last[slot] == k and slot not in keep]
             dead += [slot for slot in equation.outputs if slot not in last and slot not in keep]
-            if dead:
-                lines.append("    del " + ", ".join(f"v{slot}" for slot in dead))
-        results = ", ".join(text(output, f"o{i}") for i, output in enumerate(self.outputs))
-        lines.append(f"    return ({results}{',' if self.outputs else ''})")
-        return "\n".join(lines), names
+            gone = [variable[slot] for slot in dead if variable[slot] not in stay]
+            if gone:
+                lines.append("del " + ", ".join(gone))
+        return lines, [text(output, f"o{tag}{i}") for i, output in enumerate(self.outputs)], names
 
     def _turned(self) -> dict[int, int]:
         """Products whose only reader transposes them, by number, and what that assigns: computed transposed.

@@ -8,9 +8,9 @@ and one product with K = T * B of each weight gradient; nothing here knows that.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from tinygrad_lstm.compiler.constants import fill
 from tinygrad_lstm.compiler.expand import products
 from tinygrad_lstm.compiler.fuse import fuse, worth_compiling
 from tinygrad_lstm.compiler.merge import merge_matmuls
-from tinygrad_lstm.compiler.native import NativeLoop, chosen, native_loop, wanted, work_of
+from tinygrad_lstm.compiler.native import NativeLoop, native_loop, wanted, work_of
 from tinygrad_lstm.compiler.report import Report, loop_report
 from tinygrad_lstm.compiler.rows import common_batch, mixing
 from tinygrad_lstm.compiler.simplify import dead_code, simplify
@@ -35,17 +35,6 @@ from tinygrad_lstm.trace import Trace
 __all__ = ["LoopPlan", "plan_loop"]
 
 INVARIANT, SEQUENCE, LOOP, BEHIND = "invariant", "sequence", "loop", "behind"
-
-
-class Wiring(NamedTuple):
-    """``before`` and ``behind`` as functions, what the loop reads of before's values, and the loop in native code."""
-
-    before: Callable[..., tuple[Any, ...]]
-    sequence: Callable[[Any], tuple[Any, ...]]
-    invariant: Callable[[Any], tuple[Any, ...]]
-    native: NativeLoop | None
-    behind: Callable[..., tuple[Any, ...]]
-    borrowed: list[int]
 
 
 @dataclass
@@ -70,6 +59,7 @@ class LoopPlan:
     inner: Program  # the body before it was fused: what native code is made from
     steps: int
     runner: Any = None  # the loop as a Python function, generated on first use
+    calls: dict[bool, Any] = field(default_factory=dict)  # all of it as a function, by direction (runner.py)
     native: Any = None  # a NativeLoop, or what speaks against one (Unsupported), or None: not worth it
 
     @functools.cached_property
@@ -89,20 +79,6 @@ class LoopPlan:
             ):
                 found.append(k)
         return found
-
-    @functools.cached_property
-    def wiring(self) -> Wiring:
-        """The plan as functions on arrays: what a call needs, found once."""
-        n = self.n_sequence
-        native = self.native if self.compiled and self.native.rows else None
-        return Wiring(
-            self.before.function(),
-            chosen(self.loop_sequence),
-            chosen([n + k for k in self.loop_invariant]),
-            native,
-            self.behind.function(),
-            self.borrowed,
-        )
 
     @functools.cached_property
     def compiled(self) -> bool:

@@ -6,10 +6,9 @@ some 100 ms of steps, so that a pending Ctrl-C is delivered in between.
 
 from __future__ import annotations
 
-import operator
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,15 +28,13 @@ from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.kernels.pool import SMALLEST, empty
 from tinygrad_lstm.program import Program
 
-__all__ = ["NativeLoop", "chosen", "native_loop", "switched_off", "wanted", "work_of"]
+__all__ = ["Frame", "NativeLoop", "Workspace", "native_loop", "shares", "switched_off", "wanted", "work_of"]
 
 # Loops that do less per call than this many elementary operations are left to NumPy: compiling takes a second.
 LEAST_WORK = 2_000
 FEW = 4  # rows times steps: so few are multiplied sooner than a matrix is packed
 SLICE = 2e9  # floating-point operations of a launch: 100 ms at a tenth of what a thread does at best
 _ALIGN = 64
-_NDARRAY = id(np.ndarray)
-_MOST_FRAMES = 64
 
 
 def _mode() -> str:
@@ -94,8 +91,7 @@ class NativeLoop:
         self.flops = sum(times * _flops(op) for op, times in walk(lowered.operations))
         self.n_carry, self.n_stacked = len(lowered.kept), n_stacked
         self._entry: tuple[int, int, Any, Any] | None = None
-        self._free: list[_Workspace] = []
-        self._frames: dict[tuple[int, bool], _Frame] = {}
+        self.spaces: list[Workspace] = []  # that no call uses
         self._lock = Lock()
 
     def entry(self) -> tuple[int, int, Any, Any]:
@@ -106,63 +102,34 @@ class NativeLoop:
                 self._entry = (program.address("loop"), program.address("prepare"), *threads.loop_functions())
         return self._entry
 
-    def run(
-        self, carry: Sequence[np.ndarray], sequence: Sequence[np.ndarray], invariant: Sequence[np.ndarray],
-        steps: int, reverse: bool,
-    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] | None:  # fmt: skip
-        """(final carry, stacks, sums); None when native code met an index out of range (let NumPy report it)."""
-        frame = self._frames.get((steps, reverse))
-        if frame is None:
-            if len(self._frames) >= _MOST_FRAMES:
-                self._frames.clear()
-            frame = self._frames[steps, reverse] = _Frame(self, steps, reverse)
-        loop, prepare, plain, advance = self.entry()
-        try:
-            space = self._free.pop()
-        except IndexError:
-            space = _Workspace(self)
-        parts, chunk = _shares(self.rows)
-        stamp = (steps, reverse, chunk, parts)
-        if space.stamp != stamp:
-            space.prepare_for(self, frame, stamp)
-        buffers = [make(shape, dtype) for make, shape, dtype in frame.makers]
-        operands = frame.pick((*carry, *sequence, *invariant, *buffers, *space.turns))
-        if not plain(id(operands), 0, frame.checked, _NDARRAY):
-            operands = frame.pick((*frame.tidied(carry, sequence, invariant), *buffers, *space.turns))
+    def run(self, frame: Frame, space: Workspace, operands: tuple[np.ndarray, ...], parts: int) -> int:
+        """All steps on these operands, in so many parts; not 0 where an index was out of range."""
+        loop, prepare, _, advance = self.entry()
         team = threads.team_for(parts)
         control = 0 if team is None else team.control
-        pack = prepare if frame.packs else 0
+        pack, steps, address = prepare if frame.packs else 0, frame.steps, id(operands)
+        if frame.work <= SLICE:
+            return advance(control, pack, loop, space.address, address, 0, steps, parts)
         status = start = 0
-        slice_ = steps if frame.work <= SLICE else max(1, int(steps * SLICE / frame.work))
+        piece = max(1, int(steps * SLICE / frame.work))
         while start < steps and not status:
-            stop = min(steps, start + slice_)
-            status = advance(control, pack, loop, space.address, id(operands), start, stop, parts)
+            stop = min(steps, start + piece)
+            status = advance(control, pack, loop, space.address, address, start, stop, parts)
             start = stop
-        self._free.append(space)
-        if status:
-            return None
-        first = frame.n_buffers
-        stacks = [buffers[k] if rows is None else buffers[k][rows] for k, rows in frame.stacks]
-        return buffers[first : first + self.n_carry], stacks, buffers[first + self.n_carry :]
+        return status
+
+    def workspace(self) -> Workspace:
+        """For one running call; calls put those that they are done with into :attr:`spaces`."""
+        return Workspace(self)
 
 
-def chosen(places: Sequence[int]) -> Callable[[Any], tuple[Any, ...]]:
-    """A function that picks these items of a sequence, as a tuple."""
-    if len(places) > 1:
-        return operator.itemgetter(*places)
-    if not places:
-        return lambda pool: ()
-    (place,) = places
-    return lambda pool: (pool[place],)
-
-
-class _Frame:
+class Frame:
     """What the calls of a loop over so many steps in one direction have in common."""
 
     def __init__(self, loop: NativeLoop, steps: int, reverse: bool) -> None:
         low, program = loop.lowered, loop.program
         n_carry, n_stacked = loop.n_carry, loop.n_stacked
-        self.loop, self.lead = loop, 2 if loop.split else 1
+        self.loop, self.steps, self.lead = loop, steps, 2 if loop.split else 1
         carries = [program.avals[slot] for slot in program.inputs[:n_carry]]
         outputs = program.output_avals()
         self.makers: list[tuple[Callable[..., np.ndarray], tuple[int, ...], np.dtype]] = []
@@ -197,15 +164,15 @@ class _Frame:
         for n, k in enumerate(k for k in range(n_carry) if not low.kept[k]):
             places[f"i{k}"] = start + n
         places.update({f"q{k}": places[f"v{pack.invariant}"] for k, pack in enumerate(low.packs)})
-        order = [places[name] for name in operands_of(low)]
+        # Which of (carry, sequence, invariant, buffers, turns) native code reads, and how many must be in C order.
+        self.order = [places[name] for name in operands_of(low)]
         self.checked = in_order(low)
-        self.pick = chosen(order)
         by_row = any(isinstance(op, RowProduct) and op.right is None for op, _ in walk(low.operations))
         self.packed = by_row or steps * loop.rows > FEW
         self.packs = bool(low.packs) and self.packed
         self.work = steps * loop.flops * loop.rows
 
-    def tidied(self, carry: Any, sequence: Any, invariant: Any) -> list[np.ndarray]:
+    def tidied(self, carry: Any, sequence: Any, invariant: Any, buffers: Any, space: Workspace) -> tuple[Any, ...]:
         """The operands as arrays whose rows are in C order."""
         low = self.loop.lowered
         whole = {pack.invariant for pack in low.packs if pack.whole(tuple(np.shape(invariant[pack.invariant])))}
@@ -216,7 +183,8 @@ class _Frame:
         for k, a in enumerate(invariant):
             only_packed = k in whole and f"v{k}" not in read
             found.append(np.asarray(a) if only_packed else _plain(np.asarray(a), 0))
-        return found
+        found += [*buffers, *space.turns]
+        return tuple([found[place] for place in self.order])
 
 
 def _plain(array: np.ndarray, lead: int) -> np.ndarray:
@@ -231,7 +199,7 @@ def _plain(array: np.ndarray, lead: int) -> np.ndarray:
     return array
 
 
-def _shares(rows: int) -> tuple[int, int]:
+def shares(rows: int) -> tuple[int, int]:
     """Parts and rows of a part: whole tiles of the matrix product where there are enough rows."""
     if rows < 2:
         return 1, 1
@@ -250,7 +218,7 @@ def _flops(operation: Any) -> int:
     return 0 if operation.parts() else 8 * sum(view.size for view in operation.writes())
 
 
-class _Workspace:
+class Workspace:
     """Scratch, packed matrices and carries of one running call; used again by the next."""
 
     def __init__(self, loop: NativeLoop) -> None:
@@ -276,9 +244,9 @@ class _Workspace:
             self.table[FIELDS.index(f"h_{dtype}")] = found.gemm_small
             self.table[FIELDS.index(f"pack_{dtype}")] = found.pack
 
-    def prepare_for(self, loop: NativeLoop, frame: _Frame, stamp: tuple[int, bool, int, int]) -> None:
+    def prepare_for(self, frame: Frame, stamp: tuple[int, bool, int, int]) -> None:
         """Make room for so many steps of so many parts."""
-        steps, reverse, chunk, parts = stamp
+        loop, (steps, reverse, chunk, parts) = frame.loop, stamp
         if self.shape != (chunk, parts):
             size = scratch_bytes(loop.lowered, chunk)
             self.scratch = np.empty(size * parts + 4096, np.uint8)

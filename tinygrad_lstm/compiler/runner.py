@@ -1,4 +1,4 @@
-"""Run a loop plan: the program before, the time loop as one generated Python function, the program behind."""
+"""Run a loop plan: the program before, the time loop in native code or as a generated function, the program behind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from tinygrad_lstm.compiler.fuse import FUSED, worth_compiling
 from tinygrad_lstm.compiler.loop import LoopPlan
 from tinygrad_lstm.compiler.report import publish
+from tinygrad_lstm.compiler.straight import Results, Straight, owned, straight
 from tinygrad_lstm.kernels.pool import empty
 
 __all__ = ["run_loop"]
@@ -17,38 +18,50 @@ __all__ = ["run_loop"]
 
 def run_loop(
     plan: LoopPlan, carry: Sequence[np.ndarray], xs: Sequence[np.ndarray], captures: Sequence[np.ndarray],
-    steps: int, reverse: bool,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    reverse: bool,
+) -> Results:  # fmt: skip
     """Returns (final carry, [ys..., sums...]); nothing that is returned shares memory with the arguments' carry."""
-    if steps == 0:
+    if plan.steps == 0:
         return [np.array(c) for c in carry], _empty(plan)
     publish(plan.report)
-    wiring = plan.wiring
-    values = wiring.before(*xs, *captures)
-    loop_xs, loop_captures = wiring.sequence(values), wiring.invariant(values)
-    done = None
-    if wiring.native is not None:
-        done = wiring.native.run(carry, loop_xs, loop_captures, steps, reverse)
+    call: Straight | None = plan.calls.get(reverse)
+    if call is None:
+        call = plan.calls[reverse] = _call(plan, reverse)
+    done = call(*carry, *xs, *captures)
     if done is not None:
-        final, stacks, sums = done
-    else:
+        return done
+    over_numpy = _over_numpy(plan, reverse)  # says which index was out of range
+    return over_numpy(*carry, *xs, *captures)
+
+
+def _call(plan: LoopPlan, reverse: bool) -> Straight:
+    """The loop with what runs before and behind it, as a function of all arrays."""
+    if plan.compiled and plan.native.rows:
+        return straight(plan, plan.native, reverse)
+    return _over_numpy(plan, reverse)
+
+
+def _over_numpy(plan: LoopPlan, reverse: bool) -> Callable[..., Results]:
+    """The time loop in Python."""
+    before, behind, n = plan.before.function(), plan.behind.function(), plan.n_carry
+    loop = _runner(plan, worth_compiling(plan.body, plan.body.equations, plan.steps))
+    steps, borrowed = plan.steps, plan.borrowed
+
+    def call(*arguments: np.ndarray) -> Results:
+        values = before(*arguments[n:])
+        sequence = [values[k] for k in plan.loop_sequence]
+        invariant = [values[plan.n_sequence + k] for k in plan.loop_invariant]
         stacks = [empty((steps, *aval.shape), aval.dtype) for aval in plan.stacked]
         sums = [np.zeros(aval.shape, aval.dtype) for aval in plan.sums]
-        loop = _runner(plan, worth_compiling(plan.body, plan.body.equations, steps))
         times = range(steps - 1, -1, -1) if reverse else range(steps)
         # A carry value may live in a row of a stack, or be the caller's own array where no step changed it.
-        final = [np.array(c) for c in loop(times, *carry, *loop_xs, *loop_captures, *stacks, *sums)]
-    outs = list(wiring.behind(*stacks, *sums, *values))
-    for k in wiring.borrowed:
-        outs[k] = _own(np.asarray(outs[k]), (*carry, *xs, *captures))
-    return final, outs
+        final = [np.array(c) for c in loop(times, *arguments[:n], *sequence, *invariant, *stacks, *sums)]
+        outs = list(behind(*stacks, *sums, *values))
+        for k in borrowed:
+            outs[k] = owned(outs[k], arguments)
+        return final, outs
 
-
-def _own(out: np.ndarray, arguments: Sequence[np.ndarray]) -> np.ndarray:
-    """An output that the caller may write to: a copy where it is a view of an argument, or broadcast."""
-    if not out.flags.writeable or any(np.may_share_memory(out, a) for a in arguments):
-        return np.array(out)
-    return out
+    return call
 
 
 def _empty(plan: LoopPlan) -> list[np.ndarray]:

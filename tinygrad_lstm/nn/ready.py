@@ -67,7 +67,7 @@ class _Run:
                 return bind_site(site, operands, True, current, lead=lead)
         plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
         arrays = [t._data for t in captures]
-        final, ys = run_loop(plan, [t._data for t in carry], [x._data], arrays, self.steps, self.reverse)
+        final, ys = run_loop(plan, [t._data for t in carry], [x._data], arrays, self.reverse)
         ys = ys if len(ys) < 2 else _apart(ys)
         return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in ys])
 

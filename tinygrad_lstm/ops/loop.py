@@ -59,7 +59,7 @@ def _forward(
     n_inputs = len(body.inputs)
     carry, xs, captures = operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:]
     if keep is None:
-        final, outs = run_loop(plan_of(body, n_carry, n_ys, length), carry, xs, captures, length, reverse)
+        final, outs = run_loop(plan_of(body, n_carry, n_ys, length), carry, xs, captures, reverse)
         return (*final, *_apart(outs))
     if keep.segments is not None:
         return keep.segments.forward(operands)

@@ -173,7 +173,7 @@ class Site:
         pair, plan = self._forward or self.forward()
         n_carry, n_inputs, head = self.n_carry, len(self.body.inputs), self.n_ys
         final, outs = _loops().run_loop(
-            plan, operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:], self.length, self.reverse
+            plan, operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:], self.reverse
         )
         tail = head + len(pair.residuals)
         ys = outs[:head] if tail == len(outs) else [*outs[:head], *outs[tail:]]
@@ -231,7 +231,7 @@ class Backward:
         captures: list[Any] = [t._data for t in inputs[self.n_inputs :]]
         captures += [g[k] for k in self.s_seeds]
         try:
-            final, outs = run_loop(self.plan, carry, xs, captures, self.length, self.reverse)
+            final, outs = run_loop(self.plan, carry, xs, captures, self.reverse)
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
             params = {
                 "body": self.body, "n_carry": len(carry), "n_ys": self.n_ys, "length": self.length,
