@@ -16,22 +16,22 @@ from tinygrad_lstm.kernels.pool import empty
 __all__ = ["run_loop"]
 
 
-def run_loop(
-    plan: LoopPlan, carry: Sequence[np.ndarray], xs: Sequence[np.ndarray], captures: Sequence[np.ndarray],
-    reverse: bool,
-) -> Results:  # fmt: skip
-    """Returns (final carry, [ys..., sums...]); nothing that is returned shares memory with the arguments' carry."""
+def run_loop(plan: LoopPlan, operands: Sequence[np.ndarray], reverse: bool) -> Results:
+    """Run a loop on (carry..., xs..., captures...): (final carry, [ys..., sums...]).
+
+    Nothing that is returned shares memory with the operands.
+    """
     if plan.steps == 0:
-        return [np.array(c) for c in carry], _empty(plan)
+        return [np.array(c) for c in operands[: plan.n_carry]], _empty(plan)
     publish(plan.report)
     call: Straight | None = plan.calls.get(reverse)
     if call is None:
         call = plan.calls[reverse] = _call(plan, reverse)
-    done = call(*carry, *xs, *captures)
+    done = call(*operands)
     if done is not None:
         return done
     over_numpy = _over_numpy(plan, reverse)  # says which index was out of range
-    return over_numpy(*carry, *xs, *captures)
+    return over_numpy(*operands)
 
 
 def _call(plan: LoopPlan, reverse: bool) -> Straight:

@@ -20,7 +20,7 @@ from tinygrad_lstm.nn.module import Module, changes
 from tinygrad_lstm.nn.programs import known_of, recorder_for
 from tinygrad_lstm.ops.control import leaves_of, rebuilt
 from tinygrad_lstm.ops.loop import bind_site
-from tinygrad_lstm.ops.prepared import Site, _apart, compile_mode, plan_of, site_of
+from tinygrad_lstm.ops.prepared import Site, apart, compile_mode, plan_of, site_of
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.record import State
 from tinygrad_lstm.tensor import Tensor
@@ -66,10 +66,8 @@ class _Run:
                     self.sites[linked] = site
                 return bind_site(site, operands, True, current, lead=lead)
         plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
-        arrays = [t._data for t in captures]
-        final, ys = run_loop(plan, [t._data for t in carry], [x._data], arrays, self.reverse)
-        ys = ys if len(ys) < 2 else _apart(ys)
-        return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in ys])
+        final, ys = run_loop(plan, [t._data for t in (*carry, x, *captures)], self.reverse)
+        return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in apart(ys)])
 
 
 class _Ready:

@@ -12,11 +12,11 @@ from tinygrad_lstm.errors import GraphError
 from tinygrad_lstm.ops.prepared import (
     Site,
     _adjoint,
-    _apart,
     _derived,
     _float_carries,
     _loops,
     _owner,
+    apart,
     canonical,
     plan_of,
     site_of,
@@ -55,12 +55,9 @@ def _forward(
     keep: Residuals | None = None,
     memory: Any = None,
 ) -> tuple[np.ndarray, ...]:
-    run_loop = _loops().run_loop
-    n_inputs = len(body.inputs)
-    carry, xs, captures = operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:]
     if keep is None:
-        final, outs = run_loop(plan_of(body, n_carry, n_ys, length), carry, xs, captures, reverse)
-        return (*final, *_apart(outs))
+        final, outs = _loops().run_loop(plan_of(body, n_carry, n_ys, length), operands, reverse)
+        return (*final, *apart(outs))
     if keep.segments is not None:
         return keep.segments.forward(operands)
     outputs, keep.arrays = keep.site.run(operands)

@@ -14,7 +14,7 @@ from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Backward", "Site", "canonical", "compile_mode"]
+__all__ = ["Backward", "Site", "apart", "canonical", "compile_mode", "twins"]
 
 # Programs by content, so that what was derived from one (adjoint, plan, native code) is found again when the
 # same body is recorded anew.
@@ -127,7 +127,9 @@ class Site:
         )
         self.led_params = {**self.params, "lead": True}
         self.led_avals = tuple(Aval((1, *a.shape), a.dtype) if k < n_carry else a for k, a in enumerate(self.avals))
-        self.shared: frozenset[int] | None = None  # outputs that lie where residuals do; seen at the first call
+        # Seen at the first call: outputs that lie where residuals do, and ys that lie where earlier ones do.
+        self.shared: frozenset[int] | None = None
+        self._twins: Sequence[int] | None = None
         self._forward: Any = None
         self._pair: Any = None
         self._pairs: dict[Any, Any] = {}  # for other cotangents and inputs than those that were foreseen
@@ -171,13 +173,15 @@ class Site:
     def run(self, operands: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Outputs that share memory neither with the operands nor with one another, and residuals."""
         pair, plan = self._forward or self.forward()
-        n_carry, n_inputs, head = self.n_carry, len(self.body.inputs), self.n_ys
-        final, outs = _loops().run_loop(
-            plan, operands[:n_carry], operands[n_carry:n_inputs], operands[n_inputs:], self.reverse
-        )
-        tail = head + len(pair.residuals)
-        ys = outs[:head] if tail == len(outs) else [*outs[:head], *outs[tail:]]
-        return [*final, *(ys if len(ys) < 2 else _apart(ys))], outs[head:tail]
+        final, outs = _loops().run_loop(plan, operands, self.reverse)
+        head, tail = self.n_ys, self.n_ys + len(pair.residuals)
+        residuals = outs[head:tail]
+        del outs[head:tail]
+        if self._twins is None:
+            self._twins = twins(outs)
+        for k in self._twins:
+            outs[k] = outs[k].copy()
+        return final + outs, residuals
 
     def backward(self, present: tuple[bool, ...], asked: tuple[bool, ...]) -> Backward | None:
         """The adjoint loop for these cotangents and inputs; None where rules changed after the forward ran."""
@@ -210,6 +214,8 @@ class Backward:
         n_ys = sum(asked[: len(body.inputs) - n_carry])
         self.body, self.n_ys = pair.backward, n_ys
         self.plan = plan_of(pair.backward, len(self.floats), n_ys, site.length)
+        self._operands: Any = None
+        self._twins: Sequence[int] | None = None
 
     def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]) -> list[Any]:
         """Cotangents of the operands, None where they are not asked for."""
@@ -223,23 +229,34 @@ class Backward:
         self, g: Sequence[np.ndarray | None], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
         """Cotangents of the operands at :attr:`positions`, given those of the outputs."""
-        run_loop = _loops().run_loop
-        carry: list[Any] = [self.zeros[k] if g[k] is None else g[k] for k in self.floats]
-        xs: list[Any] = [kept[k] for k in self.picks or ()]
-        xs += [inputs[k]._data for k in self.reads]
-        xs += [g[k] for k in self.y_seeds]
-        captures: list[Any] = [t._data for t in inputs[self.n_inputs :]]
-        captures += [g[k] for k in self.s_seeds]
+        if self._operands is None:
+            self._operands = self._picked(len(inputs))
+        operands = self._operands(g, inputs, kept)
         try:
-            final, outs = run_loop(self.plan, carry, xs, captures, self.reverse)
+            final, outs = _loops().run_loop(self.plan, operands, self.reverse)
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
             params = {
-                "body": self.body, "n_carry": len(carry), "n_ys": self.n_ys, "length": self.length,
+                "body": self.body, "n_carry": len(self.floats), "n_ys": self.n_ys, "length": self.length,
                 "reverse": self.reverse,
             }  # fmt: skip
-            operands = [Tensor(array) for array in (*carry, *xs, *captures)]
-            raise REGISTRY["scan"]._explained(error, operands, params) from None
-        return [*final, *(outs if len(outs) < 2 else _apart(outs))]
+            raise REGISTRY["scan"]._explained(error, [Tensor(array) for array in operands], params) from None
+        if self._twins is None:
+            self._twins = twins(outs)
+        for k in self._twins:
+            outs[k] = outs[k].copy()
+        return final + outs
+
+    def _picked(self, count: int) -> Callable[..., tuple[np.ndarray, ...]]:
+        """The operands of the adjoint loop, as a function of what :meth:`arrays` is given."""
+        items = [f"zeros[{k}] if g[{k}] is None else g[{k}]" for k in self.floats]
+        items += [f"kept[{k}]" for k in self.picks or ()]
+        items += [f"inputs[{k}]._data" for k in self.reads]
+        items += [f"g[{k}]" for k in self.y_seeds]
+        items += [f"inputs[{k}]._data" for k in range(self.n_inputs, count)]
+        items += [f"g[{k}]" for k in self.s_seeds]
+        text = f"lambda g, inputs, kept: ({''.join(f'{item}, ' for item in items)})"
+        picked: Callable[..., tuple[np.ndarray, ...]] = eval(text, {"zeros": self.zeros})
+        return picked
 
 
 def site_of(
@@ -271,13 +288,20 @@ def _owner(array: np.ndarray) -> Any:
     return array if array.base is None else array.base
 
 
-def _apart(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Copies of those arrays that share their memory with an earlier one."""
-    owners = [id(array if array.base is None else array.base) for array in arrays]
-    if len(set(owners)) == len(owners):
-        return arrays
-    pairs = enumerate(zip(arrays, owners, strict=True))
-    return [array.copy() if owner in owners[:k] else array for k, (array, owner) in pairs]
+def twins(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Which arrays share their memory with an earlier one.
+
+    For the results of a loop this is a matter of its plan: it is the same at every call.
+    """
+    owners = [id(_owner(array)) for array in arrays]
+    return [k for k, owner in enumerate(owners) if owner in owners[:k]]
+
+
+def apart(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """The arrays, with copies in place of those that share their memory with an earlier one."""
+    for k in twins(arrays):
+        arrays[k] = arrays[k].copy()
+    return arrays
 
 
 def _float_carries(body: Program, n_carry: int) -> list[int]:

@@ -88,7 +88,7 @@ class Segments:
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = plan_of(program, len(carry), n_ys, length, self.schedule.steps)
-        return _loops().run_loop(plan, carry, inputs, captures, self.reverse != bool(adjoint))
+        return _loops().run_loop(plan, (*carry, *inputs, *captures), self.reverse != bool(adjoint))
 
     def _operands(self, operands: Arrays) -> tuple[Arrays, Arrays, Arrays]:
         n_inputs = len(self.body.inputs)
