@@ -54,7 +54,8 @@ def record_plain(
     prim: Primitive, args: tuple[Any, ...], params: dict[str, Any], result: Tensor, out: Any, current: State
 ) -> None:
     """:func:`record_application` for the common case: one output, no Tape, no trace, something requires a gradient."""
-    guards = None
+    guards: dict[int, Any] | None = None
+    marked = False
     if prim.saves_nothing:
         saved: tuple[Any, ...] = _NOTHING
         if prim.quick and len(args) == 2:
@@ -79,7 +80,9 @@ def record_plain(
             if isinstance(arg, Tensor):
                 arg._used = True
                 if arg._storage is not None and (guard := guard_of(arg)) is not None:
-                    guards = {**(guards or {}), index: guard}
+                    guards = guards or {}
+                    guards[index] = guard
+                    marked = marked or guard[1] is not None
         if saves_out:
             kept.append(out)
             result._used = True
@@ -96,8 +99,7 @@ def record_plain(
         shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
     record = Record(prim, params, parents, saved, out.shape, dtype, shapes, None, current.place, code, lasti)
     if guards is not None:
-        extra = record.more()
-        extra.guards, extra.marked = guards, any(mark is not None for _, mark in guards.values())
+        record.guards, record.marked = guards, marked
     result._node = record
     result._rg = dtype.kind == "f"
 
@@ -112,7 +114,8 @@ def record_application(
     """
     keep, keep_from = prim._saved_inputs, prim._saved_from
     saves_out = prim.saves_out
-    guards = None
+    guards: dict[int, Any] | None = None
+    marked = False
     if not prim.differentiable:
         parents: list[Any] = [None] * len(args)
     elif current.tapes or current.trace is not None:
@@ -121,16 +124,18 @@ def record_application(
         parents = [(arg._node or arg) if isinstance(arg, Tensor) and arg._rg else None for arg in args]
     if prim.simple and None in parents:
         keep, saves_out = _kept(prim, parents)
-    saved: list[Any] = []
-    for index, arg in enumerate(args):
-        if index < keep_from and index not in keep:
-            saved.append(None)
-            continue
-        saved.append(arg)
+    saved: list[Any]
+    if keep_from:
+        saved = [arg if index in keep or index >= keep_from else None for index, arg in enumerate(args)]
+    else:
+        saved = [*args]
+    for index, arg in enumerate(saved):
         if isinstance(arg, Tensor):
             arg._used = True
             if arg._storage is not None and (guard := guard_of(arg)) is not None:
-                guards = {**(guards or {}), index: guard}
+                guards = guards or {}
+                guards[index] = guard
+                marked = marked or guard[1] is not None
     if last is None and saves_out:
         kept_outputs = tuple([o if current.trace is not None else o._data for o in outputs])
         saved.append(kept_outputs if several else kept_outputs[0])
@@ -151,12 +156,11 @@ def record_application(
         None if frame is None else frame.f_code, -1 if frame is None else frame.f_lasti,
     )  # fmt: skip
     if guards is not None:
-        extra = record.more()
-        extra.guards, extra.marked = guards, any(mark is not None for _, mark in guards.values())
+        record.guards, record.marked = guards, marked
     needs_too = needs and prim.differentiable
-    for index, (output, (shape, dtype)) in enumerate(zip(outputs, avals, strict=True)):
-        output._node = Output(record, index, shape, dtype) if several else record
-        output._rg = needs_too and dtype.kind == "f"
+    for index, output in enumerate(outputs):
+        output._node = Output(record, index) if several else record
+        output._rg = needs_too and avals[index].dtype.kind == "f"
     if current.tapes:
         if not needs:
             record.more().tape_only = True

@@ -289,7 +289,7 @@ def _saved_output(values: Any) -> Any:
     if out.__class__ is tuple and out and out[0].__class__ is np.ndarray:
         tensors = tuple(Tensor(array, True) for array in out)
         for index, tensor in enumerate(tensors):
-            tensor._node = Output(values, index, tensor.shape, tensor.dtype)
+            tensor._node = Output(values, index)
         return tensors
     return out
 

@@ -115,11 +115,9 @@ def recording(**changes: Any) -> Iterator[None]:
 class Extra:
     """What few records have; made on demand so that the common record stays small."""
 
-    __slots__ = ("guards", "hooks", "inputs", "label", "marked", "retained", "tape_only", "tapes")
+    __slots__ = ("hooks", "inputs", "label", "retained", "tape_only", "tapes")
 
     def __init__(self) -> None:
-        self.guards: dict[int, Any] | None = None  # fingerprints of saved values that others could write to
-        self.marked = False  # whether one of them is a fingerprint of something that others hold
         self.hooks: dict[int, list[Callable[..., Any]]] | None = None  # by output index
         self.inputs: tuple[Any, ...] | None = None  # while a Tape keeps the values
         self.label: dict[int, str] | None = None  # names given with tg.name, by output index
@@ -141,7 +139,9 @@ class Record:
         "code",
         "dtype",
         "extra",
+        "guards",
         "lasti",
+        "marked",
         "output_avals",
         "params",
         "parents",
@@ -170,6 +170,8 @@ class Record:
         self.lasti = lasti
         self.serial = next(_serials)
         self.extra: Extra | None = None
+        self.guards: dict[int, Any] | None = None  # what is remembered of saved values that others could write to
+        self.marked = False  # whether a fingerprint of something that others hold is among that
 
     def more(self) -> Extra:
         """The rare fields, made on demand."""
@@ -209,8 +211,9 @@ class Record:
         """Forget inputs and saved values: the chain behind this record can be freed."""
         self.parents = None
         self.saved = None
+        self.guards = None
         if self.extra is not None:
-            self.extra.inputs = self.extra.guards = None
+            self.extra.inputs = None
 
     def __repr__(self) -> str:
         return f"<Record {self.serial} {self.describe()}>"
@@ -219,13 +222,21 @@ class Record:
 class Output:
     """One output of a record that has several."""
 
-    __slots__ = ("dtype", "index", "record", "shape")
+    __slots__ = ("index", "record")
 
-    def __init__(self, record: Record, index: int, shape: Any, dtype: Any) -> None:
+    def __init__(self, record: Record, index: int) -> None:
         self.record = record
         self.index = index
-        self.shape = shape
-        self.dtype = dtype
+
+    @property
+    def shape(self) -> Any:
+        """The shape of the output."""
+        return self.record.output_avals[self.index].shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the output."""
+        return self.record.output_avals[self.index].dtype
 
 
 Node = Union["Record", "Output", "Tensor"]

@@ -93,12 +93,6 @@ def _is_plain(extra: Extra) -> bool:
     return extra.hooks is None and extra.retained is None and not extra.tapes
 
 
-def _check_marked(record: Record) -> None:
-    """Raise if a value that others hold, and of which the record has a fingerprint, was changed."""
-    if record.extra is not None and record.extra.marked:
-        verify(record)
-
-
 def _data(share: Any, who: str) -> np.ndarray:
     if share is None:
         raise GraphError(f"the VJP of {who} gave no cotangent to an input that is linked")
@@ -126,7 +120,7 @@ class _Builder:
         self.root = root
         self.names: dict[str, Any] = {
             "Record": Record, "Output": Output, "is_plain": _is_plain, "summed": _summed, "data": _data,
-            "last": last_change, "check_marked": _check_marked, "zeros": np.zeros, "copy": np.array,
+            "last": last_change, "verify": verify, "zeros": np.zeros, "copy": np.array,
         }  # fmt: skip
         self.checks: list[str] = []
         self.lines: list[str] = []
@@ -267,7 +261,7 @@ class _Builder:
         if not parents or not any(given):
             return  # a constant, or behind an input without a rule (the condition of a choice): never replayed
         if not primitive.saves_nothing:
-            self.lines.append(f"if r{k}.extra is not None: check_marked(r{k})")
+            self.lines.append(f"if r{k}.marked: verify(r{k})")
         if primitive.accumulate is not None and parents[0] is not None:
             if several or parents[0].__class__ is Output or any(p is not None for p in parents[1:]):
                 raise _Unknown

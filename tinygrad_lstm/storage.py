@@ -40,8 +40,7 @@ def _note() -> None:
 
 def untouched(record: Record) -> bool:
     """Whether nothing that this record saved can have been changed since, at one look."""
-    extra = record.extra
-    return record.serial > last_change[0] and (extra is None or not extra.marked)
+    return record.serial > last_change[0] and not record.marked
 
 
 class Storage:
@@ -112,21 +111,20 @@ def watch_output(node: Any, storage: Storage, always: bool = False) -> None:
         if not always:
             return
     if isinstance(record, Record) and record.saved is not None and (always or record.primitive.saves_out):
-        extra = record.more()
-        watched = (extra.guards or {}).get(-1, ())
-        extra.guards = {**(extra.guards or {}), -1: (*watched, (storage, storage.version))}
+        guards = record.guards or {}
+        record.guards = {**guards, -1: (*guards.get(-1, ()), (storage, storage.version))}
 
 
 def verify(record: Record) -> None:
     """Raise if a value that the record saved was changed since; the common path only looks."""
-    guards = record.extra.guards if record.extra is not None else None
-    for storage, version in guards.get(-1, ()) if guards else ():
+    guards = record.guards or {}
+    for storage, version in guards.get(-1, ()):
         if _differs(storage, version, None, None):
             raise _changed(f"the output of {record.describe()}", record)
     for index, saved in enumerate(record.saved or ()):
         if saved is None or (storage := getattr(saved, "_storage", None)) is None:
             continue
-        version, mark = guards.get(index, (0, None)) if guards else (0, None)
+        version, mark = guards.get(index, (0, None))
         if _differs(storage, version, mark, saved._data):
             meta = saved._meta
             label = f" {meta.label!r}" if meta is not None and meta.label else ""
