@@ -97,7 +97,7 @@ class ArrayRule:
         )
 
     def known(self, record: Any) -> KnownRule | None:
-        """The function that :meth:`share` would run for the record's cotangent; None where there is none yet."""
+        """The function that :meth:`share` would run for the record's cotangent now; None where there is none yet."""
         arrays = self._arrays(record, np.broadcast_to(np.empty((), record.dtype), record.shape))
         if arrays is None:
             return None
@@ -107,7 +107,9 @@ class ArrayRule:
         except TypeError:
             return None
         if function.__class__ is int:
-            return None
+            function = self._met(key, function, record, arrays)
+            if function is None:
+                return None
         conditions: list[tuple[str, dict[str, Any]]] = []
         if self.shapes:
             conditions.append(("{r}.shapes == {a}", {"a": record.shapes}))

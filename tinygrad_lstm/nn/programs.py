@@ -13,7 +13,7 @@ what it was when the cell was recorded, at every step.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -24,7 +24,7 @@ from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.nn.module import Module, Parameter
 from tinygrad_lstm.ops.control import Recorded, record_body
-from tinygrad_lstm.primitive import Primitive
+from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
@@ -117,40 +117,40 @@ def _outside(cell: Module) -> Reach | None:
 class _Entry:
     """A recorded body, and where what it captures stands in the module."""
 
-    __slots__ = ("expected", "outside", "places", "recorded", "settled")
+    __slots__ = ("captures", "outside", "recorded", "settled")
 
     def __init__(
         self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None, settled: bool
     ) -> None:  # fmt: skip
         self.recorded = recorded
         self.outside = outside
-        self.places = places  # all (holder, key) of every capture: a shared parameter has several
         program = recorded.program
-        avals = [program.avals[slot] for slot in program.captures]
-        self.expected = [(aval.shape, np.dtype(aval.dtype)) for aval in avals]
+        self.captures = _captures(places, [program.avals[slot] for slot in program.captures])
         # Whether only a change that counts (see module.changes), or one outside, can make another program, or other
         # captures, of it.
         self.settled = settled and all(_is_attribute(holder) for found in places for holder, _ in found)
 
-    def captures(self) -> list[Any] | None:
-        """What stands in the places now; None where that is not what was recorded.
 
-        A list or dict of Parameters may be changed without the module knowing, also to other shapes.
-        """
-        found = []
-        try:
-            for places, (shape, dtype) in zip(self.places, self.expected, strict=True):
-                holder, at = places[0]
-                tensor = holder[at]
-                for holder, at in places[1:]:
-                    if holder[at] is not tensor:
-                        return None  # what was shared is no longer
-                if tensor.shape != shape or tensor.dtype != dtype:
-                    return None
-                found.append(tensor)
-        except LookupError:
-            return None
-        return found
+def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Callable[[], list[Any] | None]:
+    """A function that says what stands in the places now; None where that is not what was recorded.
+
+    ``places`` are all (holder, key) of every capture: a shared parameter has several.  A list or dict of Parameters may
+    be changed without the module knowing, also to other shapes.
+    """
+    names: dict[str, Any] = {}
+    lines = []
+    for k, ((first, *others), aval) in enumerate(zip(places, avals, strict=True)):
+        for j, (holder, key) in enumerate((first, *others)):
+            names.update({f"h{k}_{j}": holder, f"k{k}_{j}": key})
+        names.update({f"s{k}": aval.shape, f"d{k}": np.dtype(aval.dtype)})
+        lines.append(f"t{k} = h{k}_0[k{k}_0]; a = t{k}._data")
+        unlike = [f"h{k}_{j + 1}[k{k}_{j + 1}] is not t{k}" for j in range(len(others))]
+        lines.append(f"if {' or '.join([f'a.shape != s{k} or a.dtype != d{k}', *unlike])}: return None")
+    body = "\n        ".join([*lines, f"return [{', '.join(f't{k}' for k in range(len(lines) // 2))}]"])
+    text = f"def captures():\n    try:\n        {body}\n    except (LookupError, AttributeError):\n        return None"
+    exec(compile(text, "<captures>", "exec"), names)
+    function: Callable[[], list[Any] | None] = names.pop("captures")
+    return function
 
 
 def _is_attribute(holder: Any) -> bool:

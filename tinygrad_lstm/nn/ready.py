@@ -7,6 +7,7 @@ of one row and few steps the questions take ten times as long as the loops.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +38,11 @@ class _Run:
     def __init__(
         self, cell: Any, recorded: Any, carry: list[Tensor] | None, steps: int, reverse: bool
     ) -> None:  # fmt: skip
-        self.cell, self.kind, self.methods = cell, type(cell), _methods(type(cell))
+        self.cell, self.kind = cell, type(cell)
+        present = [name for name in _METHODS if getattr(self.kind, name, None) is not None]
+        self.absent = [name for name in _METHODS if name not in present]
+        self.look = operator.attrgetter(*present)
+        self.methods = self.look(self.kind)
         self.outside = recorded.entry.outside
         # Parameters are looked up anew at each call: those of now may be stand-ins, which must not live on here.
         self.program, self.captures, self.carry = recorded.program, recorded.entry.captures, carry
@@ -47,8 +52,16 @@ class _Run:
 
     def stands(self, cell: Any) -> bool:
         """Whether this is the cell, with the equations that were recorded."""
-        unchanged = cell is self.cell and _methods(self.kind) == self.methods
-        return unchanged and (self.outside is None or self.outside.unchanged())
+        kind = self.kind
+        try:
+            if cell is not self.cell or self.look(kind) != self.methods:
+                return False
+        except AttributeError:
+            return False
+        for name in self.absent:
+            if getattr(kind, name, None) is not None:
+                return False
+        return self.outside is None or self.outside.unchanged()
 
     def __call__(
         self, x: Tensor, captures: list[Tensor], current: State, lead: bool = False, carry: list[Tensor] | None = None
@@ -204,16 +217,13 @@ def _put(layer: Any, x: Tensor, ready: _Ready) -> None:
 def _is_ours(cell: Any) -> bool:
     """Whether equations and initial state are those of this package: that one is zeros, and stays so."""
     kind = type(cell)
-    methods = [method for method in _methods(kind) if method is not None]
-    ours = all(getattr(method, "__module__", "").startswith("tinygrad_lstm.") for method in methods)
+    methods = [getattr(kind, name, None) for name in _METHODS]
+    ours = all(m is None or getattr(m, "__module__", "").startswith("tinygrad_lstm.") for m in methods)
     return ours and isinstance(cell, GatedCell) and vars(cell).keys().isdisjoint(_OVERRIDES)
 
 
 _OVERRIDES = ("forward", "initial_state", "state_sizes", "noise")
 
 
-def _methods(kind: type) -> tuple[Any, ...]:
-    """What the equations and the initial state of a cell may come from."""
-    return tuple(
-        [getattr(kind, name, None) for name in ("forward", "initial_state", "state_sizes", "noise", "__call__")]
-    )
+# What the equations and the initial state of a cell may come from.
+_METHODS = ("forward", "initial_state", "state_sizes", "noise", "__call__")
