@@ -5,6 +5,7 @@ Operators and methods are installed by :mod:`tinygrad_lstm.ops`, which stands ab
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -363,11 +364,16 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
             raise ShapeError(
                 f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it or pass one"
             )
-        return Tensor(np.ones(target.shape, target.dtype))
+        return Tensor(_one(target.dtype).copy() if not target.shape else np.ones(target.shape, target.dtype))
     given = cotangent if isinstance(cotangent, Tensor) else asarray(cotangent)
     if given.shape != target.shape:
         raise ShapeError(f"{who}: cotangent of shape {given.shape} for an output of shape {target.shape}")
     return given if given.dtype == target.dtype else given.astype(target.dtype)
+
+
+@functools.cache
+def _one(dtype: np.dtype) -> np.ndarray:
+    return np.ones((), dtype)
 
 
 def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
@@ -378,19 +384,27 @@ def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
 
 def take_gradient(leaf: Tensor, array: np.ndarray) -> None:
     """:func:`accumulate_grad` for the array that a known replay found."""
-    sole = is_sole_array(array)
-    _accumulate(leaf, array, sole)
+    meta = leaf._meta or leaf._more()
+    if meta.grad is None and is_sole_array(array) and _fits(array, leaf):
+        meta.grad = array
+    else:
+        _accumulate(leaf, array, False)
 
 
 def _accumulate(leaf: Tensor, array: np.ndarray, sole: bool) -> None:
     meta = leaf._meta or leaf._more()
     if meta.grad is not None:
         meta.grad = meta.grad + array  # a new array: the user may have kept the old one
-        return
-    if sole and array.dtype is leaf._data.dtype and array.flags.c_contiguous and array.flags.writeable:
+    elif sole and _fits(array, leaf):
         meta.grad = array
-        return
-    meta.grad = copied(array, leaf.dtype)
+    else:
+        meta.grad = copied(array, leaf.dtype)
+
+
+def _fits(array: np.ndarray, leaf: Tensor) -> bool:
+    """Whether an array may become the gradient of a leaf as it is."""
+    flags = array.flags
+    return array.dtype is leaf._data.dtype and flags.c_contiguous and flags.writeable
 
 
 # ---------------------------------------------------------------------------- making tensors

@@ -38,7 +38,10 @@ def normal_axis(axis: Any, ndim: int, who: str) -> int:
 @functools.cache
 def every_axis(ndim: int) -> tuple[int, ...]:
     """All axes."""
-    return tuple(range(-ndim, 0))
+    return _EVERY[ndim]
+
+
+_EVERY = [tuple(range(-ndim, 0)) for ndim in range(65)]  # NumPy has no more
 
 
 def normal_axes(axis: Any, ndim: int, who: str) -> tuple[int, ...]:
