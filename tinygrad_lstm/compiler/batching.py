@@ -163,6 +163,8 @@ class TimeSum:
         tensor, has_time = self.value_of(operand)
         if not has_time:
             return tensor * float(self.steps)
+        if self.steps == 1:
+            return _shape.reshape(tensor, tensor.shape[1:])
         return _sum(tensor, axis=(-tensor.ndim,), keepdims=False)
 
     def _stacked(self, operand: Any) -> bool:

@@ -20,7 +20,7 @@ from tinygrad_lstm.compiler.constants import fill
 from tinygrad_lstm.compiler.expand import products
 from tinygrad_lstm.compiler.fuse import fuse, worth_compiling
 from tinygrad_lstm.compiler.merge import merge_matmuls
-from tinygrad_lstm.compiler.native import NativeLoop, native_loop, wanted, work_of
+from tinygrad_lstm.compiler.native import FEW, NativeLoop, native_loop, wanted, work_of
 from tinygrad_lstm.compiler.report import Report, loop_report
 from tinygrad_lstm.compiler.rows import common_batch, mixing
 from tinygrad_lstm.compiler.simplify import dead_code, simplify
@@ -111,8 +111,11 @@ _SUMMING = frozenset({"sum", "sum_to", "reshape", "transpose", "negative", "alia
 
 
 class _Planner:
-    def __init__(self, body: Program, n_carry: int, n_ys: int, steps: int, native: bool) -> None:
+    def __init__(
+        self, body: Program, n_carry: int, n_ys: int, steps: int, native: bool, together: bool = False
+    ) -> None:  # fmt: skip
         self.body = body
+        self.together = together  # in the loop stays what can
         self.native = native  # in native code what stays in the loop is free, and what leaves it goes through memory
         self.n_carry = n_carry
         self.n_ys = n_ys
@@ -195,14 +198,17 @@ class _Planner:
     def _stays(self, equation: Equation) -> bool:
         """Whether native code does this in passing, row by row: anything but products and gathers."""
         out = equation.outputs[0]
+        if self.together:
+            return True
         return self.native and equation.primitive.name not in _APART and out not in self.mixed and out not in self.apart
 
     def _keep_what_stays(self) -> None:
         """Leave in the loop what nothing in front of it reads; it is stacked where it is a result."""
         outside: set[Any] = set()
+        movable = (SEQUENCE, INVARIANT) if self.together else (SEQUENCE,)
         for equation in reversed(self.body.equations):
             if (
-                self.kind[equation.outputs[0]] == SEQUENCE
+                self.kind[equation.outputs[0]] in movable
                 and self._stays(equation)
                 and not any(slot in outside for slot in equation.outputs)
             ):
@@ -244,6 +250,8 @@ class _Planner:
         loop_sums = [o for o in sums if self._kind(o) == LOOP and self._made_here(o)]
         summing = self._summing(behind)
         loop_sums += [s for s in summing.values() if s not in loop_sums]
+        if self.together and self.steps == 1:
+            loop_sums = []  # there is nothing to add up: the value of the one step is written where it belongs
         stacked = sorted(
             {s for e in behind for s in e.reads() if kind[s] == LOOP and e.outputs[0] not in summing}
             | {o for o in ys if o.__class__ is int and kind[o] == LOOP}
@@ -403,10 +411,13 @@ def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | N
     why: Any = None
     if wanted((whole or steps) * work_of(body)):
         opened = batch_first(unnest(body, lambda b, c, y, t: _Planner(b, c, y, t, native=True).plan()), n_carry)
-        plan = _Planner(regroup(opened), n_carry, n_ys, steps, native=True).plan()
-        plan.native = why = native_loop(plan.inner, n_carry, len(plan.stacked))
-        if plan.compiled:
-            return plan
+        # One product of a few rows in front of the loop or behind it takes as long as the call that makes it.
+        few = (whole or steps) == 1 and (common_batch(body, n_carry) or FEW) <= FEW
+        for together in (True, False) if few else (False,):
+            plan = _Planner(regroup(opened), n_carry, n_ys, steps, native=True, together=together).plan()
+            plan.native = why = native_loop(plan.inner, n_carry, len(plan.stacked))
+            if plan.compiled:
+                return plan
     plan = _Planner(body, n_carry, n_ys, steps, native=False).plan()
     plan.native = why
     return plan

@@ -21,6 +21,7 @@ from tinygrad_lstm.compiler.narrow import narrow
 from tinygrad_lstm.compiler.rows import Mixing, row_values
 from tinygrad_lstm.compiler.simplify import simplify
 from tinygrad_lstm.compiler.stages import Product, RowProduct, walk
+from tinygrad_lstm.compiler.turn import turned
 from tinygrad_lstm.compiler.views import Unsupported
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import codecache, threads
@@ -28,7 +29,7 @@ from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.kernels.pool import SMALLEST, empty
 from tinygrad_lstm.program import Program
 
-__all__ = ["Frame", "NativeLoop", "Workspace", "native_loop", "shares", "switched_off", "wanted", "work_of"]
+__all__ = ["FEW", "Frame", "NativeLoop", "Workspace", "native_loop", "shares", "switched_off", "wanted", "work_of"]
 
 # Loops that do less per call than this many elementary operations are left to NumPy: compiling takes a second.
 LEAST_WORK = 2_000
@@ -167,8 +168,7 @@ class Frame:
         # Which of (carry, sequence, invariant, buffers, turns) native code reads, and how many must be in C order.
         self.order = [places[name] for name in operands_of(low)]
         self.checked = in_order(low)
-        by_row = any(isinstance(op, RowProduct) and op.right is None for op, _ in walk(low.operations))
-        self.packed = by_row or steps * loop.rows > FEW
+        self.packed = steps * loop.rows > FEW
         self.packs = bool(low.packs) and self.packed
         self.work = steps * loop.flops * loop.rows
 
@@ -296,7 +296,7 @@ def native_loop(program: Program, n_carry: int, n_stacked: int) -> NativeLoop | 
 
 
 def _make(program: Program, n_carry: int, n_stacked: int) -> NativeLoop | Unsupported:
-    ready = simplify(narrow(expand(program)))
+    ready = turned(simplify(narrow(expand(program))))
     rows = row_values(ready, n_carry)
     fused = fuse(ready, at_least=1, reductions=True)
     first: Unsupported | None = None

@@ -287,12 +287,16 @@ class RowProduct(Operation):
         def body(moved: list[str]) -> None:
             left = f"{moved[0]}, {a.strides[-2]}, {a.strides[-1]}"
             out = f"{moved[1]}, {c.strides[-2]}"
-            if self.right is None:
-                writer.line(f"call_address(g_{dtype}, {m}, {n}, {k}, {left}, p{self.packed}, {out}, 0)")
-            else:
+            if self.right is not None:
                 b = views[2]
                 right = f"{moved[2]}, {b.strides[-2]}, {b.strides[-1]}"
                 writer.line(f"call_address(h_{dtype}, {m}, {n}, {k}, {left}, {right}, {out}, 0)")
+                return
+            right = f"matrix{self.packed}, matrix{self.packed}_row, matrix{self.packed}_col"
+            writer.line("if packed:")
+            writer.line(f"    call_address(g_{dtype}, {m}, {n}, {k}, {left}, p{self.packed}, {out}, 0)")
+            writer.line("else:")
+            writer.line(f"    call_address(h_{dtype}, {m}, {n}, {k}, {left}, {right}, {out}, 0)")
 
         nested(writer, lead, addresses, [v.strides[: len(lead)] for v in views], body)
 
