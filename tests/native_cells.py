@@ -162,7 +162,10 @@ def check(case: Case, runs: list[bool], seed: int = 0, steps: int = 3, rows: int
     runs.clear()
     found = outcome(case.make, *arrays, eager=False, **options)
     native_runs = [how == "split" for how in (case.forward, case.backward) if how != "numpy"]
-    assert runs == native_runs * bool(steps and rows), f"{case.name} ran as {runs}"
+    native_runs *= bool(steps and rows)
+    assert len(runs) == len(native_runs), f"{case.name} ran as {runs}"
+    if steps > 1 or rows > native.FEW:  # one step of a few rows has its weight gradients in the loop, which mix rows
+        assert runs == native_runs, f"{case.name} ran as {runs}"
     expected = outcome(case.make, *arrays, eager=True, **options)
     assert_same(found[0], expected[0])
     assert_same(found[1], expected[1])

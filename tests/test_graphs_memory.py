@@ -241,3 +241,13 @@ def test_no_grad_keeps_nothing():
         del h
     assert seen() is None
     assert not y.requires_grad
+
+
+def test_a_released_record_keeps_no_output_that_was_looked_at(no_gc):
+    """The other outputs of its primitive may live on."""
+    h0 = tg.tensor(np.ones((2, 3)), requires_grad=True)
+    final, ys = ops.scan(lambda h, x: (ops.tanh(h + x),) * 2, h0, np.ones((4, 2, 3)))
+    gone = weakref.ref(ys.data)  # what the record saved lies in it
+    del ys
+    final.sum().backward()
+    assert gone() is None and final.shape == (2, 3)

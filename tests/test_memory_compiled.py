@@ -74,9 +74,9 @@ def test_what_runs_is_what_the_plan_says(memory, monkeypatch):
     ran = {False: 0, True: 0}
     plain = runner.run_loop
 
-    def counted(plan: Any, carry: Any, xs: Any, captures: Any, steps: int, reverse: bool) -> Any:
-        ran[reverse] += steps
-        return plain(plan, carry, xs, captures, steps, reverse)
+    def counted(plan: Any, operands: Any, reverse: bool) -> Any:
+        ran[reverse] += plan.steps
+        return plain(plan, operands, reverse)
 
     monkeypatch.setattr(runner, "run_loop", counted)
     layer, steps = lstm(memory), 300

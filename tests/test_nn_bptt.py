@@ -126,3 +126,15 @@ def test_gradient_into_a_gate_trajectory(case):
     for name, g in scanned.items():
         np.testing.assert_allclose(g.numpy(), stepped[name].numpy(), rtol=0, atol=1e-12, err_msg=name)
         assert np.abs(g.numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_gradients_share_no_memory(mode: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both biases of a gate have the same gradient, but not the same array."""
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", mode)
+    layer, x = nn.LSTM(3, 4), np.ones((steps, 5, 3), np.float32)
+    y, pullback = tg.vjp(lambda m: m(x)[0], layer)
+    (gradients,) = pullback(np.ones(y.shape, np.float32))
+    np.testing.assert_array_equal(gradients["bias_ih_l0"].data, gradients["bias_hh_l0"].data)
+    assert not np.shares_memory(gradients["bias_ih_l0"].data, gradients["bias_hh_l0"].data)

@@ -8,6 +8,7 @@ and one product with K = T * B of each weight gradient; nothing here knows that.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from tinygrad_lstm.compiler.rows import common_batch, mixing
 from tinygrad_lstm.compiler.simplify import dead_code, simplify
 from tinygrad_lstm.compiler.sums import regroup
 from tinygrad_lstm.compiler.unnest import unnest
+from tinygrad_lstm.kernels.matmul import THRESHOLD
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Equation, Program, lower
 from tinygrad_lstm.tape import recording
@@ -401,6 +403,15 @@ class _Planner:
         return simplify(fill(program, extra))
 
 
+def _is_small(body: Program, n_carry: int) -> bool:
+    """Whether products in front of the loop or behind it would take no longer than the calls that make them."""
+    if (common_batch(body, n_carry) or FEW + 1) > FEW:
+        return False
+    products = [e for e in body.equations if e.primitive.name == "matmul"]
+    sizes = [math.prod(body.avals[e.outputs[0]].shape) * body.aval(e.operands[0]).shape[-1] for e in products]
+    return all(size < THRESHOLD for size in sizes)
+
+
 def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | None = None) -> LoopPlan:
     """Hoist and sink; the loop's own program is then fused, or lowered to native code.
 
@@ -411,9 +422,7 @@ def plan_loop(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | N
     why: Any = None
     if wanted((whole or steps) * work_of(body)):
         opened = batch_first(unnest(body, lambda b, c, y, t: _Planner(b, c, y, t, native=True).plan()), n_carry)
-        # One product of a few rows in front of the loop or behind it takes as long as the call that makes it.
-        few = (whole or steps) == 1 and (common_batch(body, n_carry) or FEW) <= FEW
-        for together in (True, False) if few else (False,):
+        for together in (True, False) if (whole or steps) == 1 and _is_small(body, n_carry) else (False,):
             plan = _Planner(regroup(opened), n_carry, n_ys, steps, native=True, together=together).plan()
             plan.native = why = native_loop(plan.inner, n_carry, len(plan.stacked))
             if plan.compiled:

@@ -52,4 +52,7 @@ def turned(program: Program) -> Program:
 
 
 def _swaps(equation: Equation) -> bool:
-    return equation.primitive is REGISTRY["transpose"] and tuple(equation.params["axes"]) == (-1, -2)
+    if equation.primitive is not REGISTRY["transpose"]:
+        return False
+    axes = tuple(equation.params["axes"])  # of the last so many axes
+    return len(axes) > 1 and axes == (*range(-len(axes), -2), -1, -2)

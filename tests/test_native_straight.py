@@ -1,0 +1,73 @@
+"""A native loop as one straight function, against the same plan over NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tinygrad_lstm import ops
+from tinygrad_lstm.compiler import runner
+from tinygrad_lstm.compiler.loop import LoopPlan, plan_loop
+from tinygrad_lstm.compiler.straight import straight
+from tinygrad_lstm.primitive import Aval
+from tinygrad_lstm.trace import trace
+
+STEPS, ROWS, WIDTH = 6, 3, 4
+
+
+def body(h: Any, a: Any, b: Any, w: Any) -> list[Any]:
+    """Both sequences are read behind the loop."""
+    h = ops.tanh(h @ w)
+    return [h, h @ a, h @ b]
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> LoopPlan:
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    avals = [Aval((ROWS, WIDTH), np.dtype("f8")), *[Aval((WIDTH, WIDTH), np.dtype("f8"))] * 3]
+    program = trace(body, avals, flat=True).program
+    found = plan_loop(program.replaced(inputs=program.inputs[:3], captures=program.inputs[3:]), 1, 2, STEPS)
+    assert found.compiled and found.n_sequence == 2 and len(found.behind.equations) == 2
+    return found
+
+
+def operands(rng: np.random.Generator) -> list[np.ndarray]:
+    stacks = [rng.standard_normal((STEPS, WIDTH, WIDTH)) for _ in range(2)]
+    return [rng.standard_normal((ROWS, WIDTH)), *stacks, rng.standard_normal((WIDTH, WIDTH)) / 2]
+
+
+def check(plan: LoopPlan, reverse: bool, arrays: list[np.ndarray]) -> None:
+    found = straight(plan, plan.native, reverse)(*arrays)
+    assert found is not None
+    expected = runner._over_numpy(plan, reverse)(*arrays)
+    for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_same_as_over_numpy(plan: LoopPlan, reverse: bool, rng: np.random.Generator) -> None:
+    check(plan, reverse, operands(rng))
+
+
+def test_a_value_that_is_given_twice(plan: LoopPlan, rng: np.random.Generator) -> None:
+    """It is not dropped after its first use."""
+    first, _, *rest = plan.before.outputs
+    twice = dataclasses.replace(plan, before=plan.before.replaced(outputs=(first, first, *rest)))
+    computed = dataclasses.replace(plan, before=trace_twice(plan))
+    for changed in (twice, computed):
+        check(changed, False, operands(rng))
+
+
+def trace_twice(plan: LoopPlan) -> Any:
+    """The program before the loop, with one computed value in the place of both sequences."""
+    avals = [plan.before.avals[slot] for slot in (*plan.before.inputs, *plan.before.captures)]
+    return trace(lambda a, b, w: [(c := a * b), c, w], avals, flat=True).program
+
+
+def test_arrays_in_any_order(plan: LoopPlan, rng: np.random.Generator) -> None:
+    arrays = [np.asfortranarray(a) for a in operands(rng)]
+    arrays[1] = arrays[1][::-1]
+    check(plan, False, arrays)
