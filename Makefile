@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 ARGS ?=
 
 # Test processes run side by side, one per core: a BLAS with threads of its own would only fight over them.
-test test-slow nightly conformance: export OPENBLAS_NUM_THREADS = 1
+test test-slow test-oldest nightly conformance: export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: train test test-slow nightly conformance lint doctest examples bench-smoke ci clean
+.PHONY: train test test-slow test-oldest nightly conformance lint doctest examples bench-smoke ci clean
 
 $(BIN)/.train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,13 @@ $(BIN)/.conformance: $(BIN)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[conformance,benchmarks]"
 	touch $@
 
+# As pyproject.toml allows them; neither has wheels for Python 3.13 and later.
+$(OLDEST)/bin/.test: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[examples,test]" \
+		numpy==2.0.2 numba==0.61.0
+	touch $@
+
 train: $(BIN)/.train  ## a character language model by BPTT on real text, about three minutes
 	$(BIN)/python -m tinygrad_lstm train $(ARGS)
 
@@ -32,6 +40,9 @@ test: $(BIN)/.test  ## the fast tests
 
 test-slow: $(BIN)/.conformance
 	$(BIN)/python -m pytest -m "slow and not conformance and not nightly" -n auto --dist loadfile $(ARGS)
+
+test-oldest: $(OLDEST)/bin/.test  ## the fast tests with the oldest NumPy and Numba
+	$(OLDEST)/bin/python -m pytest -m "not slow and not conformance and not nightly" -n auto --dist loadfile $(ARGS)
 
 # One file, many cells: shared out test by test.  The tests themselves ask for native code.
 nightly: $(BIN)/.test  ## all random cells in native code, tens of minutes; not a part of ci
@@ -59,4 +70,4 @@ bench-smoke: $(BIN)/.conformance
 ci: test lint doctest examples test-slow conformance bench-smoke
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

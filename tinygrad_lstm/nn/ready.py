@@ -49,6 +49,7 @@ class _Run:
         self.n_carry, self.steps, self.reverse = recorded.n_carry, steps, reverse
         self.n_ys = len(recorded.program.outputs) - self.n_carry
         self.sites: dict[tuple[bool, ...], Site] = {}
+        self.plan: Any = None  # of calls that nobody differentiates
 
     def stands(self, cell: Any) -> bool:
         """Whether this is the cell, with the equations that were recorded."""
@@ -78,9 +79,12 @@ class _Run:
                     site = site_of(self.program, self.n_carry, self.n_ys, self.steps, self.reverse, linked)
                     self.sites[linked] = site
                 return bind_site(site, operands, True, current, lead=lead)
-        plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
-        final, ys = run_loop(plan, [t._data for t in (*carry, x, *captures)], self.reverse)
-        return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in apart(ys)])
+        if self.plan is None:
+            self.plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
+        final, ys = run_loop(self.plan, [t._data for t in (*carry, x, *captures)], self.reverse)
+        if len(ys) > 1:
+            ys = apart(ys)
+        return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in ys])
 
 
 class _Ready:
