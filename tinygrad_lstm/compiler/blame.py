@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tinygrad_lstm.autodiff.reverse import _lock_of
+from tinygrad_lstm.autodiff.standins import lock_of
 from tinygrad_lstm.errors import Error, GraphError, TraceError
 
 __all__ = ["explained", "line_where", "locked", "user_line"]
@@ -87,7 +87,7 @@ def line_where(run: Callable[[], Any], happened: Callable[[], bool]) -> str:
 def locked(reaches: Sequence[Any]) -> Iterator[None]:
     """Hold the locks of all modules in the reaches, without waiting for one while holding another."""
     modules = [module for reach in reaches for reference in reach.modules if (module := reference()) is not None]
-    locks = list({id(module): _lock_of(module) for module in modules}.values())
+    locks = list({id(module): lock_of(module) for module in modules}.values())
     while True:
         with ExitStack() as held:
             busy = None

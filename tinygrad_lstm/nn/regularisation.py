@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.autodiff.standins import Filled
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.nn.recurrent import check_cell
@@ -180,13 +181,9 @@ class WeightDrop(Module):
         if not self.training or self.p == 0.0:
             return self.layer(*args, **kwargs)
         own = self.layer.__tree_leaves__()
-        chosen = {name: own[name] for name in self.names}
-        dropped = {name: ops.dropout(weight, self.p, self.generator) for name, weight in chosen.items()}
-        self.layer.__tree_swap__(dropped)
-        try:
+        dropped = {name: ops.dropout(own[name], self.p, self.generator) for name in self.names}
+        with Filled(self.layer, dropped):
             return self.layer(*args, **kwargs)
-        finally:
-            self.layer.__tree_swap__(chosen)
 
     def extra_repr(self) -> str:
         """The arguments."""
