@@ -9,10 +9,13 @@ import numpy as np
 
 from tinygrad_lstm import ops
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
+from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.nn import init
 from tinygrad_lstm.nn.module import Module, Parameter
+from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.trace import TracedTensor
 
 __all__ = ["Dropout", "Embedding", "LayerNorm", "Linear", "Sequential"]
 
@@ -76,6 +79,26 @@ class Linear(Module):
         return f"{self.in_features}, {self.out_features}{'' if self.bias is not None else ', bias=False'}"
 
 
+def _checked_ids(ids: np.ndarray, *, rows: int) -> np.ndarray:
+    if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        bad = ids[(ids < 0) | (ids >= rows)].reshape(-1)[0]
+        raise OutOfRangeError(f"Embedding: id {bad} is outside of 0..{rows - 1} (num_embeddings={rows})")
+    return ids
+
+
+_ids_in_range: Primitive = Primitive(
+    "embedding_ids", _checked_ids, None, shape=lambda ids, rows: ids, differentiable=False, register=False,
+    doc="Ids as they are; raises OutOfRangeError for one outside of 0 .. rows - 1.",
+)  # fmt: skip
+# The same in the body of a loop, where it has to be native.  ``take`` counts negative indices from the end, as NumPy
+# does; before it they become too large, so that native code ends the loop, and NumPy, which runs it again, raises (or
+# ``take`` does, where this was fused with something else).
+_ids_in_loop: Primitive = Primitive(
+    "embedding_ids_in_loop", _checked_ids, None, expression=lambda ids, *, rows: e.where(ids < 0, rows, ids),
+    is_elementwise=True, differentiable=False, register=False,
+)  # fmt: skip
+
+
 class Embedding(Module):
     """A table of vectors: integer ids ``(...)`` to ``(..., embedding_dim)``.
 
@@ -123,12 +146,11 @@ class Embedding(Module):
         ids = asarray(ids)
         if ids.dtype.kind not in "iu":
             raise DTypeError(f"Embedding: ids are integers, found dtype {ids.dtype}; convert with astype(np.int64)")
-        found = getattr(ids, "_data", None) if type(ids) is Tensor else None
-        if found is not None and found.size and (found.min() < 0 or found.max() >= self.num_embeddings):
-            bad = found[(found < 0) | (found >= self.num_embeddings)].reshape(-1)[0]
-            raise OutOfRangeError(
-                f"Embedding: id {bad} is outside of 0..{self.num_embeddings - 1} (num_embeddings={self.num_embeddings})"
-            )
+        if not isinstance(ids, TracedTensor):
+            _checked_ids(ids._data, rows=self.num_embeddings)
+        else:
+            check = _ids_in_range if ids._trace.runs else _ids_in_loop
+            ids = check(ids.astype(np.int64), rows=self.num_embeddings)
         out = ops.take(self.weight, ids, axis=0)
         if self.padding_idx is not None:
             # Selected, not multiplied: the padding row keeps its value and gets no gradient.
