@@ -50,7 +50,7 @@ class Schedule:
         raise ArgumentError(f"{type(self).__name__} has neither rate() nor next_rate(); define one in the subclass")
 
     def next_rate(self, current: float, base: float, step: int) -> float:
-        """The rate after ``step`` steps, where ``current`` was in force before (at step 0: when the schedule was made)."""
+        """The rate after ``step`` steps, where ``current`` was in force before (step 0: when it was made)."""
         return self.rate(base, step)
 
     def _apply(self) -> None:
