@@ -460,6 +460,6 @@ def test_a_module_that_is_in_the_arguments_twice_is_refused() -> None:
     assert isinstance(layer.weight, nn.Parameter)
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     b.weight = a.weight  # a shared parameter is two: each has the derivative of its own uses
-    both = tg.grad(lambda pair: (pair[0](x).sum() + 2.0 * pair[1](x).sum()))([a, b])
+    both = tg.grad(lambda pair: pair[0](x).sum() + 2.0 * pair[1](x).sum())([a, b])
     assert both[1]["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert both[0]["weight"].tolist() == [[1.0, 1.0], [1.0, 1.0]]

@@ -103,6 +103,17 @@ def test_refusals():
     ):
         with pytest.raises(tg.ArgumentError):
             make()
+    for make, message in (
+        (lambda: nn.Linear(2.5, 2), r"Linear: in_features is an int, found 2\.5"),
+        (lambda: nn.Linear(2, "3"), "Linear: out_features is an int, found '3'"),
+        (lambda: nn.Embedding(True, 2), "Embedding: num_embeddings is an int, found True"),
+        (lambda: nn.Embedding(5, 2, padding_idx=1.0), r"Embedding: padding_idx is an int, found 1\.0"),
+        (lambda: nn.LayerNorm(2.0), r"LayerNorm: .*normalized_shape is an int, found 2\.0"),
+        (lambda: nn.Dropout("a"), "Dropout: p is a number, found 'a'"),
+        (lambda: nn.Dropout(None), "Dropout: p is a number, found None"),
+    ):
+        with pytest.raises(tg.DTypeError, match=message):
+            make()
 
 
 class Reader(nn.Module):

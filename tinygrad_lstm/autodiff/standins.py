@@ -124,6 +124,6 @@ def _check_apart(entered: Sequence[Filled]) -> None:
         for name, value in one.values.items():
             if found.get(name) is not value:
                 raise ArgumentError(
-                    f"{name!r} of a {type(one.module).__name__} is in the arguments twice (a module was given twice, or "
-                    "beside one that holds it); give it once"
+                    f"{name!r} of a {type(one.module).__name__} is in the arguments twice (a module was given twice, "
+                    "or beside one that holds it); give it once"
                 )
