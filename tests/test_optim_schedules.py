@@ -163,6 +163,10 @@ def test_a_state_of_an_earlier_version_leaves_the_optimizers_rates():
     assert optimizer.lr == 0.0625
     with pytest.raises(tg.ArgumentError, match="no state"):
         schedule.load_state_dict({"last_epoch": 2, "base_lrs": [0.5], "last_lrs": [1.0, 2.0]})
+    with pytest.raises(tg.ArgumentError, match="no state"):
+        schedule.load_state_dict({"last_epoch": 2, "base_lrs": 3})
+    with pytest.raises(tg.DTypeError, match=r"step_size is an int, found 1\.5"):
+        optim.StepLR(optimizer, 1.5)
     with pytest.raises(tg.DTypeError, match="NoneType"):
         schedule.load_state_dict(None)
 

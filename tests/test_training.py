@@ -183,6 +183,7 @@ def test_what_a_trainer_is_not_made_of() -> None:
         (lambda: Trainer(model, sgd, None), "the loss is a function .*, found a NoneType"),
         (lambda: Trainer(model, sgd, nn.mse_loss, schedule=0.1), "the schedule is .*, found a float"),
         (lambda: Trainer(model, sgd, nn.mse_loss, clip_norm="a"), "clip_norm is a number, found 'a'"),
+        (lambda: Trainer(model, sgd, nn.mse_loss, callbacks=3), "callbacks are a list, found a int"),
         (lambda: Trainer(model, optim.LBFGS(model), nn.mse_loss), "LBFGS .*closure"),
     ):
         with pytest.raises(tg.Error, match="Trainer: .*" + message):

@@ -292,6 +292,9 @@ class Optimizer:
                 "dict 'state', as state_dict() returns them"
             )
         groups, states = list(parts[0]), dict(parts[1])
+        for number, own in states.items():
+            if not isinstance(own, Mapping):
+                raise ArgumentError(f"{who}: the state of parameter {number} is a dict, found {own!r:.60}")
         for group in groups:
             if not isinstance(group, Mapping) or "params" not in group:
                 raise ArgumentError(f"{who}: a group is a dict with 'params', found {group!r:.60}")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tinygrad_lstm.checks import check_int
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.optim.base import Optimizer
 
@@ -78,7 +79,8 @@ class Schedule:
         missing = [key for key in self._stored if key not in state]
         # (Without rates it is a state of an earlier version: the optimizer's own state has them.)
         rates = state.get("last_lrs", self.get_last_lr())
-        if missing or not len(state["base_lrs"]) == len(rates) == len(self.base_lrs):
+        lists = [] if missing else [state["base_lrs"], rates]
+        if missing or not all(isinstance(x, (list, tuple)) and len(x) == len(self.base_lrs) for x in lists):
             raise ArgumentError(
                 f"{type(self).__name__}.load_state_dict: this is no state of this schedule (missing {missing})"
             )
@@ -104,8 +106,7 @@ class StepLR(Schedule):
     """
 
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
-        if step_size < 1:
-            raise ArgumentError(f"StepLR: step_size is at least 1, found {step_size}")
+        check_int("StepLR: step_size", step_size)
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer)
 
@@ -152,8 +153,7 @@ class LinearWarmup(Schedule):
     """From ``base / warmup_steps`` up to the base rate in equal steps, then constant (Goyal et al. 2017)."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
-        if warmup_steps < 1:
-            raise ArgumentError(f"LinearWarmup: warmup_steps is at least 1, found {warmup_steps}")
+        check_int("LinearWarmup: warmup_steps", warmup_steps)
         self.warmup_steps = warmup_steps
         super().__init__(optimizer)
 

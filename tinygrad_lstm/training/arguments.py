@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from tinygrad_lstm.checks import check_int, check_number
@@ -13,7 +14,7 @@ from tinygrad_lstm.optim import LBFGS, ReduceLROnPlateau
 __all__ = ["check_batches", "check_fit", "check_parts"]
 
 
-def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm: Any) -> None:
+def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm: Any, callbacks: Any) -> None:
     """Raise unless a Trainer can be made of these."""
     if not isinstance(model, Module):
         raise DTypeError(f"Trainer: the model is a Module, found a {type(model).__name__}")
@@ -31,6 +32,8 @@ def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm:
             "Trainer: the schedule is a function (step, total) -> factor or a schedule of tg.optim, found a "
             f"{type(schedule).__name__}"
         )
+    if not isinstance(callbacks, Iterable):
+        raise DTypeError(f"Trainer: callbacks are a list, found a {type(callbacks).__name__}")
     if clip_norm is not None:
         check_number("Trainer: clip_norm", clip_norm)
         if not clip_norm > 0:

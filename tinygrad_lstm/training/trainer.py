@@ -91,7 +91,7 @@ class Trainer:
         carry_state: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        check_parts(model, optimizer, loss, schedule, clip_norm)
+        check_parts(model, optimizer, loss, schedule, clip_norm, callbacks)
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.schedule, self.clip_norm, self.carry_state = schedule, clip_norm, carry_state
         self.callbacks = list(callbacks)
