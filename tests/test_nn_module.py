@@ -255,6 +255,19 @@ def test_the_tree_is_restored_after_an_error():
     assert module_file._stand_ins == {}
 
 
+def test_swapping_a_stand_in_for_itself_leaves_it_a_parameter():
+    model = nn.Linear(2, 1)
+    own = model.__tree_leaves__()
+    first = {name: tg.tensor(p.numpy() + 1.0) for name, p in own.items()}
+    model.__tree_swap__(first)
+    model.__tree_swap__({**first, "bias": tg.tensor(np.zeros(1, np.float32))})
+    model.__tree_swap__(first)  # the weight is its own stand-in both times
+    assert model.__tree_leaves__() == first
+    model.__tree_swap__(own)
+    assert model.__tree_leaves__() == own
+    assert not module_file._stand_ins
+
+
 def test_parameters_in_lists_take_part():
     model = nn.Module()
     model.weights = [nn.Parameter(np.array(2.0)), {"k": nn.Parameter(np.array(3.0))}]

@@ -304,8 +304,9 @@ class Module:
                 _stand_ins[id(new)] = new
             place.holder[place.key] = new
             _changes[0] = next(_versions)
-        for identity in by_identity:
-            _stand_ins.pop(identity, None)  # what was replaced stands in for nothing any more
+        for identity, new in by_identity.items():
+            if id(new) != identity:  # what was replaced stands in for nothing any more
+                _stand_ins.pop(identity, None)
 
     # ------------------------------------------------------------------ values
 
