@@ -12,7 +12,7 @@ import pytest
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
-from tinygrad_lstm.autodiff.reverse import opened
+from tinygrad_lstm.autodiff.standins import opened
 
 # ---------------------------------------------------------------------------- grad and value_and_grad
 
@@ -404,3 +404,62 @@ def test_another_threads_stand_ins_are_no_parameters() -> None:
     other.join()
     assert found[0].keys() == own.keys()
     assert all(found[0][name] is own[name] for name in own)
+
+
+def test_modules_inside_of_tree_arguments() -> None:
+    """At any depth; what comes back has a dict by parameter name in the place of each module."""
+    rng = np.random.default_rng(6)
+    first, second = nn.Linear(2, 3).astype("f8"), nn.GRU(3, 2).astype("f8")
+    tree: dict[str, Any] = {"a": first, "rest": [second, (np.float64(0.5), None)]}
+    x = rng.standard_normal((4, 2, 2))
+
+    def loss(t: Any) -> tg.Tensor:
+        assert t["a"] is first
+        assert t["rest"][0] is second
+        return (t["rest"][0](t["a"](x))[0] ** 2).sum() * t["rest"][1][0]
+
+    first.zero_grad()
+    second.zero_grad()
+    loss(tree).backward()
+    expected = {name: p.grad for name, p in [*first.named_parameters(), *second.named_parameters()]}
+    value, gradient = tg.value_and_grad(loss)(tree)
+    assert gradient.keys() == {"a", "rest"}
+    assert gradient["rest"][1][1] is None
+    found = {**gradient["a"], **gradient["rest"][0]}
+    assert found.keys() == expected.keys()
+    for name, g in expected.items():
+        assert np.abs(g).max() > 0
+        np.testing.assert_allclose(found[name].numpy(), g, rtol=1e-12)
+    assert gradient["rest"][1][0].item() == pytest.approx(value.item() / 0.5)
+
+    pulled = tg.vjp(loss, tree)[1](1.0)[0]
+    compiled = tg.compile(tg.grad(loss))(tree)
+    for name, g in expected.items():
+        for other in (pulled, compiled):
+            np.testing.assert_allclose({**other["a"], **other["rest"][0]}[name].numpy(), g, rtol=1e-10)
+
+    def direction(module: Any) -> dict[str, Any]:
+        return {name: rng.standard_normal(p.shape) for name, p in module.named_parameters()}
+
+    v = {"a": direction(first), "rest": [direction(second), (0.3, None)]}
+    along = sum(float((g * {**v["a"], **v["rest"][0]}[name]).sum()) for name, g in expected.items())
+    slope = tg.jvp(loss, (tree,), (v,))[1].item()
+    assert slope == pytest.approx(along + 0.3 * gradient["rest"][1][0].item(), rel=1e-10)
+    product = tg.hvp(loss, (tree,), (v,))[1][0]
+    assert product["rest"][1][0].item() == pytest.approx(along / 0.5, rel=1e-10)  # the loss is linear in it
+    assert tg.gradcheck(loss, tree, order=2)
+    assert all(isinstance(p, nn.Parameter) for p in (*first.parameters(), *second.parameters()))
+
+
+def test_a_module_that_is_in_the_arguments_twice_is_refused() -> None:
+    layer = nn.Linear(2, 2)
+    x = np.ones((1, 2), np.float32)
+    for whole in ([layer, layer], [nn.Sequential(layer), layer]):
+        with pytest.raises(tg.ArgumentError, match="in the arguments twice"):
+            tg.grad(lambda pair: (pair[0](x) * pair[1](x)).sum())(whole)
+    assert isinstance(layer.weight, nn.Parameter)
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    b.weight = a.weight  # a shared parameter is two: each has the derivative of its own uses
+    both = tg.grad(lambda pair: pair[0](x).sum() + 2.0 * pair[1](x).sum())([a, b])
+    assert both[1]["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert both[0]["weight"].tolist() == [[1.0, 1.0], [1.0, 1.0]]

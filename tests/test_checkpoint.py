@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import ops
+from tinygrad_lstm import nn, ops
 
 
 def layer(x: Any, w: Any) -> Any:
@@ -166,3 +166,91 @@ def test_intermediate_values_are_not_kept():
     plain, saved = peak_of_forward(deep), peak_of_forward(tg.checkpoint(deep))
     assert plain > 50 * 160_000
     assert saved < 7 * 160_000
+
+
+# ---------------------------------------------------------------------------- modules, and tensors without a gradient
+
+
+def plainly(f: Any) -> Any:
+    return f
+
+
+def with_modules() -> tuple[Any, Any, dict[str, Any]]:
+    layer = nn.Linear(2, 2).astype("f8")
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((3, 2))
+    return layer, x, {name: rng.standard_normal(p.shape) for name, p in layer.named_parameters()}
+
+
+def same(found: Any, expected: Any) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert np.abs(expected[name].numpy()).max() > 0
+        np.testing.assert_allclose(found[name].numpy(), expected[name].numpy(), rtol=1e-12)
+
+
+def test_transforms_of_modules_go_through_a_checkpoint() -> None:
+    layer, x, direction = with_modules()
+
+    def loss(keep: Any) -> Any:
+        return lambda m: (keep(m)(x) ** 2).sum()
+
+    for f, g in ((loss(tg.checkpoint), loss(plainly)), (loss(lambda m: tg.checkpoint(lambda t: m(t))), loss(plainly))):
+        same(tg.grad(f)(layer), tg.grad(g)(layer))
+        same(tg.hvp(f, (layer,), (direction,))[1][0], tg.hvp(g, (layer,), (direction,))[1][0])
+        tangents = [tg.jvp(h, (layer,), (direction,))[1].item() for h in (f, g)]
+        assert tangents[0] == pytest.approx(tangents[1], rel=1e-12)
+        assert tangents[1] != 0
+
+
+def test_a_pullback_is_called_when_the_modules_own_parameters_are_back() -> None:
+    layer, x, _ = with_modules()
+    _, pullback = tg.vjp(lambda m: tg.checkpoint(m)(x), layer)
+    _, plain = tg.vjp(lambda m: m(x), layer)
+    seed = np.arange(6.0).reshape(3, 2)
+    same(pullback(seed)[0], plain(seed)[0])
+    # Nor does it matter that others stand in for them meanwhile.
+    seen: list[Any] = []
+    tg.grad(lambda m: (seen.append(pullback(seed)[0]), (m(x) ** 3).sum())[1])(layer)
+    same(seen[0], plain(seed)[0])
+
+
+def test_weights_that_were_dropped_for_a_call_are_dropped_again() -> None:
+    class Outer(nn.Module):
+        def __init__(self, keep: Any) -> None:
+            super().__init__()
+            self.cell, self.keep = nn.RNN(2, 3).astype("f8"), keep
+
+        def forward(self, x: Any) -> Any:
+            return self.keep(lambda t: self.cell(t)[0])(x)
+
+    def gradients(keep: Any) -> dict[str, Any]:
+        tg.seed(5)
+        model = nn.WeightDrop(Outer(keep), p=0.4)
+        (model(np.ones((4, 2, 2))) ** 2).sum().backward()
+        return {name: tg.tensor(p.grad) for name, p in model.named_parameters()}
+
+    same(gradients(tg.checkpoint), gradients(plainly))
+
+
+def test_closed_over_tensors_without_requires_grad() -> None:
+    _, x, _ = with_modules()
+    rng = np.random.default_rng(4)
+    w, v = tg.tensor(rng.standard_normal((2, 2))), rng.standard_normal((2, 2))
+
+    def gradient(keep: Any, order: int) -> Any:
+        with tg.Tape() as tape:
+            value = (keep(lambda t: ops.tanh(t @ w))(x) ** 2).sum()
+            for _ in range(order - 1):
+                value = (tape.gradient(value, w) ** 2).sum()
+        return tape.gradient(value, [w])[0]
+
+    def of(keep: Any) -> Any:
+        return lambda u: (keep(lambda t: ops.tanh(t @ u))(x) ** 2).sum()
+
+    for order in (1, 2):
+        np.testing.assert_allclose(gradient(tg.checkpoint, order).numpy(), gradient(plainly, order).numpy(), rtol=1e-12)
+    assert tg.jvp(of(tg.checkpoint), (w,), (v,))[1].item() == pytest.approx(tg.jvp(of(plainly), (w,), (v,))[1].item())
+    np.testing.assert_allclose(
+        tg.hvp(of(tg.checkpoint), (w,), (v,))[1][0].numpy(), tg.hvp(of(plainly), (w,), (v,))[1][0].numpy(), rtol=1e-12
+    )

@@ -349,6 +349,27 @@ def test_shared_parameters() -> None:
     assert fast(x).tolist() == [[6.0, 6.0]]
 
 
+def test_outputs_that_are_inputs_or_constants() -> None:
+    x = tg.tensor(np.array([1.0, 2.0]), requires_grad=True)
+    dropout = nn.Dropout(0.5).eval()
+    assert tg.compile(lambda d, t: d(t))(dropout, x) is x
+    same = tg.compile(lambda t: t)
+    for _ in range(2):
+        (same(x) * 3.0).sum().backward()
+    assert x.grad.tolist() == [6.0, 6.0]
+    assert tg.grad(lambda t: (same(t) * t).sum())(x).tolist() == [2.0, 4.0]
+    assert tg.jvp(same, (x,), (np.array([5.0, 6.0]),))[1].tolist() == [5.0, 6.0]
+    assert tg.compile(lambda t: 3.0)(x) == 3.0
+    assert tg.compile(lambda t: {"a": None, "b": [t, "text"]})(x) == {"a": None, "b": [x, "text"]}
+    layer = nn.Linear(2, 1)
+    found = tg.compile(lambda m: dict(m.named_parameters()))(layer)
+    assert found == {"weight": layer.weight, "bias": layer.bias}
+    assert "0 equations" in str(same.explain())
+    with tg.Tape() as tape:
+        value = same(x) * 2.0
+    assert tape.gradient(value, x, np.ones(2)).tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_training_equals_the_plain_loop(inside: bool) -> None:
     """20 steps of Adam on an LSTM; gradients by backward, or inside of the compiled function."""

@@ -14,7 +14,7 @@ import pytest
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops, optim
 from tinygrad_lstm.compiler import report
-from tinygrad_lstm.compiler.recording import CompileWarning
+from tinygrad_lstm.compiler.recording import MANY_RECORDS, CompileWarning, Entry
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.tape import state
 
@@ -359,6 +359,34 @@ def test_an_unrolled_loop_is_warned_about() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast(X)
+
+
+@pytest.mark.filterwarnings("error")
+def test_derivatives_of_layers_are_no_unrolled_loops() -> None:
+    """They are recorded op by op, and there are many of them; nothing in the function could be written better."""
+    layer = nn.LSTM(3, 4, num_layers=2, bidirectional=True)
+    x = np.linspace(-1, 1, 36, dtype=np.float32).reshape(6, 2, 3)
+    recorded = []
+    fast = tg.compile(tg.hessian(lambda x: ops.sum(ops.square(layer(x)[0]))))
+    init = Entry.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Entry, "__init__", lambda self, name, program, n, *rest: (
+            recorded.append(n), init(self, name, program, n, *rest))[1])  # fmt: skip
+        assert fast(x).shape == (6, 2, 3, 6, 2, 3)
+    assert recorded[0] > MANY_RECORDS
+
+
+def test_an_unrolled_loop_below_a_gradient_is_warned_about() -> None:
+    cell = nn.GRUCell(2, 3)
+
+    def loss(m: Any, x: Any) -> Any:
+        h = m.initial_state(x.shape[1])
+        for t in range(x.shape[0]):
+            _, h = m(x[t], h)
+        return ops.sum(h)
+
+    with pytest.warns(CompileWarning, match=r"ops\.scan"):
+        tg.compile(tg.grad(loss))(cell, np.ones((60, 1, 2), np.float32))
 
 
 def test_explain_shows_the_last_compiled_call_of_this_thread() -> None:

@@ -262,3 +262,23 @@ def test_streams_of_wrong_ids() -> None:
             TextStreams(bad, 1, 1)
     with pytest.raises(ArgumentError, match="seq_len"):
         TextStreams(np.arange(9), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: DataLoader(None), DTypeError, "dataset is a NoneType, expected a SequenceDataset"),
+        (lambda: DataLoader([np.ones((3, 2))]), DTypeError, r"dataset is a list.*DataLoader\(SequenceDataset\("),
+        (lambda: DataLoader(ragged([2, 3]), batch_size=2.5), DTypeError, r"batch_size is an int, found 2\.5"),
+        (lambda: DataLoader(ragged([2, 3]), batch_size=0), ArgumentError, "batch_size is at least 1, found 0"),
+        (lambda: windows(np.arange(9), 3.5), DTypeError, r"windows: length is an int, found 3\.5"),
+        (lambda: windows(np.arange(9), 3, "1"), DTypeError, "windows: horizon is an int, found '1'"),
+        (lambda: SequenceDataset(None), DTypeError, "inputs are a list of arrays, or one array, found None"),
+        (lambda: SequenceDataset(np.array(3.0)), DTypeError, "inputs are a list of arrays"),
+        (lambda: SequenceDataset("abc"), DTypeError, "inputs are a list of arrays"),
+        (lambda: SequenceDataset([np.ones((3, 2))], 3), DTypeError, "targets are a list of arrays"),
+    ],
+)
+def test_arguments_of_another_kind(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

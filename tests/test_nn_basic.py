@@ -103,6 +103,66 @@ def test_refusals():
     ):
         with pytest.raises(tg.ArgumentError):
             make()
+    for make, message in (
+        (lambda: nn.Linear(2.5, 2), r"Linear: in_features is an int, found 2\.5"),
+        (lambda: nn.Linear(2, "3"), "Linear: out_features is an int, found '3'"),
+        (lambda: nn.Embedding(True, 2), "Embedding: num_embeddings is an int, found True"),
+        (lambda: nn.Embedding(5, 2, padding_idx=1.0), r"Embedding: padding_idx is an int, found 1\.0"),
+        (lambda: nn.LayerNorm(2.0), r"LayerNorm: .*normalized_shape is an int, found 2\.0"),
+        (lambda: nn.Dropout("a"), "Dropout: p is a number, found 'a'"),
+        (lambda: nn.Dropout(None), "Dropout: p is a number, found None"),
+    ):
+        with pytest.raises(tg.DTypeError, match=message):
+            make()
+
+
+class Reader(nn.Module):
+    """A cell that looks its ids up itself; with ``own`` also the id that its state says."""
+
+    def __init__(self, padding_idx, own=False):
+        super().__init__()
+        self.table, self.cell, self.own = nn.Embedding(5, 3, padding_idx), nn.GRUCell(3, 4), own
+
+    def initial_state(self, batch):
+        h = self.cell.initial_state(batch)
+        return (h, tg.tensor(np.zeros(batch, np.int64))) if self.own else h
+
+    def forward(self, ids, state):
+        if not self.own:
+            return self.cell(self.table(ids), state)
+        h, last = state
+        _, h = self.cell(self.table(last), h)
+        return h, (h, ids.astype(np.int64))
+
+
+@pytest.mark.parametrize("compile_loops", ["never", "always"])
+@pytest.mark.parametrize("padding_idx", [None, 0])
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16])
+def test_recorded_ids_are_checked(compile_loops, padding_idx, dtype, monkeypatch):
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", compile_loops)
+    table = nn.Embedding(5, 3, padding_idx)
+    layers = [nn.Recurrent(Reader(padding_idx)), nn.Recurrent(Reader(padding_idx, own=True))]
+    called, summed = tg.compile(lambda m, ids: m(ids)), tg.compile(lambda m, ids: (m(ids) * 2.0).sum())
+    in_loop = tg.compile(lambda m, ids: m(ids[:, None])[0])
+    runs = [lambda ids: called(table, ids), lambda ids: summed(table, ids)]
+    in_loops = []
+    for layer in layers:
+        in_loops += [lambda ids, m=layer: m(ids[:, None])[0], lambda ids, m=layer: in_loop(m, ids)]
+    good = np.array([4, 0, 3, 1], dtype)
+    np.testing.assert_array_equal(called(table, good).numpy(), table.weight.numpy()[good])
+    for run in runs + in_loops:
+        for bad in (5, 9) if dtype is np.uint16 else (5, -1, -5):
+            for _ in range(2):
+                said = rf"Embedding: id {bad} .*0\.\.4"
+                if padding_idx is not None and run in in_loops:  # fused with the look for the padding
+                    said += r"|take: index \d is outside of an axis of length 5"
+                with pytest.raises(tg.OutOfRangeError, match=said):
+                    run(np.array([0, bad, 2, 1], dtype))
+        run(good)
+    layers[0](good[:, None])[0].sum().backward()
+    gradient = layers[0].cell.table.weight.grad
+    moved = [True, True, False, True, True] if padding_idx is None else [False, True, False, True, True]
+    assert (np.abs(gradient).sum(axis=1) > 0).tolist() == moved
 
 
 # ---------------------------------------------------------------------------- dropout

@@ -96,3 +96,53 @@ def test_a_state_of_another_form(state: Any, error: type[Exception], message: st
     assert layer(x, np.zeros((8, 8), np.float32))[0].shape == (5, 8, 8)
     with pytest.raises(error, match=message):
         layer(x, state)
+
+
+class Plain(nn.Module):
+    """A cell whose state has to be an array."""
+
+    def initial_state(self, batch: int) -> Any:
+        return None
+
+    def forward(self, x: Any, h: Any) -> Any:
+        return h + x, h + x
+
+
+STEP, STATE = np.zeros((2, 4), np.float32), np.zeros((2, 5), np.float32)
+LAYER_STATE = np.zeros((1, 2, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "message"),
+    [
+        (lambda x: nn.LSTM(4, 5)(x, (LAYER_STATE, None)), tg.DTypeError, "LSTM: initial c is None, expected an array"),
+        (lambda x: nn.GRU(4, 5)(x, "abc"), tg.DTypeError, "GRU: initial h is 'abc'"),
+        (lambda x: nn.LSTMCell(4, 5)(STEP, (STATE, None)), tg.DTypeError, "LSTMCell: the state c is None"),
+        # Two rows are no pair (h, c), and a pair no state (2, B, H).
+        (lambda x: nn.LSTMCell(4, 5)(STEP, STATE), tg.ShapeError, r"LSTMCell: the state is a pair \(h, c\), found a"),
+        (lambda x: nn.GRUCell(4, 5)(STEP, (STATE, STATE)), tg.ShapeError, r"GRUCell: .*\(2, 2, 5\), expected \(2, "),
+        (lambda x: nn.RNNCell(4, 5)(STEP, STATE[:1]), tg.ShapeError, r"RNNCell: .*\(1, 5\), expected \(2, 5\)"),
+        (lambda x: nn.Recurrent(Plain())(x), tg.DTypeError, r"Plain\.initial_state returned None.*forward failed"),
+        (lambda x: nn.Recurrent(nn.GRUCell(4, 5))(x, "abc"), tg.DTypeError, "Recurrent: the state is 'abc'"),
+        (lambda x: nn.Stack([nn.GRUCell(4, 5)])(x, 3), tg.ShapeError, "Stack: the state is a list of 1.*found a int"),
+        (lambda x: nn.Stack(nn.GRUCell(4, 5)), tg.DTypeError, r"Stack: layers are a list, found a GRUCell.*Stack\(\["),
+        (
+            lambda x: nn.Bidirectional(nn.GRUCell(4, 5), nn.GRUCell(4, 5))(x, (1, 2, 3)),
+            tg.ShapeError, "Bidirectional: the state is a pair",
+        ),
+    ],
+)  # fmt: skip
+def test_states_and_layers_of_another_kind(run: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run(np.zeros((3, 2, 4), np.float32))
+
+
+def test_a_cell_without_a_state_is_none_that_fails() -> None:
+    class Stateless(Plain):
+        def forward(self, x: Any, h: Any) -> Any:
+            return x * 2.0, None
+
+    x = np.ones((3, 2, 4), np.float32)
+    outputs, state = nn.Recurrent(Stateless())(x)
+    assert state is None
+    np.testing.assert_array_equal(outputs.numpy(), 2.0 * x)

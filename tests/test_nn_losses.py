@@ -251,3 +251,85 @@ def test_refusals():
 
 def test_a_number_as_target():
     assert nn.mse_loss(np.array([1.0, 3.0]), 1.0).item() == 2.0
+
+
+# ---------------------------------------------------------------------------- compiled, with targets as an argument
+
+
+def compiled_like_plain(loss, x, *others):
+    """Value and gradient of a loss that is compiled with everything as an argument; returns the compiled function."""
+    fast = tg.compile(loss)
+    expected = tg.value_and_grad(lambda x: ops.sum(loss(x, *others)))(x)
+    for _ in range(2):
+        t = tg.tensor(x, requires_grad=True)
+        value = ops.sum(fast(t, *others))
+        value.backward()
+        assert value.item() == pytest.approx(expected[0].item(), rel=1e-12)
+        np.testing.assert_allclose(t.grad, expected[1].numpy(), rtol=1e-10, atol=1e-14)
+    return fast
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8])
+def test_compiled_nll(reduction, dtype, rng):
+    x, y = rng.standard_normal((4, 3, 5)), rng.integers(0, 5, (4, 3)).astype(dtype)
+    ignored = 2 if dtype is np.uint8 else -100
+    y[1, 1] = ignored
+    fast = compiled_like_plain(
+        lambda x, y: nn.nll_loss(ops.log_softmax(x), y, ignore_index=ignored, reduction=reduction), x, y
+    )
+    # By its definition, and with other targets than those that were recorded.
+    other = np.where(y == ignored, y, (y + 3) % 5).astype(dtype)
+    other = np.where((other == ignored) & (y != ignored), 0, other).astype(dtype)
+    log_probs = np.log(np.exp(x) / np.exp(x).sum(-1, keepdims=True))
+    losses = np.array([
+        0.0 if c == ignored else -row[c] for row, c in zip(log_probs.reshape(-1, 5), other.ravel(), strict=True)
+    ]).reshape(4, 3)  # fmt: skip
+    expected = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (other != ignored).sum()}[reduction]
+    np.testing.assert_allclose(fast(x, other).numpy(), expected, rtol=1e-12)
+    everything = np.full_like(y, ignored)
+    assert ops.sum(fast(x, everything)).item() == 0.0
+    bad = other.copy()
+    bad[0, 0] = 5
+    with pytest.raises(tg.OutOfRangeError, match=r"nll_loss: target 5 .*0\.\.4"):
+        fast(x, bad)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compiled_ctc(reduction, rng):
+    x, targets = rng.standard_normal((7, 3, 5)), rng.integers(1, 5, (3, 3))
+    targets[0, :2] = 2  # a repeated label needs a blank between
+    frames, sizes = np.array([7, 5, 6]), np.array([3, 2, 0])
+
+    def loss(x, targets, frames, sizes):
+        return nn.ctc_loss(ops.log_softmax(x), targets, frames, sizes, reduction=reduction)
+
+    fast = compiled_like_plain(loss, x, targets, frames, sizes)
+    others = (rng.integers(1, 5, (3, 3)), np.array([4, 7, 7]), np.array([1, 3, 2]))
+    np.testing.assert_allclose(fast(x, *others).numpy(), loss(x, *others).numpy(), rtol=1e-12)
+    for k, message in ((0, "target 0"), (5, "target 5")):
+        bad = others[0].copy()
+        bad[1, 2] = k
+        with pytest.raises(tg.OutOfRangeError, match=message):
+            fast(x, bad, *others[1:])
+        bad[1, 2], bad[0, 2] = 1, k  # past its length: not looked at
+        fast(x, bad, *others[1:])
+    with pytest.raises(tg.OutOfRangeError, match=r"target_lengths.*length 4"):
+        fast(x, *others[:2], np.array([4, 1, 1]))
+    with pytest.raises(tg.OutOfRangeError, match=r"blank=5.*0\.\.4"):
+        nn.ctc_loss(x, *others, blank=5)
+
+
+def test_compiled_bce_checks_its_input(rng):
+    x, y = rng.uniform(0.1, 0.9, (3, 2)), rng.uniform(0, 1, (3, 2))
+    fast = compiled_like_plain(nn.bce_loss, x, y)
+    np.testing.assert_allclose(
+        tg.hessian(lambda x: fast(x, y))(x).numpy(), tg.hessian(lambda x: nn.bce_loss(x, y))(x).numpy(), rtol=1e-10
+    )
+    assert tg.jvp(lambda x: fast(x, y), (x,), (y,))[1].item() == pytest.approx(
+        tg.jvp(lambda x: nn.bce_loss(x, y), (x,), (y,))[1].item()
+    )
+    for bad in (1.5, -0.1, np.nan):
+        x[1, 1] = bad
+        with pytest.raises(tg.OutOfRangeError, match=rf"bce_loss: input holds {bad}"):
+            fast(x, y)

@@ -1,5 +1,6 @@
 """Module and Parameter: the tree, its names, its values, its version."""
 
+import collections
 import copy
 import gc
 import pickle
@@ -254,6 +255,19 @@ def test_the_tree_is_restored_after_an_error():
     assert module_file._stand_ins == {}
 
 
+def test_swapping_a_stand_in_for_itself_leaves_it_a_parameter():
+    model = nn.Linear(2, 1)
+    own = model.__tree_leaves__()
+    first = {name: tg.tensor(p.numpy() + 1.0) for name, p in own.items()}
+    model.__tree_swap__(first)
+    model.__tree_swap__({**first, "bias": tg.tensor(np.zeros(1, np.float32))})
+    model.__tree_swap__(first)  # the weight is its own stand-in both times
+    assert model.__tree_leaves__() == first
+    model.__tree_swap__(own)
+    assert model.__tree_leaves__() == own
+    assert not module_file._stand_ins
+
+
 def test_parameters_in_lists_take_part():
     model = nn.Module()
     model.weights = [nn.Parameter(np.array(2.0)), {"k": nn.Parameter(np.array(3.0))}]
@@ -316,3 +330,75 @@ def test_sequential():
     assert "4.weight" in model.state_dict()
     with pytest.raises(tg.DTypeError, match="part 0"):
         nn.Sequential(3)
+
+
+def test_sequential_of_names():
+    parts = collections.OrderedDict(encoder=nn.Linear(2, 3), squash=ops.tanh, head=nn.Linear(3, 1))
+    model = nn.Sequential(parts)
+    assert list(model.state_dict()) == ["encoder.weight", "encoder.bias", "head.weight", "head.bias"]
+    assert model.head is parts["head"] and list(model) == list(parts.values()) and len(model) == 3
+    x = np.ones((4, 2), np.float32)
+    expected = nn.Sequential(*parts.values())(x).numpy()
+    np.testing.assert_array_equal(model(x).numpy(), expected)
+    np.testing.assert_array_equal(copy.deepcopy(model)(x).numpy(), expected)
+    np.testing.assert_array_equal(tg.compile(lambda m, x: m(x))(model, x).numpy(), expected)
+    model.head = nn.Linear(3, 2)  # stays in its place
+    model.append(nn.Linear(2, 5))
+    assert model(x).shape == (4, 5) and "3.weight" in model.state_dict()
+    for name in ("", "forward", "a.b"):
+        with pytest.raises(tg.ArgumentError, match=repr(name)):
+            nn.Sequential({name: nn.Linear(1, 1)})
+
+
+@pytest.mark.conformance
+def test_sequential_of_names_has_torchs_names():
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.Sequential(
+        collections.OrderedDict(first=torch.nn.Linear(2, 3), act=torch.nn.Tanh(), last=torch.nn.Linear(3, 1))
+    )
+    ours = nn.Sequential(collections.OrderedDict(first=nn.Linear(2, 3), act=ops.tanh, last=nn.Linear(3, 1)))
+    ours.load_state_dict(theirs.state_dict())
+    x = np.ones((4, 2), np.float32)
+    np.testing.assert_allclose(ours(x).numpy(), theirs(torch.tensor(x)).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_names_with_dots_are_refused():
+    model = nn.Module()
+    with pytest.raises(tg.ArgumentError, match=r"'x\.y' .*'\.'"):
+        model.parts = {"x.y": nn.Parameter([1.0]), "x": {"y": nn.Parameter([2.0])}}
+    with pytest.raises(tg.ArgumentError, match=r"'x\.y'"):
+        model.parts = {"x.y": [nn.Linear(1, 1)]}
+    model.parts = {"x": {"y": nn.Parameter([2.0])}}
+    model.numbers = {"x.y": 3.0}  # no parameter, no name
+    assert list(model.state_dict()) == ["parts.x.y"]
+    model.parts["a.b"] = nn.Parameter([1.0])
+    with pytest.raises(tg.ArgumentError, match=r"'a\.b'"):
+        model.state_dict()
+
+
+def test_a_container_that_contains_itself():
+    model = nn.Linear(1, 1)
+    own: list = [1.0]
+    own.append({"again": own})
+    with pytest.raises(tg.ArgumentError, match="contains itself"):
+        model.own = own
+    model.own = kept = []
+    kept.append(kept)
+    for use in (lambda: list(model.parameters()), model.state_dict, lambda: model.version, lambda: repr(model)):
+        with pytest.raises(tg.ArgumentError, match="list in a module's attributes contains itself"):
+            use()
+    model.own = [kept := [1], kept, {"k": kept}]  # more than once is no cycle
+    assert len(list(model.parameters())) == 2 and model.version
+    model.zero_grad()
+
+
+def test_arguments_that_are_none():
+    model = nn.Linear(1, 1)
+    with pytest.raises(tg.DTypeError, match=r"load_state_dict takes a dict .*NoneType"):
+        model.load_state_dict(None)
+    with pytest.raises(tg.DTypeError, match="weight"):
+        model.load_state_dict({"weight": None, "bias": None})
+    with pytest.raises(tg.DTypeError, match=r"Linear\.astype: 'foo' is no dtype"):
+        model.astype("foo")
+    with pytest.raises(tg.DTypeError, match="int32"):
+        model.astype("int32")

@@ -177,8 +177,83 @@ def test_states_that_do_not_fit():
     others = [nn.Parameter(np.zeros((2, 2))) for _ in range(4)]
     with pytest.raises(tg.ShapeError, match=r"exp_avg of parameter 0 has shape \(4, 3\), expected \(2, 2\)"):
         optim.Adam(others).load_state_dict(state)
-    with pytest.raises(tg.ArgumentError, match="no state of an optimizer"):
-        optimizer.load_state_dict({"epoch": 3})
+    for nothing in ({"epoch": 3}, {}, None, [1]):
+        with pytest.raises(
+            tg.ArgumentError, match=r"no state of an optimizer: found .*expected .*'param_groups'"
+        ) as info:
+            optimizer.load_state_dict(nothing)
+        assert "KeyError" not in str(info.value)
+    with pytest.raises(tg.ArgumentError, match="a group is a dict with 'params'"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [3]})
+    with pytest.raises(tg.ArgumentError, match="the state of parameter 0 is a dict, found 3"):
+        optimizer.load_state_dict({**state, "state": {"0": 3}})
+
+
+OPTIMIZERS = ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adam", "NAdam", "LBFGS"]
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("saved", OPTIMIZERS)
+@pytest.mark.parametrize("loading", OPTIMIZERS)
+def test_the_state_of_another_optimizer_is_refused(saved, loading, stepped):
+    def made(name):
+        p = nn.Parameter([1.0, 2.0])
+        optimizer = getattr(optim, name)([p], lr=0.5)
+        if stepped:
+            optimizer.step(lambda: (p * p).sum()) if name != "LBFGS" else optimizer.step(closure(optimizer, p))
+            p.grad = np.ones(2, np.float32)
+            optimizer.step() if name != "LBFGS" else None
+        return optimizer
+
+    def closure(optimizer, p):
+        def run():
+            optimizer.zero_grad()
+            loss = (p * p).sum()
+            loss.backward()
+            return loss
+
+        return run
+
+    state, optimizer = made(saved).state_dict(), made(loading)
+    before = str(optimizer.state_dict())
+    if saved == loading or (saved, loading, stepped) == ("NAdam", "Adam", False):
+        optimizer.load_state_dict(state)  # (NAdam's options are Adam's and one more; before a step it counts nothing)
+        return
+    with pytest.raises(tg.ArgumentError, match=f"{loading}.load_state_dict: this is the state of another optimizer"):
+        optimizer.load_state_dict(state)
+    assert str(optimizer.state_dict()) == before
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adam", "AdamW", "NAdam"])
+def test_states_of_torch_are_taken(name):
+    torch = pytest.importorskip("torch")
+    theirs, ours = torch.nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter([1.0, 2.0])
+    reference, optimizer = getattr(torch.optim, name)([theirs], lr=0.1), getattr(optim, name)([ours], lr=0.7)
+    for step in range(3):
+        theirs.grad = torch.tensor([1.0, -2.0])
+        reference.step()
+        if step == 1:
+            state = reference.state_dict()
+            arrays = {
+                k: {n: v if v is None else v.numpy() for n, v in own.items()} for k, own in state["state"].items()
+            }
+            optimizer.load_state_dict({**state, "state": arrays})
+            ours.data = theirs.detach().numpy().copy()
+        elif step == 2:
+            ours.grad = np.array([1.0, -2.0], np.float32)
+            optimizer.step()
+    np.testing.assert_allclose(ours.numpy(), theirs.detach().numpy(), rtol=1e-6)
+
+
+def test_a_parameter_without_axes_has_a_state():
+    p = nn.Parameter(np.array(1.0))
+    optimizer = optim.NAdam([p])
+    p.grad = np.array(1.0)
+    optimizer.step()
+    again = optim.NAdam([p])
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[id(p)] == optimizer.state[id(p)]
 
 
 # ---------------------------------------------------------------------------- stepping
@@ -201,6 +276,15 @@ def test_a_module_or_a_generator_of_parameters():
     model = nn.Linear(2, 1)
     for given in (model, model.parameters(), list(model.parameters())):
         assert len(optim.Adam(given).param_groups[0]["params"]) == 2
+    named = optim.Adam(model.named_parameters())
+    assert named.param_groups[0]["params"] == [model.weight, model.bias]
+    one = optim.Adam([{"params": model.weight}, {"params": list(model.named_parameters())[1:], "lr": 0.5}])
+    assert [group["params"] for group in one.param_groups] == [[model.weight], [model.bias]]
+    assert optim.SGD({"params": model.weight}).param_groups[0]["params"] == [model.weight]
+    model.weight.grad = np.array([[3.0, 4.0]], np.float32)
+    assert optim.clip_grad_norm(model.weight, 1.0) == 5.0
+    optim.clip_grad_value(model.weight, 0.7)
+    np.testing.assert_allclose(model.weight.grad, [[0.6, 0.7]], rtol=1e-5)
     assert len(optim.Adam([{"params": model}]).param_groups[0]["params"]) == 2
 
 
@@ -266,6 +350,16 @@ def test_refusals():
         optim.SGD(p)
     with pytest.raises(tg.DTypeError, match="found str"):
         optim.SGD(["weight"])
+    for make, pattern in (
+        (lambda: optim.Adam(None), "Adam: parameters are a Module or a list of Tensors, found None"),
+        (lambda: optim.Adam([{"params": 3}]), "Adam: parameters .*found 3"),
+        (lambda: optim.clip_grad_norm(None, 1.0), "clip_grad_norm: parameters .*found None"),
+        (lambda: optim.clip_grad_norm(p, "a"), "clip_grad_norm: max_norm is a number, found 'a'"),
+        (lambda: optim.clip_grad_norm(p, 1.0, None), "clip_grad_norm: norm_type is a number, found None"),
+        (lambda: optim.clip_grad_value(p, [1.0]), "clip_grad_value: clip_value is a number"),
+    ):
+        with pytest.raises(tg.DTypeError, match=pattern):
+            make()
 
 
 # ---------------------------------------------------------------------------- clipping

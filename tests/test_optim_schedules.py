@@ -66,6 +66,111 @@ def test_plateau_follows_torch(options, rng):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(reference.param_groups[0]["lr"], rel=1e-12)
 
 
+# ---------------------------------------------------------------------------- several together, and rates set by hand
+
+# (ours, its options, torch's where it has another name, its options)
+TOGETHER = {
+    "StepLR": ({"step_size": 3, "gamma": 0.5}, None),
+    "ExponentialLR": ({"gamma": 0.9}, None),
+    "CosineAnnealingLR": ({"T_max": 4, "eta_min": 0.01}, None),
+    "LinearWarmup": ({"warmup_steps": 5}, ("LinearLR", {"start_factor": 0.2, "total_iters": 4})),
+    "OneCycleLR": ({"max_lr": 1.0, "total_steps": 30}, None),
+    "ReduceLROnPlateau": ({"patience": 1, "factor": 0.5}, None),
+}
+
+
+def advance(schedule, name, step):
+    if name == "ReduceLROnPlateau":
+        schedule.step(1.0 if step > 3 else 2.0 - step)
+    else:
+        schedule.step()
+
+
+@pytest.mark.conformance
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("second", [*TOGETHER, None])
+@pytest.mark.parametrize("first", TOGETHER)
+def test_schedules_go_together_as_in_torch(first, second, by_hand):
+    torch = pytest.importorskip("torch")
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    reference = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}], lr=0.1, momentum=0.9)
+    optimizer = sgd(momentum=0.9)
+    names = [name for name in (first, second) if name]
+    ours = [getattr(optim, name)(optimizer, **TOGETHER[name][0]) for name in names]
+    theirs = []
+    for name in names:
+        other, options = TOGETHER[name][1] or (name, TOGETHER[name][0])
+        theirs.append(getattr(torch.optim.lr_scheduler, other)(reference, **options))
+    for step in range(25):
+        for mine, other in zip(optimizer.param_groups, reference.param_groups, strict=True):
+            assert mine["lr"] == pytest.approx(other["lr"], rel=1e-11, abs=1e-15), step
+        reference.step()
+        if by_hand and step in (4, 11):
+            optimizer.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = 0.7
+        for mine, other, name in zip(ours, theirs, names, strict=True):
+            advance(mine, name, step)
+            advance(other, name, step)
+
+
+@pytest.mark.parametrize("order", ["schedules last", "schedules first", "schedules alone"])
+def test_schedules_that_go_together_resume_bit_for_bit(order):
+    names = ["LinearWarmup", "CosineAnnealingLR", "StepLR"]
+
+    def made():
+        optimizer = sgd(momentum=0.9)
+        return optimizer, [getattr(optim, name)(optimizer, **TOGETHER[name][0]) for name in names]
+
+    (optimizer, schedules), (other, resumed) = made(), made()
+    for step in range(6):
+        for name, schedule in zip(names, schedules, strict=True):
+            advance(schedule, name, step)
+    optimizer.param_groups[1]["lr"] = 0.123  # by hand, and not through a schedule
+    state, states = optimizer.state_dict(), [schedule.state_dict() for schedule in schedules]
+    if order == "schedules last":
+        other.load_state_dict(state)
+    for schedule, its in zip(resumed, states, strict=True):
+        schedule.load_state_dict(its)
+    if order == "schedules first":
+        other.load_state_dict(state)
+    for step in range(6, 20):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert [group["lr"] for group in other.param_groups] == rates
+        for name, one, two in zip(names, schedules, resumed, strict=True):
+            advance(one, name, step)
+            advance(two, name, step)
+
+
+def test_a_schedule_of_ones_own():
+    class Halved(optim.Schedule):
+        def rate(self, base, step):
+            return base / (step + 1)
+
+    optimizer = optim.SGD([nn.Parameter([1.0])], lr=0.5)
+    schedule = Halved(optimizer)
+    schedule.step()
+    assert schedule.get_last_lr() == [0.25]
+    with pytest.raises(tg.ArgumentError, match="next_rate"):
+        optim.Schedule(optimizer)
+
+
+def test_a_state_of_an_earlier_version_leaves_the_optimizers_rates():
+    optimizer = optim.SGD([nn.Parameter([1.0])], lr=0.5)
+    schedule = optim.ExponentialLR(optimizer, 0.5)
+    optimizer.lr = 0.125
+    schedule.load_state_dict({"last_epoch": 2, "base_lrs": [0.5]})
+    schedule.step()
+    assert optimizer.lr == 0.0625
+    with pytest.raises(tg.ArgumentError, match="no state"):
+        schedule.load_state_dict({"last_epoch": 2, "base_lrs": [0.5], "last_lrs": [1.0, 2.0]})
+    with pytest.raises(tg.ArgumentError, match="no state"):
+        schedule.load_state_dict({"last_epoch": 2, "base_lrs": 3})
+    with pytest.raises(tg.DTypeError, match=r"step_size is an int, found 1\.5"):
+        optim.StepLR(optimizer, 1.5)
+    with pytest.raises(tg.DTypeError, match="NoneType"):
+        schedule.load_state_dict(None)
+
+
 def test_warmup():
     optimizer = optim.SGD([nn.Parameter([1.0])], lr=0.5)
     schedule = optim.LinearWarmup(optimizer, 4)

@@ -127,7 +127,7 @@ def test_wrong_arguments() -> None:
         trainer.fit(line())
     with pytest.raises(ArgumentError, match="not both"):
         trainer.fit(line(), steps=1, epochs=1)
-    with pytest.raises(ArgumentError, match="at least one step"):
+    with pytest.raises(ArgumentError, match="steps is at least 1, found 0"):
         trainer.fit(line(), steps=0)
     with pytest.raises(ArgumentError, match="no batches"):
         trainer.fit([], steps=1)
@@ -137,6 +137,78 @@ def test_wrong_arguments() -> None:
         trainer_for(Linear(), clip_norm=0.0)
     with pytest.raises(ArgumentError, match="no parameters are the best"):
         trainer_for(Linear()).load_best()
+
+
+def no_len() -> Any:
+    class Endless:
+        def __iter__(self) -> Any:
+            return iter(line())
+
+    return Endless()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"batches": None}, "batches are an iterable of batches, found a NoneType"),
+        ({"batches": (batch for batch in line())}, "a generator, which can be gone through only once"),
+        ({"batches": no_len()}, "Endless without a length"),
+        ({"validation": (batch for batch in line())}, "validation batches are a generator"),
+        ({"validation": 3}, "validation batches are an iterable"),
+        ({"steps": 2.5}, r"steps is an int, found 2\.5"),
+        ({"steps": None, "epochs": 1.5}, r"epochs is an int, found 1\.5"),
+        ({"validate_every": 0}, "validate_every is at least 1, found 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every is at least 1, found -1"),
+        ({"time_limit": -1}, "time_limit is a number of seconds, at least 0, found -1"),
+        ({"time_limit": "1 h"}, "time_limit is a number, found '1 h'"),
+        ({"patience": 0, "validation": line(1)}, "patience is at least 1, found 0"),
+        ({"patience": 3}, "patience=3 counts validations, but there are no validation batches"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_what_fit_refuses(how: dict[str, Any], message: str) -> None:
+    model = Linear()
+    arguments = {"batches": line(), "steps": 2, **how}
+    with pytest.raises(tg.Error, match="Trainer.fit: .*" + message):
+        trainer_for(model).fit(arguments.pop("batches"), **arguments)
+    assert model.w.data.tolist() == [0.0]
+
+
+def test_what_a_trainer_is_not_made_of() -> None:
+    model = Linear()
+    sgd = optim.SGD(model)
+    for make, message in (
+        (lambda: Trainer(None, sgd, nn.mse_loss), "the model is a Module, found a NoneType"),
+        (lambda: Trainer(model, None, nn.mse_loss), "the optimizer is one of tg.optim, found a NoneType"),
+        (lambda: Trainer(model, sgd, None), "the loss is a function .*, found a NoneType"),
+        (lambda: Trainer(model, sgd, nn.mse_loss, schedule=0.1), "the schedule is .*, found a float"),
+        (lambda: Trainer(model, sgd, nn.mse_loss, clip_norm="a"), "clip_norm is a number, found 'a'"),
+        (lambda: Trainer(model, sgd, nn.mse_loss, callbacks=3), "callbacks are a list, found a int"),
+        (lambda: Trainer(model, optim.LBFGS(model), nn.mse_loss), "LBFGS .*closure"),
+    ):
+        with pytest.raises(tg.Error, match="Trainer: .*" + message):
+            make()
+
+
+def test_a_plateau_is_stepped_with_the_validation_loss() -> None:
+    class Still(Linear):
+        def forward(self, x: Any) -> Any:
+            return ops.stop_gradient(super().forward(x)) + 0.0 * self.w
+
+    def made() -> Trainer:
+        model = Still(1.0)
+        optimizer = optim.SGD(model, lr=0.5)
+        return Trainer(
+            model, optimizer, nn.mse_loss, schedule=optim.ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+        )
+
+    trainer = made().fit(line(), steps=6, validation=line(1), validate_every=2)
+    # The loss stays 1: after the first validation each one lowers the rate of the steps after it.
+    np.testing.assert_allclose(trainer.history["lr"], [0.5, 0.5, 0.5, 0.5, 0.05, 0.05])
+    np.testing.assert_allclose(trainer.optimizer.lr, 0.005)
+    assert trainer.schedule.best == 1.0
+    with pytest.raises(tg.ArgumentError, match=r"ReduceLROnPlateau .*no validation batches"):
+        made().fit(line(), steps=6)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -172,3 +172,23 @@ def test_states_of_something_else(tmp_path: Path) -> None:
             trainer.load_state_dict(bad)
     with pytest.raises(FileNotFoundError):
         trainer.load(tmp_path / "none")
+
+
+def test_a_run_of_another_optimizer_is_refused_with_nothing_changed(tmp_path: Path) -> None:
+    tg.seed(3)
+    batches = [(np.ones(1), np.array([2.0]))] * 4
+    model = Linear()
+    saved = Trainer(model, optim.Adam(model, lr=0.1), nn.mse_loss).fit(batches, steps=3)
+    saved.save(tmp_path / "adam")
+    other = Linear()
+    optimizer = optim.SGD(other, lr=0.25, momentum=0.9)
+    trainer = Trainer(other, optimizer, nn.mse_loss, schedule=optim.StepLR(optimizer, 1)).fit(batches, steps=2)
+    before = str(trainer.state_dict())
+    with pytest.raises(tg.Error, match=r"SGD\.load_state_dict: this is the state of another optimizer"):
+        trainer.load(tmp_path / "adam")
+    assert str(trainer.state_dict()) == before
+    trainer.optimizer = optim.Adam(other, lr=0.1)
+    before = str(trainer.state_dict())
+    with pytest.raises(tg.CheckpointError):  # its schedule is missing: after model and optimizer were loaded
+        trainer.load(tmp_path / "adam")
+    assert str(trainer.state_dict()) == before

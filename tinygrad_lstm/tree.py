@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tinygrad_lstm.errors import ShapeError
 
-__all__ = ["TreeDef", "flatten", "leaf_paths", "tree_map", "unflatten"]
+__all__ = ["TreeDef", "flatten", "leaf_paths", "leaves_at", "tree_map", "unflatten"]
 
 
 class TreeDef(NamedTuple):
@@ -86,6 +86,21 @@ def _unflatten(treedef: TreeDef, leaves: Any) -> Any:
     if treedef.keys:
         return treedef.kind(*children)
     return treedef.kind(children)
+
+
+def leaves_at(treedef: TreeDef, tree: Any) -> list[Any]:
+    """What stands in a tree at the leaves of a structure that it begins with.
+
+    >>> _, treedef = flatten([0, (1,)])
+    >>> leaves_at(treedef, [{"a": 1}, ([2, 3],)])
+    [{'a': 1}, [2, 3]]
+    """
+    if treedef.kind == "leaf":
+        return [tree]
+    if treedef.kind == "none":
+        return []
+    children = [tree[key] for key in treedef.keys] if isinstance(tree, dict) else tree
+    return [leaf for child, part in zip(treedef.children, children, strict=True) for leaf in leaves_at(child, part)]
 
 
 def leaf_paths(tree: Any, root: str = "") -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+from tinygrad_lstm.autodiff.standins import filled_now, standing
 from tinygrad_lstm.errors import DTypeError
 from tinygrad_lstm.ops.shape import alias
 from tinygrad_lstm.primitive import Primitive
@@ -28,10 +30,13 @@ def _vjp(cotangents: Any, inputs: Any, run: Any, wanted: Sequence[bool]) -> list
     from tinygrad_lstm.autodiff.reverse import variable
 
     count = run.n_arguments
-    with recording(enabled=True), _generators_at(run.drawn):
+    # What f closes over need not require a gradient where a Tape, or jvp, asks for its derivative.
+    taped = any(w and not t.requires_grad for t, w in zip(inputs[count:], wanted[count:], strict=True))
+    tape = Tape() if taped else nullcontext()
+    with standing(run.filled), recording(enabled=True), _generators_at(run.drawn), tape:
         arguments = [variable(t) if w else t for t, w in zip(inputs[:count], wanted[:count], strict=True)]
         outs = run.call(arguments)
-    pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+    pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and (taped or o.requires_grad)]
     sources = [a for a, w in zip([*arguments, *inputs[count:]], wanted, strict=True) if w]
     # Only through what ran here: the past of arguments and closed-over values is the outer replay's.
     found = iter(differentiate([o for o, _ in pairs], [c for _, c in pairs], sources, frontier=True))
@@ -65,6 +70,7 @@ class _Run:
         self.treedef = treedef
         self.leaves = leaves
         self.n_arguments = sum(leaf is ARRAY for leaf in leaves)
+        self.filled = filled_now()  # the parameters that f finds in its modules now, whenever it runs again
         self.drawn: dict[int, Any] = {}  # the generators that the first run drew from, and where they were
         self.results: list[Any] = []
         self.out_tree: Any = None
@@ -80,6 +86,10 @@ class _Run:
 
     def __repr__(self) -> str:
         return getattr(self.f, "__name__", "function")
+
+
+def _floats(t: Tensor) -> bool:
+    return t.dtype.kind == "f"
 
 
 def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +116,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
         if not current.enabled or current.trace is not None:
             outs = run.call(tensors)
             return unflatten(run.out_tree, outs)
+        every = bool(current.tapes)  # a Tape may be asked for the derivative of anything
         # A tape of its own finds what f closes over; it dies here, and the values with it.
         with recording(enabled=True, tapes=()), witnessed() as run.drawn, Tape() as finder:
             arguments = [alias(t) for t in tensors]  # apart from the same tensor where f closes over it
@@ -115,7 +126,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
             closed: dict[int, Tensor] = {}
             for _, inputs, _ in finder.entries[len(arguments) :]:
                 for t in inputs:
-                    if isinstance(t, Tensor) and t.requires_grad and id(t) not in known:
+                    if isinstance(t, Tensor) and id(t) not in known and (t.requires_grad or (every and _floats(t))):
                         closed[id(t)] = t
         run.results = [o._data for o in outs]
         results = _checkpoint.bind((*tensors, *closed.values()), {"run": run})

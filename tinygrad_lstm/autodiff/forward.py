@@ -71,7 +71,7 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                     raise ShapeError("jvp: a tangent has another structure than its primal")
                 given = [by_path[path] for path in wanted]
             for v, t in zip(fresh, given, strict=True):
-                t = asarray(t)
+                t = t if isinstance(t, Tensor) else asarray(t, v.dtype)  # 0.1 in double precision where v is
                 if t.shape != v.shape:
                     raise ShapeError(f"jvp: tangent of shape {t.shape} for a primal of shape {v.shape}")
                 seeds[v._node or v] = t if t.dtype == v.dtype else t.astype(v.dtype)

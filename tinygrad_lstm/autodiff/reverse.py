@@ -7,13 +7,11 @@ of an outer call stay connected through the arguments' own history.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from tinygrad_lstm.autodiff.standins import opened
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import alias
 from tinygrad_lstm.primitive import Aval, zeros
@@ -46,61 +44,6 @@ def variables(tree: Any, who: str, requires_grad: bool = True) -> tuple[list[Ten
     return fresh, treedef, unflatten(treedef, fresh)
 
 
-class _Filled:
-    """Put given tensors in place of a Module's parameters for a block; other threads wait for it."""
-
-    def __init__(self, module: Any, values: dict[str, Any]) -> None:
-        self.module, self.values, self.lock = module, values, _lock_of(module)
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        self.saved = self.module.__tree_leaves__()
-        self.module.__tree_swap__(self.values)
-
-    def __exit__(self, *exc: object) -> None:
-        self.module.__tree_swap__(self.saved)
-        self.lock.release()
-
-
-def _parameters(module: Any) -> dict[str, Tensor]:
-    """The floating parameters of a Module, not what another thread has put in their place."""
-    with _lock_of(module):
-        return {name: p for name, p in module.__tree_leaves__().items() if p.dtype.kind == "f"}
-
-
-def opened(
-    f: Callable[..., Any], arguments: Sequence[Any], chosen: Iterable[int] | None = None
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function of Modules as one of dicts of their floating parameters, and the arguments as such.
-
-    ``chosen``: the positions of the arguments that are opened; all without it.
-    """
-    numbers = range(len(arguments)) if chosen is None else chosen
-    modules = {k: arguments[k] for k in numbers if hasattr(type(arguments[k]), "__tree_swap__")}
-    if not modules:
-        return f, tuple(arguments)
-
-    def of_parameters(*given: Any, **kwargs: Any) -> Any:
-        with contextlib.ExitStack() as stack:
-            filled = list(given)
-            for k, module in modules.items():
-                stack.enter_context(_Filled(module, {name: asarray(value) for name, value in given[k].items()}))
-                filled[k] = module
-            return f(*filled, **kwargs)
-
-    return of_parameters, tuple(_parameters(a) if k in modules else a for k, a in enumerate(arguments))
-
-
-# Stand-ins are put into the module itself, so two threads cannot differentiate one module at the same time.
-_locks: dict[int, Any] = {}
-
-
-def _lock_of(module: Any) -> Any:
-    if id(module) not in _locks:
-        weakref.finalize(module, _locks.pop, id(module), None)
-    return _locks.setdefault(id(module), threading.RLock())
-
-
 def _check_scalar(out: Any, who: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise DTypeError(f"{who}: the function returned {type(out).__name__}, expected a scalar Tensor")
@@ -127,7 +70,7 @@ def value_and_grad(
     -------
     callable
         Gradients are Tensors in the structure of the argument (a tuple of them for several ``argnums``);
-        of a Module, a dict by parameter name; zeros where there is no path.  Nestable.
+        in the place of a Module, at any depth, a dict by parameter name; zeros where there is no path.  Nestable.
 
     Examples
     --------
@@ -212,8 +155,8 @@ def grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool 
 def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
     """Run ``f`` and return ``(out, pullback)``.
 
-    ``pullback(cotangent)`` gives a tuple, one tree per primal (of a Module, a dict by parameter name); it may be
-    called as often as wanted.  The cotangent has the structure of ``out``.
+    ``pullback(cotangent)`` gives a tuple, one tree per primal (a dict by parameter name in place of a Module); it may
+    be called as often as wanted.  The cotangent has the structure of ``out``.
 
     >>> import tinygrad_lstm as tg
     >>> out, pullback = tg.vjp(lambda x, y: x * y, 3.0, 4.0)

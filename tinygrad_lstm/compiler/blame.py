@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tinygrad_lstm.autodiff.reverse import _lock_of
+from tinygrad_lstm.autodiff.standins import lock_of
 from tinygrad_lstm.errors import Error, GraphError, TraceError
 
-__all__ = ["explained", "line_where", "locked", "user_line"]
+__all__ = ["explained", "line_where", "locked", "user_line", "within"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -32,6 +32,16 @@ def user_line() -> str:
     while frame is not None and _is_ours(frame):
         frame = frame.f_back
     return "<unknown>" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def within(modules: frozenset[str]) -> bool:
+    """Whether a function of one of these modules is at work between the user's code and here."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and _is_ours(frame):
+        if frame.f_globals.get("__name__") in modules:
+            return True
+        frame = frame.f_back
+    return False
 
 
 # What a user may call that needs values, by the name of the method, and what to do instead.
@@ -87,7 +97,7 @@ def line_where(run: Callable[[], Any], happened: Callable[[], bool]) -> str:
 def locked(reaches: Sequence[Any]) -> Iterator[None]:
     """Hold the locks of all modules in the reaches, without waiting for one while holding another."""
     modules = [module for reach in reaches for reference in reach.modules if (module := reference()) is not None]
-    locks = list({id(module): _lock_of(module) for module in modules}.values())
+    locks = list({id(module): lock_of(module) for module in modules}.values())
     while True:
         with ExitStack() as held:
             busy = None

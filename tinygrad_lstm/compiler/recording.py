@@ -6,13 +6,14 @@ import gc
 import random
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.compiler import report as _report
-from tinygrad_lstm.compiler.blame import explained, line_where, user_line
+from tinygrad_lstm.compiler.blame import explained, line_where, user_line, within
 from tinygrad_lstm.compiler.reach import Reach, is_scalar
 from tinygrad_lstm.compiler.whole import bind_program, executable, optimised
 from tinygrad_lstm.errors import Error, TraceError
@@ -26,7 +27,11 @@ from tinygrad_lstm.tree import TreeDef, flatten, unflatten
 
 __all__ = ["CompileWarning", "Entry", "FunctionTrace", "Recording"]
 
-MANY_RECORDS = 2_000
+# A loop over time was probably unrolled where so much was recorded, and one place in the code ran so often.
+MANY_RECORDS, MANY_TURNS = 2_000, 20
+
+
+_DERIVING = frozenset({"tinygrad_lstm.autodiff.matrices", "tinygrad_lstm.pushforward", "tinygrad_lstm.tape"})
 
 
 class CompileWarning(UserWarning):
@@ -62,6 +67,7 @@ class FunctionTrace(Trace):
         super().__init__()
         self.made: list[Any] = []  # weak: what is alive when the recording is over has escaped
         self.draws: list[tuple[Callable[[], Any], TracedTensor]] = []
+        self.turns: Counter[Any] = Counter()  # how often each place in the code made a record
 
     def new(self, aval: Aval, requires_grad: bool = False) -> TracedTensor:
         """A fresh input of the program."""
@@ -73,6 +79,9 @@ class FunctionTrace(Trace):
         """Record an application without running it."""
         outs = super().bind(prim, args, params)
         self.made.extend(weakref.ref(out) for out in (outs if isinstance(outs, tuple) else (outs,)))
+        if not within(_DERIVING):  # derivatives are recorded op by op, all of them from the line that asks for them
+            record = self.entries[-1][0]
+            self.turns[record.code, record.lasti] += 1
         return outs
 
     def draw(self, aval: Aval, make: Callable[[], Any]) -> TracedTensor:
@@ -117,7 +126,10 @@ class Entry:
 
     def run(self, tensors: list[Tensor], captured: list[Tensor]) -> Any:
         operands = [*tensors, *(asarray(make()) for make in self.draws), *captured]
-        if self.parts is None:
+        results: Sequence[Tensor] = ()
+        if not self.program.outputs:  # all that it returns was given to it, or is no tensor
+            self.parts = []
+        elif self.parts is None:
             with _report.collected() as parts:
                 results = bind_program(self.program, operands)
             # A loop within a memory budget runs in many pieces of few kinds.
@@ -193,7 +205,7 @@ class Recording:
                 CompileWarning,
                 stacklevel=3,
             )
-        if made.n_recorded > MANY_RECORDS:
+        if made.n_recorded > MANY_RECORDS and max(recorder.turns.values(), default=0) >= MANY_TURNS:
             warnings.warn(
                 f"{self.name}: {made.n_recorded} operations were recorded; a Python loop over time is unrolled, so "
                 "write it with ops.scan (or a recurrent layer), which records one step",

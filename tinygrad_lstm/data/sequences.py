@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_lstm.checks import check_int
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.random import Generator, default_generator
 
@@ -64,6 +65,8 @@ class SequenceDataset:
         self.per_step = False
         if targets is None:
             return
+        if not hasattr(targets, "__len__") or isinstance(targets, (str, bytes)):
+            raise DTypeError(f"targets are a list of arrays, or one array, found {targets!r:.60}")
         if len(targets) != len(self.inputs):
             raise ShapeError(f"{len(self.inputs)} sequences need as many targets, found {len(targets)}")
         arrays = [np.asarray(t) for t in targets]
@@ -131,8 +134,12 @@ class DataLoader:
         pad_value: float = 0,
         target_pad_value: float | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ArgumentError(f"batch_size is at least 1, found {batch_size}")
+        if not all(hasattr(dataset, name) for name in ("inputs", "targets", "lengths", "per_step")):
+            raise DTypeError(
+                f"DataLoader: the dataset is a {type(dataset).__name__}, expected a SequenceDataset; write "
+                "DataLoader(SequenceDataset(sequences, targets))"
+            )
+        check_int("DataLoader: batch_size", batch_size)
         self.dataset = dataset
         self.batch_size = int(batch_size)
         self.shuffle = shuffle
@@ -242,9 +249,8 @@ def windows(series: Any, length: int, horizon: int = 1) -> tuple[np.ndarray, np.
     ([[0, 1, 2], [1, 2, 3]], [[3], [4]])
     """
     array = np.asarray(series)
-    for name, value in (("length", length), ("horizon", horizon)):
-        if value < 1:
-            raise ArgumentError(f"{name} is at least 1, found {value}")
+    check_int("windows: length", length)
+    check_int("windows: horizon", horizon)
     if array.ndim == 0 or len(array) < length + horizon:
         raise ShapeError(
             f"a series of shape {array.shape} is too short for a window of length {length} and a horizon of {horizon}"
@@ -256,6 +262,8 @@ def windows(series: Any, length: int, horizon: int = 1) -> tuple[np.ndarray, np.
 
 def _alike(items: Sequence[Any] | np.ndarray, what: str, time_axis: bool) -> list[np.ndarray]:
     """The items as arrays that agree in dtype and in shape (past the time axis)."""
+    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable) or not getattr(items, "ndim", 1):
+        raise DTypeError(f"{what} are a list of arrays, or one array, found {items!r:.60}")
     arrays = [np.asarray(item) for item in items]
     if not arrays:
         raise ArgumentError(f"{what}: a dataset needs at least one sequence")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.checks import check_int, check_probability
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
+from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.nn import init
 from tinygrad_lstm.nn.module import Module, Parameter
+from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.trace import TracedTensor
 
 __all__ = ["Dropout", "Embedding", "LayerNorm", "Linear", "Sequential"]
 
@@ -46,8 +50,8 @@ class Linear(Module):
         generator: Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if in_features < 1 or out_features < 1:
-            raise ArgumentError(f"Linear: sizes are at least 1, found {in_features} and {out_features}")
+        check_int("Linear: in_features", in_features)
+        check_int("Linear: out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = Parameter(np.zeros((out_features, in_features), dtype))
         self.bias = Parameter(np.zeros(out_features, dtype)) if bias else None
@@ -74,6 +78,26 @@ class Linear(Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{self.in_features}, {self.out_features}{'' if self.bias is not None else ', bias=False'}"
+
+
+def _checked_ids(ids: np.ndarray, *, rows: int) -> np.ndarray:
+    if ids.size and (ids.min() < 0 or ids.max() >= rows):
+        bad = ids[(ids < 0) | (ids >= rows)].reshape(-1)[0]
+        raise OutOfRangeError(f"Embedding: id {bad} is outside of 0..{rows - 1} (num_embeddings={rows})")
+    return ids
+
+
+_ids_in_range: Primitive = Primitive(
+    "embedding_ids", _checked_ids, None, shape=lambda ids, rows: ids, differentiable=False, register=False,
+    doc="Ids as they are; raises OutOfRangeError for one outside of 0 .. rows - 1.",
+)  # fmt: skip
+# The same in the body of a loop, where it has to be native.  ``take`` counts negative indices from the end, as NumPy
+# does; before it they become too large, so that native code ends the loop, and NumPy, which runs it again, raises (or
+# ``take`` does, where this was fused with something else).
+_ids_in_loop: Primitive = Primitive(
+    "embedding_ids_in_loop", _checked_ids, None, expression=lambda ids, *, rows: e.where(ids < 0, rows, ids),
+    is_elementwise=True, differentiable=False, register=False,
+)  # fmt: skip
 
 
 class Embedding(Module):
@@ -107,8 +131,10 @@ class Embedding(Module):
         generator: Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise ArgumentError(f"Embedding: sizes are at least 1, found {num_embeddings} and {embedding_dim}")
+        check_int("Embedding: num_embeddings", num_embeddings)
+        check_int("Embedding: embedding_dim", embedding_dim)
+        if padding_idx is not None:
+            check_int("Embedding: padding_idx", padding_idx, least=None)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise OutOfRangeError(f"Embedding: padding_idx {padding_idx} is outside of {num_embeddings} rows")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -123,12 +149,11 @@ class Embedding(Module):
         ids = asarray(ids)
         if ids.dtype.kind not in "iu":
             raise DTypeError(f"Embedding: ids are integers, found dtype {ids.dtype}; convert with astype(np.int64)")
-        found = getattr(ids, "_data", None) if type(ids) is Tensor else None
-        if found is not None and found.size and (found.min() < 0 or found.max() >= self.num_embeddings):
-            bad = found[(found < 0) | (found >= self.num_embeddings)].reshape(-1)[0]
-            raise OutOfRangeError(
-                f"Embedding: id {bad} is outside of 0..{self.num_embeddings - 1} (num_embeddings={self.num_embeddings})"
-            )
+        if not isinstance(ids, TracedTensor):
+            _checked_ids(ids._data, rows=self.num_embeddings)
+        else:
+            check = _ids_in_range if ids._trace.runs else _ids_in_loop
+            ids = check(ids.astype(np.int64), rows=self.num_embeddings)
         out = ops.take(self.weight, ids, axis=0)
         if self.padding_idx is not None:
             # Selected, not multiplied: the padding row keeps its value and gets no gradient.
@@ -167,9 +192,11 @@ class LayerNorm(Module):
         bias: bool = True, *, dtype: Any = np.float32,
     ) -> None:  # fmt: skip
         super().__init__()
-        shape = (normalized_shape,) if isinstance(normalized_shape, (int, np.integer)) else tuple(normalized_shape)
-        if not shape or min(shape) < 1:
-            raise ArgumentError(f"LayerNorm: normalized_shape has lengths of at least 1, found {normalized_shape}")
+        shape = tuple(normalized_shape) if isinstance(normalized_shape, (Sequence, np.ndarray)) else (normalized_shape,)
+        for length in shape:
+            check_int("LayerNorm: every length of normalized_shape", length)
+        if not shape:
+            raise ArgumentError("LayerNorm: normalized_shape has no axes, expected at least one")
         self.normalized_shape, self.eps = shape, eps
         self.weight = Parameter(np.ones(shape, dtype)) if elementwise_affine else None
         self.bias = Parameter(np.zeros(shape, dtype)) if elementwise_affine and bias else None
@@ -214,9 +241,7 @@ class Dropout(Module):
 
     def __init__(self, p: float = 0.5, generator: Generator | None = None) -> None:
         super().__init__()
-        if not 0.0 <= p <= 1.0:
-            raise ArgumentError(f"Dropout: a probability lies in [0, 1], found p={p}")
-        self.p, self.generator = p, generator
+        self.p, self.generator = check_probability("Dropout", p), generator
 
     def forward(self, x: Any) -> Tensor:
         """Same shape; x itself in evaluation."""
@@ -230,7 +255,8 @@ class Dropout(Module):
 class Sequential(Module):
     """Modules (or functions) one after the other: ``Sequential(a, b)(x)`` is ``b(a(x))``.
 
-    A recurrent layer in it hands on its output and drops its state.  Names are "0", "1", ..., as in PyTorch.
+    A recurrent layer in it hands on its output and drops its state.  Names are "0", "1", ..., as in PyTorch, or the
+    keys of a dict: ``Sequential(OrderedDict(encoder=a, head=b))``.
 
     Examples
     --------
@@ -243,25 +269,35 @@ class Sequential(Module):
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
 
+    _named: tuple[str, ...] = ()  # the names that are no numbers
+
     def __init__(self, *parts: Any) -> None:
         super().__init__()
-        for k, part in enumerate(parts):
-            if not callable(part):
-                raise DTypeError(f"Sequential: part {k} is a {type(part).__name__}, expected a Module or a function")
-            setattr(self, str(k), part)
+        given = parts[0].items() if len(parts) == 1 and isinstance(parts[0], Mapping) else enumerate(parts)
+        for name, part in given:
+            self._add(str(name), part)
+
+    def _add(self, name: str, part: Any) -> None:
+        if not callable(part):
+            raise DTypeError(f"Sequential: part {name} is a {type(part).__name__}, expected a Module or a function")
+        if not name.isdigit():
+            if not name or hasattr(self, name):
+                raise ArgumentError(f"Sequential: {name!r} is no name for a part: it is empty, taken or a method's")
+            self._named = (*self._named, name)
+        setattr(self, name, part)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self.__dict__[str(k)] for k in range(len(self))])
+        return iter([part for name, part in self.__dict__.items() if name.isdigit() or name in self._named])
 
     def __len__(self) -> int:
-        return sum(key.isdigit() for key in self.__dict__)
+        return len(list(iter(self)))
 
     def __getitem__(self, index: int) -> Any:
         return list(self)[index]
 
     def append(self, part: Any) -> Sequential:
         """Add a part at the end."""
-        setattr(self, str(len(self)), part)
+        self._add(str(len(self)), part)
         return self
 
     def forward(self, x: Any) -> Any:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.checks import check_int
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn import init
 from tinygrad_lstm.nn.basic import LayerNorm
 from tinygrad_lstm.nn.module import Module, Parameter
+from tinygrad_lstm.nn.states import as_part
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tape import name
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -27,10 +29,7 @@ __all__ = ["GRUCell", "LSTMCell", "LayerNormLSTMCell", "PeepholeLSTMCell", "RNNC
 def positive(who: str, **sizes: Any) -> None:
     """Raise unless every size is a positive int."""
     for label, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-            raise DTypeError(f"{who}: {label} is an int, found {size!r}")
-        if size < 1:
-            raise ArgumentError(f"{who}: {label} is at least 1, found {size}")
+        check_int(f"{who}: {label}", size)
 
 
 class GatedCell(Module):
@@ -92,7 +91,22 @@ class GatedCell(Module):
         """One step: ``x (B, I)`` and a state (zeros without it) to ``(output, state)``."""
         x = asarray(x)
         check_input(x, self.input_size, self.weight_ih.dtype, describe(self), "(B, {})")
-        return super().__call__(x, self.initial_state(x.shape[0]) if state is None else state)
+        return super().__call__(
+            x, self.initial_state(x.shape[0]) if state is None else self._checked(state, x.shape[0])
+        )
+
+    def _checked(self, state: Any, batch: int) -> Any:
+        """A given state with its parts as tensors; one of another shape would broadcast, or be taken apart by rows."""
+        sizes, who = self.state_sizes(), describe(self)
+        if len(sizes) > 1 and not (isinstance(state, (tuple, list)) and len(state) == len(sizes)):
+            found = f"{len(state)} parts" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
+            raise ShapeError(f"{who}: the state is a pair (h, c), found {found}")
+        given = state if len(sizes) > 1 else (state,)
+        parts = [as_part(who, f"the state {label}", part) for label, part in zip("hc", given, strict=False)]
+        for label, part, size in zip("hc", parts, sizes, strict=False):
+            if part.shape != (batch, size):
+                raise ShapeError(f"{who}: the state {label} has shape {part.shape}, expected {(batch, size)} (B, H)")
+        return tuple(parts) if len(sizes) > 1 else parts[0]
 
     def extra_repr(self) -> str:
         """The arguments."""

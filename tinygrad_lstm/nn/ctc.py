@@ -9,9 +9,28 @@ import numpy as np
 from tinygrad_lstm import ops
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.ops.lengths import check_lengths
+from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.tensor import Tensor, asarray
 
 __all__ = ["ctc_loss"]
+
+
+def _path_forward(labels: np.ndarray, sizes: np.ndarray, *, classes: int, blank: int) -> np.ndarray:
+    inside = np.arange(labels.shape[1]) < sizes[:, None]
+    outside = inside & ((labels < 0) | (labels >= classes) | (labels == blank))
+    if outside.any():
+        bad = labels[outside][0]
+        raise OutOfRangeError(f"ctc_loss: target {bad}; targets lie in 0..{classes - 1} and are not blank={blank}")
+    path = np.full((len(labels), 2 * labels.shape[1] + 1), blank, np.int64)
+    path[:, 1::2] = np.where(inside, labels, blank)
+    return path
+
+
+_path: Primitive = Primitive(
+    "ctc_path", _path_forward, None, differentiable=False, register=False,
+    shape=lambda labels, sizes, classes, blank: Aval((labels.shape[0], 2 * labels.shape[1] + 1), np.dtype(np.int64)),
+    doc="Targets (B, S) with a blank around each, (B, 2 S + 1); blanks past their sizes.",
+)  # fmt: skip
 
 
 def ctc_loss(
@@ -47,26 +66,26 @@ def ctc_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ArgumentError(f"ctc_loss: reduction is 'mean', 'sum' or 'none', found {reduction!r}")
-    x, labels = asarray(log_probs), np.asarray(targets)
+    x, labels = asarray(log_probs), targets if isinstance(targets, Tensor) else asarray(np.asarray(targets))
     if x.ndim != 3 or labels.ndim != 2 or labels.shape[0] != x.shape[1]:
         raise ShapeError(
             f"ctc_loss: log_probs of shape {x.shape}, expected (T, B, C); targets {labels.shape}, expected (B, S)"
         )
-    if labels.dtype.kind not in "iu" and labels.size:
-        raise DTypeError(f"ctc_loss: targets are integer classes, found {labels.dtype}")
+    if labels.dtype.kind not in "iu":
+        if labels.size:
+            raise DTypeError(f"ctc_loss: targets are integer classes, found {labels.dtype}")
+        labels = labels.astype(np.int64)
     steps, batch, classes = x.shape
+    if not 0 <= blank < classes:
+        raise OutOfRangeError(f"ctc_loss: blank={blank} is outside of the classes 0..{classes - 1}")
     frames = check_lengths(input_lengths, steps, batch, "ctc_loss (input_lengths)")
-    sizes = check_lengths(target_lengths, labels.shape[1], batch, "ctc_loss (target_lengths)")
-    inside = np.arange(labels.shape[1]) < sizes[:, None]
-    outside = inside & ((labels < 0) | (labels >= classes) | (labels == blank))
-    if outside.any() or not 0 <= blank < classes:
-        bad = labels[outside][0] if outside.any() else blank
-        raise OutOfRangeError(f"ctc_loss: target {bad}; targets lie in 0..{classes - 1} and are not blank={blank}")
+    sizes = asarray(check_lengths(target_lengths, labels.shape[1], batch, "ctc_loss (target_lengths)"))
     # Blanks around every label: blank, l1, blank, l2, ..., blank.
-    path = np.full((batch, 2 * labels.shape[1] + 1), blank, np.int64)
-    path[:, 1::2] = np.where(inside, labels, blank)
-    skips = np.zeros(path.shape, bool)
-    skips[:, 2:] = (path[:, 2:] != blank) & (path[:, 2:] != path[:, :-2])
+    path = _path(labels, sizes, classes=classes, blank=int(blank))
+    first = np.zeros((batch, min(2, path.shape[1])), bool)
+    skips = ops.concatenate(
+        [first, ops.where(ops.equal(path[:, 2:], blank), False, ops.not_equal(path[:, 2:], path[:, :-2]))], axis=1
+    )
     minus_inf = np.asarray(-np.inf, x.dtype)
     edge = np.full((batch, 2), minus_inf)
     start = np.full(path.shape, minus_inf)
@@ -77,10 +96,11 @@ def ctc_loss(
         ways = ops.stack([alpha, shifted[:, 1:-1], ops.where(skips, shifted[:, :-2], minus_inf)])
         return ops.logsumexp(ways, axis=0) + emitted, None
 
-    emitted = ops.take_along_axis(x, np.broadcast_to(path, (steps, *path.shape)), axis=-1)
+    emitted = ops.take_along_axis(x, ops.broadcast_to(path, (steps, *path.shape)), axis=-1)
     alpha, _ = ops.scan(body, start, emitted, lengths=frames)
     places = np.arange(path.shape[1])
-    ends = (places == 2 * sizes[:, None]) | (places == 2 * sizes[:, None] - 1)
+    last = 2 * ops.expand_dims(sizes, 1)
+    ends = ops.where(ops.equal(places, last), True, ops.equal(places, last - 1))
     losses = -ops.logsumexp(ops.where(ends, alpha, minus_inf), axis=-1)
     if zero_infinity:
         losses = ops.where(ops.isfinite(losses), losses, np.zeros((), x.dtype))
@@ -88,4 +108,4 @@ def ctc_loss(
         return losses
     if reduction == "sum":
         return ops.sum(losses)
-    return ops.mean(losses / np.maximum(sizes, 1).astype(x.dtype))
+    return ops.mean(losses / ops.maximum(sizes, 1).astype(x.dtype))

@@ -18,6 +18,7 @@ from tinygrad_lstm.kernels.softmax import exp_sums, scaled_softmax
 from tinygrad_lstm.nn.ctc import ctc_loss
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.trace import TracedTensor
 
 __all__ = [
     "bce_loss", "bce_with_logits", "cross_entropy", "ctc_loss", "huber_loss", "l1_loss", "mse_loss", "nll_loss",
@@ -102,6 +103,19 @@ _bce = elementwise(
 )
 
 
+def _checked_probabilities(p: np.ndarray) -> np.ndarray:
+    if p.size and not (p.min() >= 0 and p.max() <= 1):
+        bad = p[~((p >= 0) & (p <= 1))][0]
+        raise OutOfRangeError(f"bce_loss: input holds {bad}, expected [0, 1]; for logits use bce_with_logits")
+    return p
+
+
+_probabilities: Primitive = Primitive(
+    "probabilities", _checked_probabilities, (lambda g: g,), jvp=lambda t, p, out: t[0], shape=lambda p: p,
+    register=False, doc="Numbers as they are; raises OutOfRangeError for one outside of [0, 1].",
+)  # fmt: skip
+
+
 def bce_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
     """Cross-entropy of probabilities ``input`` in [0, 1] and targets in [0, 1], of one shape.
 
@@ -110,7 +124,8 @@ def bce_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
     Raises
     ------
     OutOfRangeError
-        A value of input outside of [0, 1].
+        A value of input outside of [0, 1].  Compiled functions check it too; in the body of a scan, which is not left
+        for that, such a value gives NaN.
 
     Examples
     --------
@@ -119,9 +134,10 @@ def bce_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
     0.6931
     """
     p, y = _pair(input, target, reduction, "bce_loss")
-    if type(p) is Tensor and p._data.size and not (p._data.min() >= 0 and p._data.max() <= 1):
-        bad = p._data[~((p._data >= 0) & (p._data <= 1))][0]
-        raise OutOfRangeError(f"bce_loss: input holds {bad}, expected [0, 1]; for logits use bce_with_logits")
+    if not isinstance(p, TracedTensor):
+        _checked_probabilities(p._data)
+    elif p._trace.runs:
+        p = _probabilities(p)
     return _reduced(_bce(p, y), reduction)
 
 
@@ -144,7 +160,9 @@ def bce_with_logits(input: Any, target: Any, pos_weight: Any = None, reduction: 
 # ---------------------------------------------------------------------------- many classes
 
 
-def _checked_targets(target: np.ndarray, classes: int, ignore_index: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _checked_targets(
+    target: np.ndarray, classes: int, ignore_index: int, who: str = "cross_entropy"
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(targets with 0 in place of ignored ones, where they are not ignored or None for everywhere)."""
     if not target.size:
         return target, None
@@ -154,10 +172,21 @@ def _checked_targets(target: np.ndarray, classes: int, ignore_index: int) -> tup
     outside = valid & ((target < 0) | (target >= classes))
     if outside.any():
         raise OutOfRangeError(
-            f"cross-entropy: target {target[outside].reshape(-1)[0]} is outside of the classes 0..{classes - 1} "
+            f"{who}: target {target[outside].reshape(-1)[0]} is outside of the classes 0..{classes - 1} "
             f"(ignore_index is {ignore_index})"
         )
     return np.where(valid, target, 0), valid
+
+
+def _classes_forward(target: np.ndarray, *, classes: int, ignore_index: int) -> np.ndarray:
+    return _checked_targets(target, classes, ignore_index, "nll_loss")[0].astype(np.int64)
+
+
+_classes: Primitive = Primitive(
+    "target_classes", _classes_forward, None, differentiable=False, register=False,
+    shape=lambda target, classes, ignore_index: Aval(target.shape, np.dtype(np.int64)),
+    doc="Classes in 0 .. classes - 1 as int64, 0 for ignored ones; raises OutOfRangeError for any other.",
+)  # fmt: skip
 
 
 def _count(target: np.ndarray, valid: np.ndarray | None) -> int:
@@ -331,10 +360,10 @@ def nll_loss(log_probs: Any, target: Any, ignore_index: int = -100, reduction: s
     _check_reduction(reduction, "nll_loss")
     x, y = asarray(log_probs), _as_targets(target)
     _check_classes(x, y, "nll_loss")
-    index, valid = _checked_targets(y._data, x.shape[-1], ignore_index)
-    losses = -ops.take_along_axis(x, index[..., None], axis=-1)[..., 0]
-    if valid is not None:
-        losses = ops.where(valid, losses, 0.0)
-    if reduction != "mean" or not y.size:
+    index = _classes(y, classes=x.shape[-1], ignore_index=int(ignore_index))
+    valid = ops.not_equal(y, int(ignore_index))
+    losses = ops.where(valid, -ops.take_along_axis(x, ops.expand_dims(index, -1), axis=-1)[..., 0], 0.0)
+    if reduction != "mean":
         return losses if reduction == "none" else ops.sum(losses)
-    return ops.sum(losses) / max(_count(y._data, valid), 1)
+    count = ops.sum(asarray(valid).astype(np.int64))
+    return ops.sum(losses) / ops.maximum(count, 1).astype(x.dtype)

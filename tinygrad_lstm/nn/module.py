@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, check_differentiable, to_array
 
@@ -61,21 +62,6 @@ class Parameter(Tensor):
         return "Parameter" + super().__repr__()[len("tensor") :]
 
 
-def _plain(value: Any) -> Any:
-    """The numbers, strings and Nones in a container, with their places; () where there are none."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    found = []
-    for key, item in items:
-        if item is None or isinstance(item, (bool, int, float, str, np.generic)):
-            found.append((key, type(item).__name__, item))
-        elif isinstance(item, _CONTAINERS) and (inside := _plain(item)):
-            found.append((key, "of", inside))
-    return frozenset(part[1:] for part in found) if isinstance(value, (set, frozenset)) else tuple(found)
-
-
-_CONTAINERS = (list, dict, tuple, set, frozenset)
-
-
 class Place(NamedTuple):
     """Where a parameter stands: ``holder[key]``, under a name."""
 
@@ -104,16 +90,17 @@ def _is_parameter(value: Any) -> bool:
     return isinstance(value, Parameter) or (isinstance(value, Tensor) and id(value) in _stand_ins)
 
 
-def _contents(holder: Any, prefix: str = "") -> Iterator[tuple[Place, Any]]:
+def _contents(holder: Any, above: tuple[int, ...] = ()) -> Iterator[tuple[Place, Any]]:
     """Parameters and Modules in an attribute dict, with those in nested lists and dicts."""
     for key, value in list(holder.items()) if isinstance(holder, dict) else enumerate(holder):
         kind = value.__class__
         if kind in _PLAIN and not (_stand_ins and id(value) in _stand_ins):
             continue
         if kind is Parameter or isinstance(value, (Module, Parameter)) or _is_parameter(value):
-            yield Place(f"{prefix}{key}", holder, key), value
+            yield Place(str(name_part(key)), holder, key), value
         elif isinstance(value, (list, dict, tuple)):
-            yield from _contents(value, f"{prefix}{key}.")
+            for place, part in _contents(value, further(value, above)):
+                yield Place(f"{name_part(key)}.{place.name}", place.holder, place.key), part
 
 
 def _forget_gradients(values: Iterable[Any], seen: set[int]) -> None:
@@ -132,10 +119,9 @@ def _forget_gradients(values: Iterable[Any], seen: set[int]) -> None:
         elif isinstance(value, Tensor):
             if _is_parameter(value):
                 value.grad = None
-        elif isinstance(value, (list, tuple)):
-            _forget_gradients(value, seen)
-        elif isinstance(value, dict):
-            _forget_gradients(list(value.values()), seen)
+        elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            _forget_gradients(list(value.values()) if isinstance(value, dict) else value, seen)
 
 
 class Module:
@@ -238,7 +224,7 @@ class Module:
         return tuple(seen.values())
 
     def _versions_into(self, seen: dict[int, Any]) -> None:
-        plain = [_plain(value) for value in self.__dict__.values() if isinstance(value, _CONTAINERS)]
+        plain = [plain_values(value) for value in self.__dict__.values() if isinstance(value, CONTAINERS)]
         seen[id(self)] = (self._version, *plain) if any(plain) else self._version
         for _, part in _contents(self.__dict__):
             if isinstance(part, Module) and id(part) not in seen:
@@ -318,8 +304,9 @@ class Module:
                 _stand_ins[id(new)] = new
             place.holder[place.key] = new
             _changes[0] = next(_versions)
-        for identity in by_identity:
-            _stand_ins.pop(identity, None)  # what was replaced stands in for nothing any more
+        for identity, new in by_identity.items():
+            if id(new) != identity:  # what was replaced stands in for nothing any more
+                _stand_ins.pop(identity, None)
 
     # ------------------------------------------------------------------ values
 
@@ -342,6 +329,10 @@ class Module:
         ArgumentError, ShapeError
             All names that are missing, unexpected or of another shape; nothing was changed then.
         """
+        if not isinstance(state, Mapping):
+            raise DTypeError(
+                f"{type(self).__name__}.load_state_dict takes a dict of names to arrays, found a {type(state).__name__}"
+            )
         places = {place.name: place.value for place in self._all_places()}
         arrays = {name: _as_array(name, value) for name, value in state.items()}
         missing = [name for name in places if name not in arrays]
@@ -365,7 +356,13 @@ class Module:
 
     def astype(self: M, dtype: Any) -> M:
         """Convert every parameter in place to a floating dtype; gradients are dropped.  Returns the module."""
-        check_differentiable(np.dtype(dtype))
+        try:
+            dtype = np.dtype(dtype)
+        except TypeError:
+            raise DTypeError(
+                f"{type(self).__name__}.astype: {dtype!r} is no dtype; expected something like np.float64 or 'float32'"
+            ) from None
+        check_differentiable(dtype)
         for parameter in self.parameters():
             parameter._replace(parameter._data.astype(dtype))
             parameter.grad = None

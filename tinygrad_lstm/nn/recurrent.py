@@ -6,12 +6,13 @@ the cell's ops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.checks import check_probability
 from tinygrad_lstm.compiler.schedule import Memory, check_memory
-from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, ShapeError
 from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, check_input, describe
 from tinygrad_lstm.nn.module import Parameter
@@ -63,7 +64,15 @@ def _stepped(cell: Any, x: Any, carry: Any, *noise: Any) -> tuple[Any, Any]:
     """One step of the cell; errors in terms of a cell, not of a scan."""
     who = type(cell).__name__
     _check_state_dtype(x, carry, who)
-    result = cell(x, carry, *noise)
+    try:
+        result = cell(x, carry, *noise)
+    except (Error, AttributeError, TypeError) as error:
+        if flatten(carry)[0]:
+            raise
+        raise DTypeError(
+            f"{who}.initial_state returned {carry!r}, a state without any array, with which {who}.forward failed: "
+            f"{error}; return an array (B, ...), or a tree of them"
+        ) from error
     if not isinstance(result, tuple) or len(result) != 2:
         raise DTypeError(
             f"{who}.forward returned {type(result).__name__}, expected a pair (output, state); "
@@ -339,6 +348,8 @@ class Bidirectional(Budgeted):
 
     def forward(self, x: Any, state: Any = None, lengths: Any = None, **wanted: Any) -> Any:
         """As :meth:`Recurrent.forward`; the outputs of both directions concatenated on the last axis."""
+        if state is not None and not (isinstance(state, (tuple, list)) and len(state) == 2):
+            raise ShapeError(f"{describe(self)}: the state is a pair (of fwd, of bwd), found a {type(state).__name__}")
         one, two = (None, None) if state is None else state
         wanted = self.sharing(wanted, 2)
         first, second = self.fwd(x, one, lengths, **wanted), self.bwd(x, two, lengths, **wanted)
@@ -375,17 +386,22 @@ class Stack(Budgeted):
     def __init__(self, layers: Sequence[Any], dropout: float = 0.0, *, memory: int | float | None = None) -> None:
         super().__init__()
         self.memory = check_memory(memory, "Stack")
+        if not isinstance(layers, Iterable):
+            raise DTypeError(f"Stack: layers are a list, found a {type(layers).__name__}; write Stack([layer])")
+        layers = list(layers)
         if not layers:
             raise ArgumentError("Stack: at least one layer is needed, found an empty list")
-        if not 0.0 <= dropout <= 1.0:
-            raise ArgumentError(f"Stack: a probability lies in [0, 1], found dropout={dropout}")
+        check_probability("Stack", dropout, "dropout")
         self.layers = [_as_layer(layer, "Stack") for layer in layers]
         self.dropout = dropout
 
     def forward(self, x: Any, state: Any = None, lengths: Any = None, **wanted: Any) -> Any:
         """As :meth:`Recurrent.forward`."""
-        if state is not None and len(state) != len(self.layers):
-            raise ShapeError(f"Stack: {len(state)} states for {len(self.layers)} layers")
+        if state is not None and not (isinstance(state, (tuple, list)) and len(state) == len(self.layers)):
+            found = f"{len(state)} parts" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
+            raise ShapeError(
+                f"{describe(self)}: the state is a list of {len(self.layers)}, one per layer, found {found}"
+            )
         wanted = self.sharing(wanted, len(self.layers))
         finals, trajectories = [], []
         for k, layer in enumerate(self.layers):

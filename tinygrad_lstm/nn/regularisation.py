@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.autodiff.standins import Filled
+from tinygrad_lstm.checks import check_probability
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.nn.recurrent import check_cell
@@ -20,12 +22,6 @@ from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import flatten, tree_map, unflatten
 
 __all__ = ["VariationalDropout", "WeightDrop", "Zoneout"]
-
-
-def _probability(p: float, who: str) -> float:
-    if not 0.0 <= p <= 1.0:
-        raise ArgumentError(f"{who}: a probability lies in [0, 1], found p={p}")
-    return float(p)
 
 
 class VariationalDropout(Module):
@@ -49,7 +45,7 @@ class VariationalDropout(Module):
 
     def __init__(self, p: float = 0.5, batch_first: bool = False, generator: Generator | None = None) -> None:
         super().__init__()
-        self.p, self.batch_first, self.generator = _probability(p, "VariationalDropout"), batch_first, generator
+        self.p, self.batch_first, self.generator = check_probability("VariationalDropout", p), batch_first, generator
 
     def forward(self, x: Any) -> Tensor:
         """Same shape; x itself in evaluation."""
@@ -97,7 +93,7 @@ class Zoneout(Module):
         if len(rates) != parts:
             raise ArgumentError(f"Zoneout: {len(rates)} probabilities for a state of {parts} parts")
         self.cell, self.generator = cell, generator
-        self.p = tuple(_probability(rate, "Zoneout") for rate in rates)
+        self.p = tuple(check_probability("Zoneout", rate) for rate in rates)
 
     def initial_state(self, batch: int) -> Any:
         """That of the cell."""
@@ -168,7 +164,7 @@ class WeightDrop(Module):
         if wrong or not names:
             raise ArgumentError(f"WeightDrop: no parameters named {wrong or 'weight_hh...'}; there are {list(known)}")
         self.layer, self.names, self.generator = layer, list(names), generator
-        self.p = _probability(p, "WeightDrop")
+        self.p = check_probability("WeightDrop", p)
 
     @property
     def returns_state(self) -> bool:
@@ -180,13 +176,9 @@ class WeightDrop(Module):
         if not self.training or self.p == 0.0:
             return self.layer(*args, **kwargs)
         own = self.layer.__tree_leaves__()
-        chosen = {name: own[name] for name in self.names}
-        dropped = {name: ops.dropout(weight, self.p, self.generator) for name, weight in chosen.items()}
-        self.layer.__tree_swap__(dropped)
-        try:
+        dropped = {name: ops.dropout(own[name], self.p, self.generator) for name in self.names}
+        with Filled(self.layer, dropped):
             return self.layer(*args, **kwargs)
-        finally:
-            self.layer.__tree_swap__(chosen)
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, TraceError
+from tinygrad_lstm.checks import check_probability
+from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.ops.elementwise import multiply
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.random import Generator, default_generator
@@ -32,8 +33,7 @@ def dropout(x: Any, p: float, generator: Generator | None = None, training: bool
     ArgumentError
         p outside of [0, 1].
     """
-    if not 0.0 <= p <= 1.0:
-        raise ArgumentError(f"dropout: a probability lies in [0, 1], found p={p}")
+    check_probability("dropout", p)
     x = asarray(x)
     if not training or p == 0.0:
         return x

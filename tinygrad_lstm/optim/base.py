@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.checks import is_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.kernels.multi import multi_tensor
 from tinygrad_lstm.tape import state as recording_state
@@ -28,20 +29,21 @@ def _ascending(rule: Rule, position: int) -> Rule:
 _NUMBERS = frozenset({"alpha", "dampening", "eps", "lr", "lr_decay", "momentum", "rho", "weight_decay"})
 
 
-def _is_number(value: Any) -> bool:
-    """A number, or something like a 0-d array that can be one."""
-    return not isinstance(value, (bool, str, bytes)) and (
-        isinstance(value, (int, float, np.number)) or (hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0)
-    )
+def _listed(params: Any, who: str) -> list[Any]:
+    try:
+        return list(params)
+    except TypeError:
+        raise DTypeError(f"{who}: parameters are a Module or a list of Tensors, found {params!r:.60}") from None
 
 
 def as_parameters(params: Any, who: str) -> list[Tensor]:
-    """The parameters of a module, or those in an iterable."""
+    """The parameters of a module, or those in an iterable (also with their names); one Tensor is one parameter."""
     if isinstance(params, Tensor):
-        raise DTypeError(f"{who}: one Tensor given; pass a Module or a list of parameters")
-    if hasattr(params, "parameters"):
-        params = params.parameters()
-    found = list(params)
+        return [params]
+    found = [
+        p[1] if isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) else p
+        for p in _listed(params.parameters() if hasattr(params, "parameters") else params, who)
+    ]
     for p in found:
         if not isinstance(p, Tensor):
             raise DTypeError(f"{who}: parameters are Tensors, found {type(p).__name__}")
@@ -53,7 +55,7 @@ class Optimizer:
 
     Parameters
     ----------
-    params : Module, iterable of Parameters, or iterable of dicts
+    params : Module, iterable of Parameters (or of pairs of a name and one), or iterable of dicts
         A dict is a group: ``{"params": ..., "lr": ...}`` with options of its own.
     defaults : dict
         The options of groups that do not set them.
@@ -96,8 +98,11 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[int, dict[str, Any]] = {}  # by id of the parameter, which the groups keep alive
         self._check(defaults)
-        single = hasattr(params, "parameters") or isinstance(params, (Tensor, Mapping))
-        groups: list[Any] = [params] if single else list(params)
+        who = type(self).__name__
+        if isinstance(params, Tensor):
+            raise DTypeError(f"{who}: one Tensor given; pass a Module or a list of parameters")
+        single = hasattr(params, "parameters") or isinstance(params, Mapping)
+        groups: list[Any] = [params] if single else _listed(params, who)
         if groups and all(isinstance(group, Mapping) for group in groups):
             for group in groups:
                 self.add_param_group(dict(group))
@@ -125,9 +130,9 @@ class Optimizer:
         for key, value in options.items():
             numbers = value if isinstance(value, (tuple, list)) else (value,)
             bounded = key in ("betas", "alpha", "rho")
-            if key in _NUMBERS and not all(_is_number(number) for number in numbers):
+            if key in _NUMBERS and not all(is_number(number) for number in numbers):
                 raise DTypeError(f"{who}: {key} is a number, found {value!r}")
-            if key == "betas" and not (len(numbers) == 2 and all(_is_number(number) for number in numbers)):
+            if key == "betas" and not (len(numbers) == 2 and all(is_number(number) for number in numbers)):
                 raise DTypeError(f"{who}: betas is a pair of numbers, found {value!r}")
             for number in numbers:
                 if isinstance(number, bool) or not isinstance(number, (int, float, np.number)):
@@ -256,20 +261,14 @@ class Optimizer:
         Raises ArgumentError or ShapeError, with nothing changed, where the groups or shapes differ.
         """
         who = f"{type(self).__name__}.load_state_dict"
-        try:
-            groups, states = list(state["param_groups"]), dict(state["state"])
-            sizes = [len(group["params"]) for group in groups]
-        except (KeyError, TypeError) as error:
-            raise ArgumentError(f"{who}: this is no state of an optimizer: {error!r}") from None
-        mine = [len(group["params"]) for group in self.param_groups]
-        if sizes != mine:
-            raise ArgumentError(f"{who}: groups of {sizes} parameters, this optimizer has {mine}")
+        groups, states = self._checked_state(state)
         loaded: dict[int, dict[str, Any]] = {}
         number = 0
         for group in self.param_groups:
             for p in group["params"]:
                 own = states.get(str(number), states.get(number))
                 if own is not None:
+                    self._check_counters(own, p, who)
                     what = f"{who}: {{}} of parameter {number}"
                     loaded[id(p)] = {key: _fitted(value, p, what.format(key)) for key, value in own.items()}
                     for key in self.counters.keys() & loaded[id(p)].keys():
@@ -281,6 +280,46 @@ class Optimizer:
                 if key != "params":
                     group[key] = tuple(value) if isinstance(value, list) else value
         self.state = loaded
+
+    def _checked_state(self, state: Any) -> tuple[list[Mapping[str, Any]], dict[Any, Mapping[str, Any]]]:
+        """The groups of a state, and what it keeps for each parameter; raises unless it is one of such an optimizer."""
+        who = f"{type(self).__name__}.load_state_dict"
+        parts = (state.get("param_groups"), state.get("state")) if isinstance(state, Mapping) else (None, None)
+        if not (isinstance(parts[0], (list, tuple)) and isinstance(parts[1], Mapping)):
+            found = f"a dict with {sorted(map(str, state))}" if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(
+                f"{who}: this is no state of an optimizer: found {found}, expected the list 'param_groups' and the "
+                "dict 'state', as state_dict() returns them"
+            )
+        groups, states = list(parts[0]), dict(parts[1])
+        for number, own in states.items():
+            if not isinstance(own, Mapping):
+                raise ArgumentError(f"{who}: the state of parameter {number} is a dict, found {own!r:.60}")
+        for group in groups:
+            if not isinstance(group, Mapping) or "params" not in group:
+                raise ArgumentError(f"{who}: a group is a dict with 'params', found {group!r:.60}")
+            # A flag that is missing is one that another release, or library, does not have.
+            needed = [key for key, value in self.defaults.items() if value is not None and value is not False]
+            if not group.keys() >= set(needed):
+                raise ArgumentError(
+                    f"{who}: this is the state of another optimizer: its options are "
+                    f"{sorted(set(group) - {'params'})}, expected {sorted(self.defaults)}"
+                )
+        mine, sizes = ([len(group["params"]) for group in some] for some in (self.param_groups, groups))
+        if sizes != mine:
+            raise ArgumentError(f"{who}: groups of {sizes} parameters, this optimizer has {mine}")
+        return groups, states
+
+    def _check_counters(self, own: Mapping[str, Any], p: Tensor, who: str) -> None:
+        """Raise where a state counts what this optimizer does not."""
+        if type(self).rule is Optimizer.rule or not p.ndim:  # one that keeps what it likes; arrays look like numbers
+            return
+        counted = {key for key, value in own.items() if value is not None and np.ndim(value) == 0}
+        if unknown := counted - self.counters.keys() - {"step"}:  # some of other libraries count steps
+            raise ArgumentError(
+                f"{who}: this is the state of another optimizer: it keeps {sorted(unknown)} of a parameter, expected "
+                f"{sorted(self.counters) or 'no numbers'}"
+            )
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v}" for k, v in self.param_groups[0].items() if k != "params")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.checks import check_number
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels.multi import multi_tensor, sums_of_squares
 from tinygrad_lstm.optim.base import as_parameters
@@ -35,7 +36,7 @@ def clip_grad_norm(params: Any, max_norm: float, norm_type: float = 2.0) -> floa
 
     Parameters
     ----------
-    params : Module or iterable of Parameters
+    params : Module, Tensor or iterable of Parameters
         Those without a gradient are skipped.
     max_norm : float
     norm_type : float
@@ -56,6 +57,8 @@ def clip_grad_norm(params: Any, max_norm: float, norm_type: float = 2.0) -> floa
     >>> p.grad.round(3).tolist()
     [0.6000000238418579, 0.800000011920929]
     """
+    for label, number in (("max_norm", max_norm), ("norm_type", norm_type)):
+        check_number(f"clip_grad_norm: {label}", number)
     if not max_norm >= 0 or not norm_type > 0:
         raise ArgumentError(f"clip_grad_norm: max_norm={max_norm}, norm_type={norm_type}; both are positive")
     owned = [(p, p.grad) for p in as_parameters(params, "clip_grad_norm")]
@@ -87,6 +90,7 @@ def clip_grad_value(params: Any, clip_value: float) -> None:
     >>> p.grad.tolist()
     [1.0, -1.0]
     """
+    check_number("clip_grad_value: clip_value", clip_value)
     if not clip_value >= 0:
         raise ArgumentError(f"clip_grad_value: clip_value is not negative, found {clip_value}")
     for p in as_parameters(params, "clip_grad_value"):

@@ -139,11 +139,12 @@ class LBFGS(Optimizer):
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from what :meth:`state_dict` returned, for the same parameters in the same order."""
-        own = state.get("state", {}).get("0", {})
+        groups, states = self._checked_state(state)
+        own = states.get("0", states.get(0, {}))
         size = sum(p.size for p in self.param_groups[0]["params"])
         if own and np.shape(own["d"]) != (size,):
             raise ArgumentError(f"LBFGS.load_state_dict: directions of shape {np.shape(own['d'])}, expected ({size},)")
-        super().load_state_dict({**state, "state": {}})
+        super().load_state_dict({"param_groups": groups, "state": {}})
         if own:
             kept = {k: [np.array(v) for v in x] if isinstance(x, list) else x for k, x in own.items()}
             self.state = {id(self.param_groups[0]["params"][0]): kept}

@@ -1,7 +1,9 @@
 """Learning-rate schedules: ``step()`` after every optimizer step (or epoch, as the numbers are meant).
 
-Every schedule but :class:`ReduceLROnPlateau` computes the rate from the number of steps alone, so that a
-resumed run repeats an uninterrupted one.
+As in PyTorch, most of them change the rate that is in force: several of them on one optimizer go together, and a rate
+that was set by hand between steps is gone on from.  (:class:`OneCycleLR`, and a schedule that has only :meth:`rate
+<Schedule.rate>`, set it.)  The rates in force are part of a schedule's state, so that a resumed run repeats an
+uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tinygrad_lstm.errors import ArgumentError
+from tinygrad_lstm.checks import check_int
+from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.optim.base import Optimizer
 
 __all__ = [
@@ -19,7 +22,9 @@ __all__ = [
 
 
 class Schedule:
-    """Base class: the rate of every group as a function of the number of steps.
+    """Base class: what becomes of the rate of every group at each step.
+
+    A subclass writes :meth:`rate`, of the number of steps alone, or :meth:`next_rate`, of the rate in force too.
 
     Attributes
     ----------
@@ -42,12 +47,16 @@ class Schedule:
         self._apply()
 
     def rate(self, base: float, step: int) -> float:
-        """The rate of a group with the base rate ``base`` after ``step`` steps; subclasses write it."""
-        raise NotImplementedError
+        """The rate of a group with the base rate ``base`` after ``step`` steps."""
+        raise ArgumentError(f"{type(self).__name__} has neither rate() nor next_rate(); define one in the subclass")
+
+    def next_rate(self, current: float, base: float, step: int) -> float:
+        """The rate after ``step`` steps, where ``current`` was in force before (step 0: when it was made)."""
+        return self.rate(base, step)
 
     def _apply(self) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = self.rate(base, self.last_epoch)
+            group["lr"] = self.next_rate(group["lr"], base, self.last_epoch)
 
     def step(self) -> None:
         """Go on by one step and set the rates."""
@@ -59,20 +68,31 @@ class Schedule:
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as a tree of numbers and lists."""
-        return {key: list(value) if isinstance(value := getattr(self, key), list) else value for key in self._stored}
+        """The state as a tree of numbers and lists; ``last_lrs`` are the rates in force."""
+        own = {key: list(value) if isinstance(value := getattr(self, key), list) else value for key in self._stored}
+        return {**own, "last_lrs": self.get_last_lr()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned; the optimizer's rates are set accordingly."""
+        """Go on from what :meth:`state_dict` returned; the optimizer's rates are set to those in force then."""
+        if not isinstance(state, Mapping):
+            raise DTypeError(f"{type(self).__name__}.load_state_dict takes a dict, found a {type(state).__name__}")
         missing = [key for key in self._stored if key not in state]
-        if missing or len(state["base_lrs"]) != len(self.base_lrs):
+        # (Without rates it is a state of an earlier version: the optimizer's own state has them.)
+        rates = state.get("last_lrs", self.get_last_lr())
+        lists = [] if missing else [state["base_lrs"], rates]
+        if missing or not all(isinstance(x, (list, tuple)) and len(x) == len(self.base_lrs) for x in lists):
             raise ArgumentError(
                 f"{type(self).__name__}.load_state_dict: this is no state of this schedule (missing {missing})"
             )
         for key in self._stored:
             value = state[key]
             setattr(self, key, list(value) if isinstance(value, (list, tuple)) else value)
-        self._apply()
+        self._restored()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _restored(self) -> None:
+        """What else follows from a state that was loaded."""
 
 
 class StepLR(Schedule):
@@ -86,14 +106,13 @@ class StepLR(Schedule):
     """
 
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
-        if step_size < 1:
-            raise ArgumentError(f"StepLR: step_size is at least 1, found {step_size}")
+        check_int("StepLR: step_size", step_size)
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer)
 
-    def rate(self, base: float, step: int) -> float:
-        """``base * gamma^(step // step_size)``."""
-        return base * self.gamma ** (step // self.step_size)
+    def next_rate(self, current: float, base: float, step: int) -> float:
+        """Times ``gamma`` at multiples of ``step_size``."""
+        return current * self.gamma if step and step % self.step_size == 0 else current
 
 
 class ExponentialLR(Schedule):
@@ -103,13 +122,16 @@ class ExponentialLR(Schedule):
         self.gamma = gamma
         super().__init__(optimizer)
 
-    def rate(self, base: float, step: int) -> float:
-        """``base * gamma^step``."""
-        return base * self.gamma**step
+    def next_rate(self, current: float, base: float, step: int) -> float:
+        """Times ``gamma``."""
+        return current * self.gamma if step else current
 
 
 class CosineAnnealingLR(Schedule):
-    """Half a cosine from the base rate to ``eta_min`` over ``T_max`` steps, and back (Loshchilov & Hutter 2017)."""
+    """Half a cosine from the base rate to ``eta_min`` over ``T_max`` steps, and back (Loshchilov & Hutter 2017).
+
+    Alone, ``eta_min + (base - eta_min) (1 + cos(pi step / T_max)) / 2``.
+    """
 
     def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:
         if T_max < 1:
@@ -117,23 +139,29 @@ class CosineAnnealingLR(Schedule):
         self.T_max, self.eta_min = T_max, eta_min
         super().__init__(optimizer)
 
-    def rate(self, base: float, step: int) -> float:
-        """``eta_min + (base - eta_min) (1 + cos(pi step / T_max)) / 2``."""
-        return self.eta_min + (base - self.eta_min) * (1 + math.cos(math.pi * step / self.T_max)) / 2
+    def next_rate(self, current: float, base: float, step: int) -> float:
+        """What is above ``eta_min`` times the quotient of two heights of the cosine; from its bottom, a first rise."""
+        if not step:
+            return current
+        if (step - 1) % (2 * self.T_max) == self.T_max:
+            return current + (base - self.eta_min) * (1 - math.cos(math.pi / self.T_max)) / 2
+        now, before = (1 + math.cos(math.pi * k / self.T_max) for k in (step, step - 1))
+        return self.eta_min + (current - self.eta_min) * (now / before)
 
 
 class LinearWarmup(Schedule):
     """From ``base / warmup_steps`` up to the base rate in equal steps, then constant (Goyal et al. 2017)."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
-        if warmup_steps < 1:
-            raise ArgumentError(f"LinearWarmup: warmup_steps is at least 1, found {warmup_steps}")
+        check_int("LinearWarmup: warmup_steps", warmup_steps)
         self.warmup_steps = warmup_steps
         super().__init__(optimizer)
 
-    def rate(self, base: float, step: int) -> float:
-        """``base * min(1, (step + 1) / warmup_steps)``."""
-        return base * min(1.0, (step + 1) / self.warmup_steps)
+    def next_rate(self, current: float, base: float, step: int) -> float:
+        """Divided by ``warmup_steps`` at first, then times ``(step + 1) / step``: alone, in equal steps."""
+        if not step:
+            return current / self.warmup_steps
+        return current * (step + 1) / step if step < self.warmup_steps else current
 
 
 class OneCycleLR(Schedule):
@@ -219,6 +247,9 @@ class OneCycleLR(Schedule):
                 else:
                     group["momentum"] = momentum
 
+    def _restored(self) -> None:
+        self._apply()  # the momentum
+
 
 class ReduceLROnPlateau(Schedule):
     """The rate times ``factor`` when a metric has not improved for more than ``patience`` steps.
@@ -247,7 +278,7 @@ class ReduceLROnPlateau(Schedule):
     0.1
     """
 
-    _stored = ("last_epoch", "base_lrs", "rates", "best", "bad_steps", "cooling")
+    _stored = ("last_epoch", "base_lrs", "best", "bad_steps", "cooling")
 
     def __init__(
         self, optimizer: Optimizer, mode: str = "min", factor: float = 0.1, patience: int = 10, threshold: float = 1e-4,
@@ -264,12 +295,11 @@ class ReduceLROnPlateau(Schedule):
         self.threshold, self.threshold_mode, self.min_lr, self.eps = threshold, threshold_mode, min_lr, eps
         self.best: float | None = None
         self.bad_steps = self.cooling = 0
-        self.rates = [group["lr"] for group in optimizer.param_groups]
         super().__init__(optimizer)
 
-    def _apply(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate
+    def next_rate(self, current: float, base: float, step: int) -> float:
+        """The rate in force: what changes it is the metric."""
+        return current
 
     def _better(self, value: float) -> bool:
         if self.best is None:
@@ -297,4 +327,3 @@ class ReduceLROnPlateau(Schedule):
                 if group["lr"] - lower > self.eps:
                     group["lr"] = lower
             self.cooling, self.bad_steps = self.cooldown, 0
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]

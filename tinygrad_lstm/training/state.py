@@ -40,7 +40,27 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Put a trainer into the state that :func:`snapshot` took of one that was made alike."""
+    """Put a trainer into the state that :func:`snapshot` took of one that was made alike.
+
+    Raises with everything as it was where it is the state of another one.
+    """
+    schedule = trainer.schedule if hasattr(trainer.schedule, "load_state_dict") else None
+    holders = [holder for holder in (trainer.model, trainer.optimizer, schedule) if holder is not None]
+    before = [(holder, holder.state_dict()) for holder in holders]
+    generators = [(generator, generator.get_state()) for generator in _generators(trainer)]
+    run = vars(trainer).copy()
+    try:
+        _restore(trainer, state)
+    except BaseException:
+        for holder, own in before:
+            holder.load_state_dict(own)
+        for generator, its_state in generators:
+            generator.set_state(its_state)
+        vars(trainer).update(run)
+        raise
+
+
+def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
     try:
         progress = {name: kind(state["progress"][name]) for name, kind in _PROGRESS.items()}
         own, saved = _generators(trainer), state["generators"]

@@ -14,9 +14,10 @@ import numpy as np
 from tinygrad_lstm import serialization
 from tinygrad_lstm.errors import ArgumentError, CheckpointError, Error
 from tinygrad_lstm.nn import Module
-from tinygrad_lstm.optim import clip_grad_norm
+from tinygrad_lstm.optim import ReduceLROnPlateau, clip_grad_norm
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.training.arguments import check_fit, check_parts
 from tinygrad_lstm.training.batches import Batches, count_targets, unpack
 from tinygrad_lstm.training.callbacks import Callback, ProgressBar
 from tinygrad_lstm.training.state import detached, restore, snapshot
@@ -40,13 +41,13 @@ class Trainer:
         Called as ``model(inputs)``; as ``model(inputs, lengths=lengths)`` where the sequences of a
         batch differ in length; with ``carry_state`` as ``model(inputs, state)``, returning
         ``(output, state)``.
-    optimizer : optimizer of ``tg.optim`` over the model's parameters
+    optimizer : optimizer of ``tg.optim`` over the model's parameters, but for LBFGS
     loss : function
         ``loss(output, targets)`` gives a scalar Tensor, the mean over the targets.
     schedule : optional
         Either a function ``(step, total) -> factor`` on the optimizer's own rates (see
         ``training.schedules``), or a scheduler of ``tg.optim``, whose ``step()`` is called after
-        each step.
+        each step (of a ReduceLROnPlateau: with the loss, after each validation).
     clip_norm : float, optional
         Gradients are scaled down to this global norm (Pascanu et al. 2013).
     carry_state : bool
@@ -90,11 +91,11 @@ class Trainer:
         carry_state: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if clip_norm is not None and not clip_norm > 0:
-            raise ArgumentError(f"clip_norm is positive or None, found {clip_norm}")
+        check_parts(model, optimizer, loss, schedule, clip_norm, callbacks)
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.schedule, self.clip_norm, self.carry_state = schedule, clip_norm, carry_state
         self.callbacks = list(callbacks)
+        self._by_validation = isinstance(schedule, ReduceLROnPlateau)
         self.base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.new_run(0)
 
@@ -160,11 +161,18 @@ class Trainer:
 
         Raises
         ------
-        ArgumentError
-            No total, or one that differs from the run's that goes on; no batches.
+        ArgumentError, DTypeError
+            What cannot be trained with; no total, or one that differs from the run's that goes on; no batches.
         DivergedError
             The loss or the gradient's norm is not finite.  No checkpoint is written then.
         """
+        counts = {
+            "steps": steps,
+            "epochs": epochs,
+            "validate_every": validate_every,
+            "checkpoint_every": checkpoint_every,
+        }
+        check_fit(batches, validation, self.schedule, patience, time_limit, counts)
         length = len(batches)
         if length == 0:
             raise ArgumentError("there are no batches to train on")
@@ -217,8 +225,6 @@ class Trainer:
         if steps is not None and epochs is not None:
             raise ArgumentError("give steps or epochs, not both")
         total = epochs * length if epochs is not None else steps
-        if total is not None and total < 1:
-            raise ArgumentError(f"a run has at least one step, found {'steps' if epochs is None else 'epochs'}={total}")
         if self.finished and total is None:
             if self.step == 0:
                 raise ArgumentError("a new run needs steps=... or epochs=...")
@@ -272,7 +278,7 @@ class Trainer:
                 group["lr"] = base * factor
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
-        if self.schedule is not None and not callable(self.schedule):
+        if self.schedule is not None and not callable(self.schedule) and not self._by_validation:
             self.schedule.step()
         # Detached: the next batch's gradient ends at its own first step.
         self.carried = detached(state)
@@ -301,6 +307,8 @@ class Trainer:
         if is_best:
             model = {name: np.array(array) for name, array in self.model.state_dict().items()}
             self.best = {"step": self.step, "loss": value, "model": model}
+        if self._by_validation:
+            self.schedule.step(value)
         for callback in callbacks:
             callback.on_validation(self, value, is_best)
         if patience is not None and self.since_best >= patience:

@@ -1,0 +1,79 @@
+"""What a Trainer is given: refused before the first step where it cannot work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from tinygrad_lstm.checks import check_int, check_number
+from tinygrad_lstm.errors import ArgumentError, DTypeError
+from tinygrad_lstm.nn import Module
+from tinygrad_lstm.optim import LBFGS, ReduceLROnPlateau
+
+__all__ = ["check_batches", "check_fit", "check_parts"]
+
+
+def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm: Any, callbacks: Any) -> None:
+    """Raise unless a Trainer can be made of these."""
+    if not isinstance(model, Module):
+        raise DTypeError(f"Trainer: the model is a Module, found a {type(model).__name__}")
+    if not all(hasattr(optimizer, name) for name in ("step", "zero_grad", "param_groups")):
+        raise DTypeError(f"Trainer: the optimizer is one of tg.optim, found a {type(optimizer).__name__}")
+    if isinstance(optimizer, LBFGS):
+        raise ArgumentError(
+            "Trainer: LBFGS computes the loss of one batch several times per step, by a closure, which this loop does "
+            "not do; call optimizer.step(closure) in a loop of your own, or take another optimizer"
+        )
+    if not callable(loss):
+        raise DTypeError(f"Trainer: the loss is a function of (output, targets), found a {type(loss).__name__}")
+    if schedule is not None and not callable(schedule) and not hasattr(schedule, "step"):
+        raise DTypeError(
+            "Trainer: the schedule is a function (step, total) -> factor or a schedule of tg.optim, found a "
+            f"{type(schedule).__name__}"
+        )
+    if not isinstance(callbacks, Iterable):
+        raise DTypeError(f"Trainer: callbacks are a list, found a {type(callbacks).__name__}")
+    if clip_norm is not None:
+        check_number("Trainer: clip_norm", clip_norm)
+        if not clip_norm > 0:
+            raise ArgumentError(f"Trainer: clip_norm is positive or None, found {clip_norm}")
+
+
+def check_batches(batches: Any, what: str) -> None:
+    """Raise unless the batches can be gone through more than once."""
+    if not hasattr(batches, "__iter__"):
+        raise DTypeError(f"Trainer.fit: {what} are an iterable of batches, found a {type(batches).__name__}")
+    if hasattr(batches, "__next__"):
+        raise DTypeError(
+            f"Trainer.fit: {what} are a {type(batches).__name__}, which can be gone through only once; an epoch is one "
+            "loop over all batches, so pass a list of them, or a DataLoader"
+        )
+
+
+def check_fit(
+    batches: Any, validation: Any, schedule: Any, patience: Any, time_limit: Any, counts: dict[str, Any]
+) -> None:
+    """Raise unless ``fit`` can run with these; ``counts`` are numbers of steps, epochs or validations, or None."""
+    check_batches(batches, "batches")
+    if not hasattr(batches, "__len__"):
+        raise DTypeError(
+            f"Trainer.fit: batches are a {type(batches).__name__} without a length; give it __len__ (batches in an "
+            "epoch), or pass a list"
+        )
+    if validation is not None:
+        check_batches(validation, "validation batches")
+    for name, count in {**counts, "patience": patience}.items():
+        if count is not None:
+            check_int(f"Trainer.fit: {name}", count)
+    if time_limit is not None:
+        check_number("Trainer.fit: time_limit", time_limit)
+        if not time_limit >= 0 or math.isnan(time_limit):
+            raise ArgumentError(f"Trainer.fit: time_limit is a number of seconds, at least 0, found {time_limit}")
+    if validation is None and patience is not None:
+        raise ArgumentError(f"Trainer.fit: patience={patience} counts validations, but there are no validation batches")
+    if validation is None and isinstance(schedule, ReduceLROnPlateau):
+        raise ArgumentError(
+            "Trainer.fit: ReduceLROnPlateau is stepped with the loss of each validation, but there are no validation "
+            "batches; pass validation=..."
+        )
