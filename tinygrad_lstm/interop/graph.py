@@ -149,7 +149,7 @@ class Builder:
             return self.expand(constant.part, constant.shape)
         (axis,) = constant.growing
         count = self.reshape(self.length(constant.shape[axis]), ())
-        index = self.one("Range", [np.int64(0).reshape(()), count, np.int64(1).reshape(())], np.int64)
+        index = self.one("Range", [np.array(0, np.int64), count, np.array(1, np.int64)], np.int64)
         spread = [-1 if k == axis else 1 for k in range(len(constant.shape))]
         placed = self.cast(self.one("Reshape", [index, np.array(spread, np.int64)], np.int64), constant.part.dtype)
         scaled = self.one("Mul", [placed, np.asarray(constant.step, constant.part.dtype)], constant.part.dtype)

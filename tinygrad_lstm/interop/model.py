@@ -12,6 +12,7 @@ import numpy as np
 
 from tinygrad_lstm import serialization
 from tinygrad_lstm.errors import ArgumentError, CheckpointError, DTypeError, Error, ShapeError, UnsupportedError
+from tinygrad_lstm.interop import operators_loops, operators_shape
 from tinygrad_lstm.interop.library import onnx_library
 from tinygrad_lstm.interop.operators import OPERATORS, Call, Value
 from tinygrad_lstm.interop.to_graph import PARAMETERS
@@ -20,6 +21,8 @@ from tinygrad_lstm.tape import recording
 from tinygrad_lstm.tensor import Tensor, asarray
 
 __all__ = ["OnnxModel", "from_onnx"]
+
+_FAMILIES = (operators_loops, operators_shape)  # importing them has entered their operators into the table
 
 
 class Node(NamedTuple):
@@ -121,7 +124,7 @@ def _parsed(onnx: Any, target: str) -> Any:
 
 
 def _graph(onnx: Any, proto: Any) -> Graph:
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.initializer}
+    constants = {tensor.name: _array(onnx, tensor) for tensor in proto.initializer}
     nodes = []
     for node in proto.node:
         domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
@@ -131,10 +134,20 @@ def _graph(onnx: Any, proto: Any) -> Graph:
     return Graph(names[0], names[1], tuple(nodes), constants)
 
 
+def _array(onnx: Any, tensor: Any) -> np.ndarray:
+    array = onnx.numpy_helper.to_array(tensor)
+    if array.dtype.kind not in "fiub":
+        kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+        raise UnsupportedError(
+            f"from_onnx: the constant {tensor.name!r} is of type {kind}; NumPy's numbers are supported"
+        )
+    return np.array(array)  # what the library gives may be read-only
+
+
 def _attribute(onnx: Any, attribute: Any) -> Any:
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, onnx.TensorProto):
-        return onnx.numpy_helper.to_array(value)
+        return _array(onnx, value)
     if isinstance(value, onnx.GraphProto):
         return _graph(onnx, value)
     if isinstance(value, bytes):
@@ -159,8 +172,8 @@ def _check(target: str, graph: Graph, version: int, known: set[str]) -> None:
     for node in graph.nodes:
         if node.op not in OPERATORS:
             raise UnsupportedError(
-                f"{target}: {node} has an operator that from_onnx does not know (operator set {version}); it knows "
-                f"{', '.join(sorted(OPERATORS))}"
+                f"{target}: {node} has an operator that from_onnx does not know (operator set {version}); "
+                "docs/interop.md lists those that it knows"
             )
         missing = [name for name in node.inputs if name not in known]
         if missing:
@@ -247,7 +260,9 @@ class OnnxModel(Module):
         if expected is not None and tensor.dtype != expected:
             if not isinstance(value, (Tensor, np.ndarray, np.generic)) and tensor.dtype.kind == expected.kind:
                 return tensor.astype(expected)  # lists of Python numbers have no dtype of their own
-            raise DTypeError(f"OnnxModel: {name!r} is {tensor.dtype}, the model expects {expected}; convert with astype")
+            raise DTypeError(
+                f"OnnxModel: {name!r} is {tensor.dtype}, the model expects {expected}; convert with astype"
+            )
         shape = declared.shape
         if shape is not None and (
             len(shape) != tensor.ndim

@@ -104,7 +104,7 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 # Functions without a gradient: of what is known beforehand.
 _KNOWN: dict[str, Callable[..., Any]] = {
-    "Floor": np.floor, "Ceil": np.ceil, "Round": np.rint, "BitShift": np.left_shift, "NonZero": lambda x: np.array(np.nonzero(x)),
+    "Floor": np.floor, "Ceil": np.ceil, "Round": np.rint, "NonZero": lambda x: np.array(np.nonzero(x)),
     "Range": lambda start, stop, step: np.arange(start, stop, step, dtype=np.asarray(start).dtype),
 }  # fmt: skip
 
@@ -323,8 +323,3 @@ def _if(call: Call) -> list[Any]:
     if isinstance(condition, Tensor):
         raise UnsupportedError("the condition depends on the inputs; only one that is known beforehand is supported")
     return call.inner(call.get("then_branch" if condition.item() else "else_branch"), [])
-
-
-from tinygrad_lstm.interop import operators_loops, operators_shape  # noqa: E402 - they enter theirs into the table
-
-_ = (operators_loops, operators_shape)

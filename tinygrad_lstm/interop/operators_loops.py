@@ -68,15 +68,16 @@ def _activations(call: Call, default: list[str], directions: int) -> list[list[C
     names = call.get("activations") or default * directions
     # The lists hold values only for those functions that have any, in order.
     alphas, betas = iter(call.get("activation_alpha") or []), iter(call.get("activation_beta") or [])
+    width = len(default)
     made = []
-    for name in names:
+    for k, name in enumerate(names):
         if name.lower() not in _ACTIVATIONS:
             raise UnsupportedError(f"the activation {name!r} is not supported, only {', '.join(_ACTIVATIONS)}")
         function, alpha, beta = _ACTIVATIONS[name.lower()]
         alpha = next(alphas, alpha) if alpha or beta else alpha
         beta = next(betas, beta) if beta or name.lower() == "affine" else beta
-        made.append(_bound(function, alpha, beta, call.get("clip")))
-    width = len(default)
+        # What is clipped are the sums of gates, not the cell state that the LSTM's third function sees (onnxruntime).
+        made.append(_bound(function, alpha, beta, call.get("clip") if k % width < 2 else None))
     return [made[k * width : (k + 1) * width] for k in range(directions)]
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_lstm.compiler.simplify import common, dead_code
-from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, TraceError
-from tinygrad_lstm.interop.sizes import Differs, Size, Varying, samples_of, unified, varying
+from tinygrad_lstm.errors import ArgumentError, Error, GraphError, TraceError
+from tinygrad_lstm.interop.sizes import Differs, Varying, samples_of, unified, varying
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Program
@@ -34,7 +34,8 @@ class Forward(NamedTuple):
     symbols: dict[str, Axis]  # where the value of each symbol is found
     inputs: list[str]
     outputs: list[str]
-    captures: list[np.ndarray | Varying | tuple[str, Tensor]]  # constants, and parameters with their names
+    captures: list[np.ndarray | Varying | str]  # constants, and names of parameters
+    parameters: dict[str, np.ndarray]  # those that are captured, in the module's order
 
 
 def record_forward(module: Module, example_inputs: Any) -> Forward:
@@ -49,7 +50,10 @@ def record_forward(module: Module, example_inputs: Any) -> Forward:
     """
     call = _Call(module, example_inputs)
     with _evaluating(module):
-        call.at({})  # errors of the example itself, before anything else is tried
+        try:
+            call.at({})  # errors of the example itself, before anything else is tried
+        except TraceError as error:
+            raise TraceError(f"to_onnx: {type(module).__name__} cannot be recorded: {error}") from None
         ties = _free_axes(call)
         return _forward_of(call, ties)
 
@@ -64,6 +68,13 @@ class _Call:
         self.avals = [Aval(leaf.shape, leaf.dtype) for leaf in self.leaves if isinstance(leaf, Tensor)]
         if not self.avals:
             raise ArgumentError("to_onnx: there is no array among example_inputs; give one array or a tuple of arrays")
+        try:
+            inspect.signature(module.forward).bind(*arguments)
+        except TypeError as error:
+            raise ArgumentError(
+                f"to_onnx: {len(arguments)} arguments in example_inputs do not fit {type(module).__name__}.forward"
+                f"{inspect.signature(module.forward)}: {error}"
+            ) from None
         names = _argument_names(module, len(arguments))
         paths = _paths(self.treedef, names)
         self.names = [path for path, leaf in zip(paths, self.leaves, strict=True) if isinstance(leaf, Tensor)]
@@ -106,10 +117,7 @@ def _numbers(value: Any) -> bool:
 def _argument_names(module: Module, count: int) -> list[str]:
     """The names of the first arguments of forward."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    try:
-        found = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
-    except (TypeError, ValueError):
-        found = []
+    found = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
     return (found + [f"input_{k}" for k in range(len(found), count)])[:count]
 
 
@@ -215,10 +223,13 @@ def _forward_of(call: _Call, ties: Sequence[tuple[Axis, ...]]) -> Forward:
     for place in call.module._all_places():
         named.setdefault(id(place.value), place.name)
     sources: list[Any] = []
+    used: dict[str, np.ndarray] = {}
     for capture in captures:
         if isinstance(capture, Tensor):
             name = named.get(id(capture))
-            sources.append(capture._data if name is None else (name, capture))
+            sources.append(capture._data if name is None else name)
+            if name is not None:
+                used[name] = capture._data
         else:
             sources.append(capture)
     return Forward(
@@ -227,6 +238,7 @@ def _forward_of(call: _Call, ties: Sequence[tuple[Axis, ...]]) -> Forward:
         call.names,
         _output_names(call.module, traced.out_tree),
         sources,
+        {name: used[name] for name in named.values() if name in used},
     )
 
 

@@ -26,7 +26,7 @@ class Applied(NamedTuple):
 
     b: Builder
     args: list[Value]
-    shapes: list[Shape]  # of the operands
+    shapes: Sequence[Shape]  # of the operands
     params: Mapping[str, Any]
     outs: list[Aval]
 

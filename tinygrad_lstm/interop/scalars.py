@@ -108,7 +108,11 @@ def _emitted(b: Builder, built: e.Expression, arrays: Sequence[Value | np.ndarra
             values.append(_leaf(b, node.op, [values[i] for i in node.args], np.dtype(dtype)))
     (output,) = built.outputs
     result = values[output]
-    return _strong(result, np.result_type(*[a.dtype for a in arrays], result.value)) if isinstance(result, Literal) else result
+    return (
+        _strong(result, np.result_type(*[a.dtype for a in arrays], result.value))
+        if isinstance(result, Literal)
+        else result
+    )
 
 
 def _strong(operand: Any, dtype: Any) -> Any:

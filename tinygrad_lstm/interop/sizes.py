@@ -63,7 +63,13 @@ def samples_of(symbols: Sequence[str]) -> list[dict[str, int]]:
     while True:
         # Distinct and above 2, so that no axis is broadcast or mistaken for another one.
         samples = [
-            dict(zip(symbols, draw.choice(np.arange(3, 30 + len(symbols)), len(symbols), replace=False).tolist(), strict=True))
+            dict(
+                zip(
+                    symbols,
+                    draw.choice(np.arange(3, 30 + len(symbols)), len(symbols), replace=False).tolist(),
+                    strict=True,
+                )
+            )
             for _ in range(len(monomials) + 1)
         ]
         matrix = np.array([[_value(m, sample) for m in monomials] for sample in samples], float)

@@ -123,12 +123,11 @@ def _model(b: Builder, name: str, forward: Forward, metadata: Mapping[str, str])
     declared = [b.declared(v.name, v.dtype, a.shape) for v, a in zip(inputs, avals, strict=True)]
     for symbol, (which, axis) in forward.symbols.items():
         b.symbol(symbol, inputs[which], axis)
-    captures: list[Value] = []
-    for capture in forward.captures:
-        if isinstance(capture, tuple) and not isinstance(capture, Varying):
-            captures.append(b.parameter(capture[0], capture[1]._data))
-        else:
-            captures.append(b.varying(capture) if isinstance(capture, Varying) else b.constant(capture))
+    parameters = {name: b.parameter(name, array) for name, array in forward.parameters.items()}
+    captures = [
+        parameters[c] if isinstance(c, str) else b.varying(c) if isinstance(c, Varying) else b.constant(c)
+        for c in forward.captures
+    ]
     trained = [tensor.name for tensor in b.initializers]
     results = _run(b, program, [*inputs, *captures])
     outs = []
@@ -137,7 +136,10 @@ def _model(b: Builder, name: str, forward: Forward, metadata: Mapping[str, str])
         outs.append(b.declared(wanted, aval.dtype, aval.shape))
     graph = helper.make_graph(b.graphs[0], name, declared, outs, b.initializers)
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="tinygrad_lstm", producer_version=__version__
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        producer_name="tinygrad_lstm",
+        producer_version=__version__,
     )
     model.ir_version = _IR_VERSION
     helper.set_model_props(model, {**metadata, PARAMETERS: json.dumps(trained)})
@@ -194,28 +196,35 @@ def _scan(a: Applied) -> list[Value]:
     """A loop, as Scan; its body by the same table."""
     b, body = a.b, a.params["body"]
     n_carry, n_ys, n_inputs = a.params["n_carry"], a.params["n_ys"], len(body.inputs)
-    if len(body.outputs) > n_carry + n_ys:
-        raise UnsupportedError("a scan that adds up over its steps (a derivative) has no ONNX form")
     carry, xs, captures = a.args[:n_carry], list(a.args[n_carry:n_inputs]), a.args[n_inputs:]
+    results_of = body.output_avals()
+    sums = results_of[n_carry + n_ys :]  # of a derivative: added up over the steps, so they are carried
+    starts = [b.expand(np.zeros((), aval.dtype), aval.shape) for aval in sums]
     avals = [body.avals[slot] for slot in body.inputs]
-    counted = not xs  # Scan takes the number of steps from what it reads
-    if counted:
+    if not xs:  # Scan takes the number of steps from what it reads
         xs = [b.expand(np.zeros((), np.bool_), (a.params["length"],))]
         avals = [*avals, Aval((), np.dtype(bool))]
-    reads = max(v.level for v in (*carry, *xs, *captures))
+    reads = max(v.level for v in (*carry, *starts, *xs, *captures))
     depth = b.enter()
-    inside = [Value(b.fresh("step_in"), np.dtype(aval.dtype), depth) for aval in avals]
+    fresh = [Value(b.fresh("step_in"), np.dtype(aval.dtype), depth) for aval in (*avals, *sums)]
+    inside, totals = fresh[: len(avals)], fresh[len(avals) :]
     results = _run(b, body, [*inside[:n_inputs], *captures])
+    for k, total in enumerate(totals, n_carry + n_ys):
+        results[k] = b.one("Add", [total, results[k]], total.dtype)
+    order = [*range(n_carry), *range(n_carry + n_ys, len(results)), *range(n_carry, n_carry + n_ys)]
     outs, declared = [], []
-    for result, aval in zip(results, body.output_avals(), strict=True):
+    for k in order:
         # A name of its own: an output may be an input, a value from outside, or stand twice.
-        (out,) = b.node("Identity", [result], [aval.dtype], level=depth)
+        (out,) = b.node("Identity", [results[k]], [results_of[k].dtype], level=depth)
         outs.append(out)
-        declared.append(b.declared(out.name, aval.dtype, aval.shape))
-    given = [b.declared(v.name, v.dtype, aval.shape) for v, aval in zip(inside, avals, strict=True)]
-    graph = b.leave("body", given, declared)
-    directions = [int(a.params["reverse"])]
-    return b.node(
-        "Scan", [*carry, *xs], [out.dtype for out in outs], level=reads, body=graph, num_scan_inputs=len(xs),
-        scan_input_directions=directions * len(xs), scan_output_directions=directions * n_ys,
+        declared.append(b.declared(out.name, results_of[k].dtype, results_of[k].shape))
+    places = [*zip(inside[:n_carry], avals, strict=False), *zip(totals, sums, strict=True)]
+    places += zip(inside[n_carry:], avals[n_carry:], strict=True)
+    graph = b.leave("body", [b.declared(v.name, v.dtype, aval.shape) for v, aval in places], declared)
+    back = int(a.params["reverse"])
+    directions = {"scan_input_directions": [back] * len(xs), "scan_output_directions": [back] * n_ys}
+    made = b.node(
+        "Scan", [*carry, *starts, *xs], [out.dtype for out in outs], level=reads, body=graph, num_scan_inputs=len(xs),
+        **{name: values for name, values in directions.items() if values},
     )  # fmt: skip
+    return [made[order.index(k)] for k in range(len(order))]

@@ -167,7 +167,9 @@ def save_safetensors(
     for name, array in _arrays(module, "save_safetensors").items():
         dtype = array.dtype.newbyteorder("=")
         if dtype not in serialization.DTYPES:
-            raise DTypeError(f"save_safetensors: {name} is {array.dtype}, which the format has not; convert with astype")
+            raise DTypeError(
+                f"save_safetensors: {name} is {array.dtype}, which the format has not; convert with astype"
+            )
         if name == "__metadata__":
             raise ArgumentError("save_safetensors: '__metadata__' is no name for an array, the format uses it itself")
         arrays[name] = np.asarray(array, dtype, order="C")
