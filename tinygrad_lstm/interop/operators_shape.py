@@ -110,8 +110,9 @@ def _slice(call: Call) -> Any:
     steps = call.ints(4, "steps") or [1] * len(starts)
     index = [slice(None)] * x.ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        past = step < 0 and end < -x.shape[axis]  # in front of the first element, where Python would count anew
-        index[axis] = slice(start, None if past else end, step)
+        first = -x.shape[axis]
+        past = step < 0 and end < first  # in front of the first element, where Python would count anew
+        index[axis] = slice(max(start, first) if step < 0 else start, None if past else end, step)
     return x[tuple(index)]
 
 

@@ -193,6 +193,10 @@ def _unified(call: _Call, ties: Sequence[tuple[Axis, ...]]) -> tuple[Traced, Pro
     """One program for all lengths of these axes, and what it captures."""
     symbols = [_symbol(call, tie) for tie in ties]
     samples = samples_of(symbols)
+    if symbols:
+        # The example itself counts: a forward may decide by lengths.  An axis of length 1 may be broadcast, 2 stands for it.
+        given = [max(call.avals[k].shape[axis], 2) for (k, axis), *_ in ties]
+        samples.append(dict(zip(symbols, given, strict=True)))
     traced = [
         call.at({axis: sample[s] for s, tie in zip(symbols, ties, strict=True) for axis in tie}) for sample in samples
     ]
