@@ -219,7 +219,9 @@ def test_parameters_keep_names_and_order_and_the_mode_is_put_back(path: Path, rn
     assert list(read.state_dict()) == list(model.state_dict())
     other = nn.Sequential(nn.LSTM(F, H, num_layers=2, bidirectional=True), nn.Dropout(0.5), nn.Linear(2 * H, 1))
     other.load_state_dict(read.state_dict())
-    assert all(np.array_equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_names_and_notes(path: Path, rng: np.random.Generator) -> None:
@@ -254,7 +256,9 @@ def test_a_primitive_without_a_form_is_named_with_its_line(path: Path, rng: np.r
     cube = tg.primitive("test_onnx_cube", forward=lambda x: x**3, vjp=lambda g, x: g * 3.0 * x * x)
     try:
         inside = Function(lambda x: ops.scan(lambda c, x_t: (cube(c + x_t), c), x[0], x))
-        with pytest.raises(tg.UnsupportedError, match=r"'test_onnx_cube' has no ONNX form \(.*test_interop_onnx.py:\d+"):
+        with pytest.raises(
+            tg.UnsupportedError, match=r"'test_onnx_cube' has no ONNX form \(.*test_interop_onnx.py:\d+"
+        ):
             interop.to_onnx(inside, path, normal(rng, np.float32, T, B))
     finally:
         tg.REGISTRY.pop("test_onnx_cube")
@@ -273,7 +277,7 @@ def test_a_users_elementwise_primitive_is_exported_by_its_expression(path: Path,
 
 def test_a_failed_export_keeps_the_old_file(path: Path, rng: np.random.Generator) -> None:
     path.write_bytes(b"old")
-    with pytest.raises(tg.TraceError, match="test_interop_onnx.py"):
+    with pytest.raises(tg.TraceError, match=r"test_interop_onnx\.py"):
         interop.to_onnx(Function(lambda x: x * float(x.sum())), path, normal(rng, np.float32, 3))
     with pytest.raises(tg.FileError, match="no such file or directory"):
         interop.to_onnx(nn.Linear(F, 1), path.parent / "no" / "model.onnx", normal(rng, np.float32, 2, F))

@@ -5,6 +5,7 @@ Names and layouts are PyTorch's already, so nothing is renamed or transposed her
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -179,7 +180,17 @@ def save_safetensors(
     # Loaders of torch models ask for this entry: the layout of the arrays is PyTorch's.
     content = serialised(arrays, {"format": "pt", **(metadata or {})})
     with serialization.replacing(path) as file:
-        file.write(content)
+        file.write(_in_order(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The file with its metadata sorted: the writer keeps them in no fixed order, and equal parameters make equal files."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 @overload
