@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import helper
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import interop, nn
@@ -70,3 +71,37 @@ def exported(path: Path, module: nn.Module, example: Any, *others: Any, back: bo
             close(a, c, f"onnxruntime, output {k}")
             close(b, c, f"from_onnx, output {k}")
     return running
+
+
+def write(
+    path: Path, nodes: Any, inputs: dict[str, np.ndarray], constants: dict[str, np.ndarray], outputs: Any = ("y",),
+    opset: int = 17,
+) -> None:  # fmt: skip
+    kind = helper.np_dtype_to_tensor_dtype
+    graph = helper.make_graph(
+        nodes if isinstance(nodes, list) else [nodes],
+        "graph",
+        [helper.make_tensor_value_info(n, kind(a.dtype), [None] * a.ndim) for n, a in inputs.items()],
+        [helper.make_empty_tensor_value_info(o) for o in outputs],
+        [onnx.numpy_helper.from_array(a, n) for n, a in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = 8
+    model = onnx.shape_inference.infer_shapes(model)
+    for value in model.graph.output:  # onnxruntime asks for the types of outputs
+        if not value.type.tensor_type.elem_type:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    onnx.save(model, path)
+
+
+def compared(path: Path, inputs: dict[str, np.ndarray]) -> Any:
+    model = interop.from_onnx(path)
+    with tg.no_grad():
+        found = model(**inputs)
+    for a, b in zip(found if isinstance(found, tuple) else (found,), session(path).run(None, inputs), strict=True):
+        close(a, b, path.name)
+    return model
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return (0.7 * rng.standard_normal(shape)).astype(np.float32)

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import interop, nn, ops, optim
@@ -19,7 +17,7 @@ from tinygrad_lstm import interop, nn, ops, optim
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from onnx import helper  # noqa: E402
-from onnx_parts import close, session  # noqa: E402 - needs both
+from onnx_parts import close, compared, normal, write  # noqa: E402 - needs both
 
 pytestmark = pytest.mark.conformance
 
@@ -30,40 +28,6 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
-
-
-def write(
-    path: Path, nodes: Any, inputs: dict[str, np.ndarray], constants: dict[str, np.ndarray], outputs: Any = ("y",),
-    opset: int = 17,
-) -> None:  # fmt: skip
-    kind = helper.np_dtype_to_tensor_dtype
-    graph = helper.make_graph(
-        nodes if isinstance(nodes, list) else [nodes],
-        "graph",
-        [helper.make_tensor_value_info(n, kind(a.dtype), [None] * a.ndim) for n, a in inputs.items()],
-        [helper.make_empty_tensor_value_info(o) for o in outputs],
-        [onnx.numpy_helper.from_array(a, n) for n, a in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    model.ir_version = 8
-    model = onnx.shape_inference.infer_shapes(model)
-    for value in model.graph.output:  # onnxruntime asks for the types of outputs
-        if not value.type.tensor_type.elem_type:
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    onnx.save(model, path)
-
-
-def compared(path: Path, inputs: dict[str, np.ndarray]) -> Any:
-    model = interop.from_onnx(path)
-    with tg.no_grad():
-        found = model(**inputs)
-    for a, b in zip(found if isinstance(found, tuple) else (found,), session(path).run(None, inputs), strict=True):
-        close(a, b, path.name)
-    return model
-
-
-def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return (0.7 * rng.standard_normal(shape)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------- the recurrent operators
@@ -233,127 +197,6 @@ def test_inputs_by_position_and_name(path: Path, rng: np.random.Generator) -> No
         model(x.astype(np.float64), y)
     with pytest.raises(tg.ShapeError, match=r"'b' has shape \(2,\)"):
         model(x, y[:, 0])
-
-
-# ---------------------------------------------------------------------------- other operators
-
-SINGLE: dict[str, Any] = {
-    "Gemm": ({"alpha": 0.5, "beta": 2.0, "transB": 1}, ["x", "w", "b"]),
-    "LeakyRelu": ({"alpha": 0.2}, ["x"]),
-    "Elu": ({"alpha": 0.7}, ["x"]),
-    "Selu": ({}, ["x"]),
-    "HardSigmoid": ({"alpha": 0.3, "beta": 0.4}, ["x"]),
-    "HardSwish": ({}, ["x"]),
-    "Softsign": ({}, ["x"]),
-    "Reciprocal": ({}, ["x"]),
-    "PRelu": ({}, ["x", "b3"]),
-    "ReduceMean": ({"axes": [0], "keepdims": 0}, ["x"]),
-    "ReduceL1": ({"axes": [-1]}, ["x"]),
-    "ReduceL2": ({}, ["x"]),
-    "ReduceSumSquare": ({"axes": [1]}, ["x"]),
-    "ReduceSum": ({"keepdims": 0}, ["x", "axis1"]),
-    "ReduceMax": ({"axes": [1]}, ["x"]),
-    "ReduceProd": ({"axes": [0, 1]}, ["x"]),
-    "Flatten": ({"axis": 2}, ["x3"]),
-    "Transpose": ({}, ["x3"]),
-    "Unsqueeze": ({}, ["x", "axis1"]),
-    "Squeeze": ({}, ["one"]),
-    "Softmax": ({"axis": 0}, ["x"]),
-    "LogSoftmax": ({}, ["x3"]),
-    "LayerNormalization": ({"axis": 1, "epsilon": 1e-3}, ["x3", "w3", "w3"]),
-    "Tile": ({}, ["x", "twice"]),
-    "Pad": ({}, ["x", "pads", "fill"]),
-    "Expand": ({}, ["x", "bigger"]),
-    "Where": ({}, ["mask", "x", "b3"]),
-    "Clip": ({}, ["x", "low", "high"]),
-    "CumSum": ({"reverse": 1}, ["x", "zero"]),
-    "Trilu": ({"upper": 0}, ["w3"]),
-    "Mean": ({}, ["x", "b3", "x"]),
-    "Max": ({}, ["x", "b3"]),
-    "Sum": ({}, ["x", "x", "b3"]),
-    "ArgMax": ({"axis": 1}, ["x"]),
-    "Slice": ({}, ["x", "starts", "ends", "axes", "steps"]),
-    "Gather": ({"axis": 1}, ["x", "places"]),
-    "GatherElements": ({"axis": 1}, ["x", "spots"]),
-    "GatherND": ({}, ["x", "pairs"]),
-    "OneHot": ({}, ["ids", "depth", "values"]),
-    "ScatterND": ({"reduction": "add"}, ["x", "pairs", "two"]),
-    "Einsum": ({"equation": "ij,kj->ik"}, ["x", "w"]),
-    "Gelu": ({"approximate": "tanh"}, ["x"]),
-    "IsInf": ({}, ["low"]),
-    "Dropout": ({}, ["x"]),
-    "Mod": ({}, ["ids", "ids1"]),
-    "Reshape": ({}, ["x3", "shape"]),
-    "Identity": ({}, ["x"]),
-    "Not": ({}, ["mask"]),
-    "Xor": ({}, ["mask", "mask"]),
-}
-VALUES: dict[str, np.ndarray] = {
-    "x": normal(np.random.default_rng(0), 3, 4),
-    "x3": normal(np.random.default_rng(1), 2, 3, 4),
-    "w": normal(np.random.default_rng(2), 5, 4),
-    "b": normal(np.random.default_rng(3), 5),
-    "b3": normal(np.random.default_rng(4), 3, 1),
-    "w3": normal(np.random.default_rng(5), 3, 4),
-    "one": normal(np.random.default_rng(6), 3, 1, 2, 1),
-    "axis1": np.array([1]),
-    "twice": np.array([2, 3]),
-    "pads": np.array([1, 0, 0, 2]),
-    "fill": np.float32([1.5]).reshape(()),
-    "bigger": np.array([2, 1, 1]),
-    "mask": np.array([[True, False, True, True]]),
-    "low": np.array(-0.4, np.float32),
-    "high": np.array(0.5, np.float32),
-    "zero": np.array(0),
-    "starts": np.array([-1, 1]),
-    "ends": np.array([-100, 4]),
-    "axes": np.array([0, 1]),
-    "steps": np.array([-1, 2]),
-    "places": np.array([[0, -1], [2, 2]]),
-    "spots": np.array([[0, -1], [2, 2]]),
-    "pairs": np.array([[0, 1], [-1, 3]]),
-    "ids": np.array([2, 0, -1]),
-    "ids1": np.array([2]),
-    "depth": np.array(3),
-    "values": np.array([-1, 2], np.float32),
-    "two": np.array([5, 7], np.float32),
-    "shape": np.array([0, -1]),
-}
-NEW = {"Gelu": 20}  # the operator set in which it is new
-
-
-@pytest.mark.parametrize("op", SINGLE)
-def test_single_operators(op: str, path: Path) -> None:
-    options, names = SINGLE[op]
-    floats = [n for n in names if VALUES[n].dtype != np.int64 and VALUES[n].ndim > 0 and n not in ("values",)]
-    inputs = {name: VALUES[name] for name in floats[:1]}
-    constants = {name: VALUES[name] for name in names if name not in inputs}
-    node = helper.make_node(op, names, ["y"], **options)
-    write(path, [node] if inputs else [node, helper.make_node("Identity", ["x"], ["z"])], inputs or {"x": VALUES["x"]},
-          constants, opset=NEW.get(op, 17))  # fmt: skip
-    model = onnx.load(path)
-    kinds = {"ArgMax": 7, "IsInf": 9, "Mod": 7, "Not": 9, "Xor": 9}
-    model.graph.output[0].type.tensor_type.elem_type = kinds.get(op, 1)
-    onnx.save(model, path)
-    compared(path, inputs or {"x": VALUES["x"]})
-
-
-@given(st.data())
-def test_slices_as_numpy(data: st.DataObject) -> None:
-    from tinygrad_lstm.interop.model import Node
-    from tinygrad_lstm.interop.operators import OPERATORS, Call
-
-    assert Node  # the table is complete once the model's module is imported
-    n = data.draw(st.integers(1, 6))
-    start, end = data.draw(st.integers(-9, 9)), data.draw(st.integers(-9, 9))
-    step = data.draw(st.sampled_from([-3, -2, -1, 1, 2, 3]))
-    x = np.arange(float(n))
-    # The specification: negative positions count from the end, then both are clamped.
-    s, e = (start + n if start < 0 else start), (end + n if end < 0 else end)
-    s, e = (min(max(s, 0), n), min(max(e, 0), n)) if step > 0 else (min(max(s, 0), n - 1), min(max(e, -1), n - 1))
-    args = [x, *(np.array([v]) for v in (start, end, 0, step))]
-    (found,) = OPERATORS["Slice"](Call("Slice", args, {}, 1, 17, lambda *_: []))
-    assert np.asarray(found).tolist() == [x[k] for k in range(s, e, step)]
 
 
 # ---------------------------------------------------------------------------- what is refused

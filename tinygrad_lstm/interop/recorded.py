@@ -194,7 +194,8 @@ def _unified(call: _Call, ties: Sequence[tuple[Axis, ...]]) -> tuple[Traced, Pro
     symbols = [_symbol(call, tie) for tie in ties]
     samples = samples_of(symbols)
     if symbols:
-        # The example itself counts: a forward may decide by lengths.  An axis of length 1 may be broadcast, 2 stands for it.
+        # The example itself counts: a forward may decide by lengths.  An axis of length 1 may be broadcast: 2 stands
+        # for it.
         given = [max(call.avals[k].shape[axis], 2) for (k, axis), *_ in ties]
         samples.append(dict(zip(symbols, given, strict=True)))
     traced = [

@@ -184,7 +184,7 @@ def save_safetensors(
 
 
 def _in_order(content: bytes) -> bytes:
-    """The file with its metadata sorted: the writer keeps them in no fixed order, and equal parameters make equal files."""
+    """The file with its metadata sorted: the writer keeps no order, and equal parameters shall make equal files."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
