@@ -257,6 +257,11 @@ def test_the_mode_of_every_part_is_put_back_also_after_an_error() -> None:
             assert example.shape == (2, 4)
         assert [part.training for part in model.modules()] == [True, True, False]
     assert model.version == version
+    shared = nn.Dropout(0.5)
+    nested = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
+    nested[1].training = False  # it alone: what it shares stays in training
+    record_forward(nested, np.zeros((2, 3), np.float32))
+    assert (nested.training, nested[0].training, nested[1].training, shared.training) == (True, True, False, True)
 
 
 def test_what_cannot_be_recorded() -> None:

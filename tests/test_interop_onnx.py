@@ -224,6 +224,26 @@ def test_parameters_keep_names_and_order_and_the_mode_is_put_back(path: Path, rn
     )
 
 
+def test_shared_parameters_and_names_that_inputs_have_too(path: Path, rng: np.random.Generator) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x, self.output = nn.Linear(F, F), nn.Parameter(normal(rng, np.float32, F))
+            self.again = nn.Linear(F, F)
+            self.again.weight = self.x.weight
+            self.scale = nn.Parameter(np.float32(1.5))
+
+        def forward(self, x: Any) -> Any:
+            return self.again(self.x(x)) * self.output * self.scale
+
+    model = Twice()
+    exported(path, model, normal(rng, np.float32, 2, F))
+    read = interop.from_onnx(path)
+    assert len(list(read.parameters())) == len(list(model.parameters())) == 5
+    assert read.state_dict().keys() == model.state_dict().keys()
+    Twice().load_state_dict(read.state_dict())
+
+
 def test_names_and_notes(path: Path, rng: np.random.Generator) -> None:
     interop.to_onnx(
         nn.GRU(F, H), path, normal(rng, np.float32, T, B, F), input_names=["series"], output_names=["y", "h"],

@@ -99,6 +99,8 @@ def from_onnx(path: serialization.PathLike) -> OnnxModel:
         declared = [_declared(onnx, value) for value in model.graph.input if value.name not in graph.constants]
         notes = {entry.key: entry.value for entry in model.metadata_props}
         trained = json.loads(notes.pop(PARAMETERS)) if PARAMETERS in notes else None
+        if trained is not None and not all(names and isinstance(names, list) for names in trained.values()):
+            raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{target} is damaged: its graph cannot be read") from None
     _check(target, graph, version, set(graph.constants) | {d.name for d in declared})
@@ -193,6 +195,9 @@ class OnnxModel(Module):
     Attributes
     ----------
     weights : dict of name to Parameter
+        By the names of the initializers.
+    names : dict of name to list of str
+        The names of each of them in ``state_dict``: a parameter that was shared has several.
     inputs : list of (name, dtype, shape)
         What the graph declares; in a shape, a name or None stands for any length.
     outputs : list of str
@@ -203,8 +208,8 @@ class OnnxModel(Module):
     """
 
     def __init__(
-        self, graph: Graph, inputs: Sequence[Declared], version: int, trained: Sequence[str] | None = None,
-        metadata: Mapping[str, str] | None = None,
+        self, graph: Graph, inputs: Sequence[Declared], version: int,
+        trained: Mapping[str, Sequence[str]] | None = None, metadata: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
 
@@ -215,10 +220,12 @@ class OnnxModel(Module):
         self.inputs, self.outputs, self.metadata = list(inputs), list(graph.outputs), dict(metadata or {})
         self.weights = {name: Parameter(a) for name, a in graph.constants.items() if is_weight(name, a)}
         self.constants = {name: a for name, a in graph.constants.items() if name not in self.weights}
+        self.names = {name: list((trained or {}).get(name, [name])) for name in self.weights}
 
     def _places(self) -> Iterator[Place]:
-        for name in self.weights:
-            yield Place(name, self.weights, name)
+        for initializer, names in self.names.items():
+            for name in names:
+                yield Place(name, self.weights, initializer)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The outputs, from the inputs in order or by name.

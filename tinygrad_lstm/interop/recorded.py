@@ -34,8 +34,9 @@ class Forward(NamedTuple):
     symbols: dict[str, Axis]  # where the value of each symbol is found
     inputs: list[str]
     outputs: list[str]
-    captures: list[np.ndarray | Varying | str]  # constants, and names of parameters
+    captures: list[np.ndarray | Varying | str]  # constants, and (first) names of parameters
     parameters: dict[str, np.ndarray]  # those that are captured, in the module's order
+    names: dict[str, list[str]]  # all names of each of them: a shared one has several
 
 
 def record_forward(module: Module, example_inputs: Any) -> Forward:
@@ -224,17 +225,17 @@ def _forward_of(call: _Call, ties: Sequence[tuple[Axis, ...]]) -> Forward:
             f"to_onnx: {type(call.module).__name__} computes something else at every call ({difference} differ), so "
             "something random or counted goes into it; pass it as an input"
         ) from None
-    named: dict[int, str] = {}
+    named: dict[int, list[str]] = {}
     for place in call.module._all_places():
-        named.setdefault(id(place.value), place.name)
+        named.setdefault(id(place.value), []).append(place.name)
     sources: list[Any] = []
     used: dict[str, np.ndarray] = {}
     for capture in captures:
         if isinstance(capture, Tensor):
-            name = named.get(id(capture))
-            sources.append(capture._data if name is None else name)
-            if name is not None:
-                used[name] = capture._data
+            names = named.get(id(capture))
+            sources.append(capture._data if names is None else names[0])
+            if names is not None:
+                used[names[0]] = capture._data
         else:
             sources.append(capture)
     return Forward(
@@ -243,7 +244,8 @@ def _forward_of(call: _Call, ties: Sequence[tuple[Axis, ...]]) -> Forward:
         call.names,
         _output_names(call.module, traced.out_tree),
         sources,
-        {name: used[name] for name in named.values() if name in used},
+        {names[0]: used[names[0]] for names in named.values() if names[0] in used},
+        {names[0]: names for names in named.values() if names[0] in used},
     )
 
 

@@ -25,7 +25,7 @@ __all__ = ["OPSET", "PARAMETERS", "to_onnx"]
 
 OPSET = 18
 _IR_VERSION = 8  # of the same age as the operator set
-PARAMETERS = "tinygrad_lstm.parameters"  # the entry of a model's metadata that lists what is trained
+PARAMETERS = "tinygrad_lstm.parameters"  # the entry of a model's metadata: initializer -> names of the parameter
 _LARGEST = 2**31 - 1  # of a protobuf message
 
 
@@ -128,7 +128,7 @@ def _model(b: Builder, name: str, forward: Forward, metadata: Mapping[str, str])
         parameters[c] if isinstance(c, str) else b.varying(c) if isinstance(c, Varying) else b.constant(c)
         for c in forward.captures
     ]
-    trained = [tensor.name for tensor in b.initializers]
+    trained = {parameters[name].name: names for name, names in forward.names.items()}
     results = _run(b, program, [*inputs, *captures])
     outs = []
     for result, wanted, aval in zip(results, forward.outputs, program.output_avals(), strict=True):
