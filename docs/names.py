@@ -23,6 +23,7 @@ MODULES = {
     "tinygrad_lstm.optim": "Optimizers, schedules, clipping.",
     "tinygrad_lstm.data": "Text corpora and generated sequence tasks.",
     "tinygrad_lstm.training": "The training loop and its checkpoints.",
+    "tinygrad_lstm.interop": "To and from PyTorch, safetensors and ONNX.",
 }
 HEAD = """# Names
 

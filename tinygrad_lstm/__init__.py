@@ -32,6 +32,7 @@ from tinygrad_lstm.declare import primitive
 from tinygrad_lstm.errors import (
     ArgumentError,
     CheckpointError,
+    DependencyError,
     DTypeError,
     Error,
     FileError,
@@ -40,6 +41,7 @@ from tinygrad_lstm.errors import (
     OutOfRangeError,
     ShapeError,
     TraceError,
+    UnsupportedError,
 )
 from tinygrad_lstm.kernels.threads import get_num_threads, set_num_threads
 from tinygrad_lstm.primitive import REGISTRY, Primitive
@@ -52,14 +54,15 @@ from tinygrad_lstm.tensor import Tensor, asarray, tensor
 _binding.mark_internal()
 
 __all__ = [
-    "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "Error", "FileError", "Generator", "GradcheckError",
-    "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape", "Tensor", "TraceError",
-    "__version__", "asarray", "checkpoint", "compile", "data", "eager", "explain", "get_num_threads", "grad",
-    "gradcheck", "hessian", "hvp", "jacobian", "jvp", "load", "name", "nn", "no_grad", "ops", "optim", "primitive",
-    "save", "scope", "seed", "set_num_threads", "tensor", "training", "value_and_grad", "vjp",
+    "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "DependencyError", "Error", "FileError", "Generator",
+    "GradcheckError", "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape",
+    "Tensor", "TraceError", "UnsupportedError", "__version__", "asarray", "checkpoint", "compile", "data", "eager",
+    "explain", "get_num_threads", "grad", "gradcheck", "hessian", "hvp", "interop", "jacobian", "jvp", "load", "name",
+    "nn", "no_grad", "ops", "optim", "primitive", "save", "scope", "seed", "set_num_threads", "tensor", "training",
+    "value_and_grad", "vjp",
 ]  # fmt: skip
 
-_SUBPACKAGES = frozenset({"data", "nn", "optim", "training"})
+_SUBPACKAGES = frozenset({"data", "interop", "nn", "optim", "training"})
 
 
 def __getattr__(name: str) -> Any:

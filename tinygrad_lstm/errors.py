@@ -46,3 +46,11 @@ class CheckpointError(Error, ValueError):
 
 class FileError(Error, OSError):
     """A file that could not be written.  What was on disk before is still there."""
+
+
+class UnsupportedError(Error, NotImplementedError):
+    """Something that another format or this package has no counterpart for, such as an operator of a graph."""
+
+
+class DependencyError(Error, ImportError):
+    """A library that an optional extra of this package brings is not installed."""

@@ -29,7 +29,7 @@ __all__ = ["load", "read_metadata", "save"]
 _VERSION = 1
 _KEY = "tinygrad_lstm"
 _MAX_HEADER = 100_000_000  # the limit of the format's reference implementation
-_DTYPES = frozenset(
+DTYPES = frozenset(
     np.dtype(name)
     for name in "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()  # noqa: SIM905
 )
@@ -178,7 +178,7 @@ def _enrol(value: Any, place: tuple[Any, ...], arrays: dict[str, np.ndarray] | N
     if isinstance(value, np.ma.MaskedArray):
         raise DTypeError(f"{_where(place)} is a masked array, which a checkpoint cannot hold; save data and mask")
     dtype = array.dtype.newbyteorder("=")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise DTypeError(
             f"{_where(place)} has dtype {array.dtype}, which a checkpoint cannot hold; "
             "bool, (u)int8 .. 64 and float16 .. 64 are possible"
@@ -246,11 +246,7 @@ def _read(path: PathLike, with_arrays: bool) -> tuple[dict[str, np.ndarray], dic
     """The arrays by name, and our record."""
     import safetensors
 
-    target = _fspath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        # Opening a pipe would wait for ever.
-        kind = "a folder" if os.path.isdir(target) else "no regular file"
-        raise CheckpointError(f"{target} is {kind}, no checkpoint")
+    target = regular_file(path, "checkpoint")
     with open(target, "rb") as file:  # the system's own errors, a missing file above all
         size = os.fstat(file.fileno()).st_size
     arrays: dict[str, np.ndarray] = {}
@@ -283,6 +279,16 @@ def _read(path: PathLike, with_arrays: bool) -> tuple[dict[str, np.ndarray], dic
     if with_arrays and record.get("data_crc32") != _data_checksum(arrays):
         raise _damaged(path, "its data are not those that were saved")
     return arrays, record
+
+
+def regular_file(path: PathLike, what: str) -> str:
+    """The path as text; raises CheckpointError where something else than a file stands there."""
+    target = _fspath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        # Opening a pipe would wait for ever.
+        kind = "a folder" if os.path.isdir(target) else "no regular file"
+        raise CheckpointError(f"{target} is {kind}, no {what}")
+    return target
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.foreign import array_of
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, check_differentiable, to_array
@@ -320,7 +321,7 @@ class Module:
         Parameters
         ----------
         state : mapping
-            Values are cast to the dtype of the parameter they replace.
+            Values are cast to the dtype of the parameter they replace (from half or bfloat16, too).
         strict : bool
             Refuse names that are missing or unexpected; with False they are returned.
 
@@ -334,7 +335,7 @@ class Module:
                 f"{type(self).__name__}.load_state_dict takes a dict of names to arrays, found a {type(state).__name__}"
             )
         places = {place.name: place.value for place in self._all_places()}
-        arrays = {name: _as_array(name, value) for name, value in state.items()}
+        arrays = {name: array_of(name, value, "load_state_dict") for name, value in state.items()}
         missing = [name for name in places if name not in arrays]
         unexpected = [name for name in arrays if name not in places]
         misfits = [
@@ -426,14 +427,3 @@ class Module:
             yield f"{indent}  {place.name}: {p.shape} {p.dtype}{frozen}"
         for child_name, child in self.named_children():
             yield from child._lines(child_name, depth + 1, seen)
-
-
-def _as_array(name: str, value: Any) -> np.ndarray:
-    """An ndarray from an array, a tensor of this package or one of torch's."""
-    for method in ("detach", "cpu", "numpy"):
-        if not isinstance(value, np.ndarray) and hasattr(value, method):
-            value = getattr(value, method)()
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiub":
-        raise DTypeError(f"load_state_dict: {name} has dtype {array.dtype}, expected real numbers")
-    return array
