@@ -194,8 +194,8 @@ class OnnxModel(Module):
 
     Attributes
     ----------
-    weights : dict of name to Parameter
-        By the names of the initializers.
+    weights : dict of str to Parameter
+        By the names of the initializers; a new dict each time.
     names : dict of name to list of str
         The names of each of them in ``state_dict``: a parameter that was shared has several.
     inputs : list of (name, dtype, shape)
@@ -218,14 +218,21 @@ class OnnxModel(Module):
 
         self.graph, self.opset = graph, version
         self.inputs, self.outputs, self.metadata = list(inputs), list(graph.outputs), dict(metadata or {})
-        self.weights = {name: Parameter(a) for name, a in graph.constants.items() if is_weight(name, a)}
-        self.constants = {name: a for name, a in graph.constants.items() if name not in self.weights}
-        self.names = {name: list((trained or {}).get(name, [name])) for name in self.weights}
+        trainable = {name: a for name, a in graph.constants.items() if is_weight(name, a)}
+        # A list: names of initializers have dots, which keys in a module may not have.
+        self.values = [Parameter(a) for a in trainable.values()]
+        self.constants = {name: a for name, a in graph.constants.items() if name not in trainable}
+        self.names = {name: list((trained or {}).get(name, [name])) for name in trainable}
+
+    @property
+    def weights(self) -> dict[str, Parameter]:
+        """The parameters by the names of the initializers."""
+        return dict(zip(self.names, self.values, strict=True))
 
     def _places(self) -> Iterator[Place]:
-        for initializer, names in self.names.items():
+        for k, names in enumerate(self.names.values()):
             for name in names:
-                yield Place(name, self.weights, initializer)
+                yield Place(name, self.values, k)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The outputs, from the inputs in order or by name.

@@ -137,7 +137,8 @@ def _lengths_in_range(a: Applied) -> Value:
     return _as_value(a.b, a.b.cast(a.args[0], np.int64))
 
 
-@rule("alias", "stop_gradient")
+# (Of ids and probabilities, a model says nothing when they are out of range.)
+@rule("alias", "stop_gradient", "embedding_ids", "probabilities")
 def _same(a: Applied) -> Value:
     return a.args[0]
 
