@@ -55,11 +55,11 @@ __all__ = [
     "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "Error", "FileError", "Generator", "GradcheckError",
     "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape", "Tensor", "TraceError",
     "__version__", "asarray", "checkpoint", "compile", "data", "eager", "explain", "get_num_threads", "grad",
-    "gradcheck", "hessian", "hvp", "jacobian", "jvp", "load", "name", "nn", "no_grad", "ops", "optim", "primitive",
-    "save", "scope", "seed", "set_num_threads", "tensor", "training", "value_and_grad", "vjp",
+    "gradcheck", "hessian", "hvp", "inspect", "jacobian", "jvp", "load", "name", "nn", "no_grad", "ops", "optim",
+    "primitive", "save", "scope", "seed", "set_num_threads", "tensor", "training", "value_and_grad", "vjp",
 ]  # fmt: skip
 
-_SUBPACKAGES = frozenset({"data", "nn", "optim", "training"})
+_SUBPACKAGES = frozenset({"data", "inspect", "nn", "optim", "training"})
 
 
 def __getattr__(name: str) -> Any:
