@@ -46,3 +46,7 @@ class CheckpointError(Error, ValueError):
 
 class FileError(Error, OSError):
     """A file that could not be written.  What was on disk before is still there."""
+
+
+class MissingExtraError(Error, ImportError):
+    """Something needs a library that is not installed; the message says which extra brings it."""

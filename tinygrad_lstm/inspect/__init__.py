@@ -3,7 +3,10 @@
 Everything here reads a tape or a Program; nothing knows any particular cell.  Names of gates come from ``tg.name``.
 """
 
-from tinygrad_lstm.inspect.equations import equations
+from tinygrad_lstm.inspect.drawing import draw
+from tinygrad_lstm.inspect.flow import GradientFlow, gradient_flow
+from tinygrad_lstm.inspect.page import player
 from tinygrad_lstm.inspect.table import Table
+from tinygrad_lstm.inspect.writing import equations
 
-__all__ = ["Table", "equations"]
+__all__ = ["GradientFlow", "Table", "draw", "equations", "gradient_flow", "player"]
