@@ -20,6 +20,7 @@ from tinygrad_lstm.serialization import replacing
 __all__ = ["player"]
 
 MOST_NUMBERS = 500_000  # in the file: some 4 MB
+ENDINGS = (".html", ".htm")
 PLACE = '<script type="application/json" id="data">{}</script>'
 
 
@@ -65,7 +66,7 @@ def player(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise DTypeError(f"player: a path is a str or path-like, found {type(path).__name__}")
-    if Path(os.fspath(path)).suffix.lower() not in (".html", ".htm"):
+    if Path(os.fspath(path)).suffix.lower() not in ENDINGS:
         raise ArgumentError(f"player: the page is a .html file, found {os.fspath(path)!r}")
     for name, value, least in (("row", row, 0), ("units", units, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
