@@ -23,6 +23,7 @@ MODULES = {
     "tinygrad_lstm.optim": "Optimizers, schedules, clipping.",
     "tinygrad_lstm.data": "Text corpora and generated sequence tasks.",
     "tinygrad_lstm.training": "The training loop and its checkpoints.",
+    "tinygrad_lstm.inspect": "Equations, drawings, gradients over time, the time player; see [inspect.md](inspect.md).",
 }
 HEAD = """# Names
 

@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draw", metavar="FILE", help="write a drawing: .svg, .dot, .png or .pdf")
     group.add_argument(
         "--player",
-        type=_file((".html", ".htm")),
         metavar="FILE",
         help="write an .html page that plays backpropagation through time",
     )

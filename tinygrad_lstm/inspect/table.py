@@ -22,7 +22,7 @@ MOST_SHOWN = 60  # rows of a printed table; more are left out in the middle
 
 
 class Table:
-    """Rows of a tape, as :meth:`tg.Tape.to_table <tinygrad_lstm.Tape.to_table>` returns them.
+    """Values of a tape, one row each, as :meth:`~tinygrad_lstm.Tape.to_table` returns them.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ def _texts(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table_of(tape: Tape, t: Any = None, module: str | None = None, gate: Any = None) -> Table:
-    """The rows of a tape; see :meth:`tg.Tape.to_table <tinygrad_lstm.Tape.to_table>` for the selections."""
+    """The rows of a tape; see :meth:`~tinygrad_lstm.Tape.to_table` for the selections."""
     rows = [(record, index, value) for record, _, outputs in tape.entries for index, value in enumerate(outputs)]
     chosen = _chosen_steps(t, [record.place.step for record, _, _ in rows])
     names = _chosen_names(gate, [_label(record, index) for record, index, _ in rows])
