@@ -163,6 +163,18 @@ def test_a_freed_graph_and_a_large_one(svg: Path) -> None:
     assert svg.with_suffix(".dot").read_text().count("multiply") == 700
 
 
+def test_what_importing_costs() -> None:
+    """The engine alone imports none of this, and none of this imports matplotlib."""
+    code = (
+        "import sys, tinygrad_lstm as tg; assert 'tinygrad_lstm.inspect' not in sys.modules; "
+        "import inspect as theirs; assert tg.inspect is not theirs and tg.inspect.equations; "
+        "from tinygrad_lstm import inspect; assert inspect is tg.inspect; import tinygrad_lstm.cli; "
+        "assert not any(name.split('.')[0] == 'matplotlib' for name in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(tg.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 def test_paths(tmp_path: Path) -> None:
     for wrong in ("a.jpg", "a", "a.svgz"):
         with pytest.raises(tg.ArgumentError, match=r"drawings end in \.svg, \.dot"):
@@ -194,7 +206,8 @@ def test_boxes_stand_apart_and_arrows_point_down(case: Any) -> None:
     for k, (left, top, right, bottom) in enumerate(boxes):
         assert left >= -tiny and top >= -tiny and right <= plan.width + tiny and bottom <= plan.height + tiny
         for a, b, c, d in boxes[:k]:
-            assert right <= a + tiny or c <= left + tiny or bottom <= b + tiny or d <= top + tiny
+            apart = max(a - right, left - c, b - bottom, top - d)
+            assert apart > 17.9, f"boxes {apart} apart"
     for (start, end), route in zip(edges, plan.routes, strict=True):
         assert route[0] == pytest.approx((plan.centres[start][0], boxes[start][3]))
         assert route[-1] == pytest.approx((plan.centres[end][0], boxes[end][1]))
