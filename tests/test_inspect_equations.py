@@ -258,7 +258,7 @@ def test_what_is_printed_is_what_the_cell_computes(which: str, seed: int) -> Non
     for name, leaf in zip(states, flatten(new)[0], strict=True):
         np.testing.assert_allclose(found[f"{name}_t"], leaf.numpy(), rtol=1e-9, atol=1e-11, err_msg=text)
     if which == "odd":
-        np.testing.assert_allclose(found["y0_t"], output["out"].numpy(), rtol=1e-9)
+        np.testing.assert_allclose(found["out_t"], output["out"].numpy(), rtol=1e-9)
         np.testing.assert_allclose(found["p_t"], output["same"].numpy(), rtol=1e-9)
 
 
@@ -302,6 +302,9 @@ def test_rename_and_its_errors() -> None:
     assert r"\tilde{c}_{t}" in inspect.equations(nn.LSTMCell(2, 3), latex=True, rename={"g": "c~"})
     with pytest.raises(tg.ArgumentError, match=r"'q'; the names are \['c', 'f', 'g', 'h', 'i', 'o', 'x'\]"):
         inspect.equations(nn.LSTMCell(2, 3), rename={"q": "a"})
+    for wrong in ("ga", {"g": 3}, ["g"]):
+        with pytest.raises(tg.DTypeError, match="rename is a dict of names"):
+            inspect.equations(nn.LSTMCell(2, 3), rename=wrong)  # type: ignore[arg-type]
     with pytest.raises(tg.ArgumentError, match="two values would be called 'i'"):
         inspect.equations(nn.LSTMCell(2, 3), rename={"g": "i"})
 
@@ -404,6 +407,33 @@ def test_nothing_is_drawn_and_nothing_changed() -> None:
     assert tg.random.default_generator().get_state() == state
     assert all(np.array_equal(before[name], array) for name, array in cell.state_dict().items())
     assert all(parameter.grad is None for parameter in cell.parameters())
+
+
+class Tree(nn.Module):
+    """Trees of inputs, states and outputs; a table; a loop in the body; several outputs of one operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lin = nn.Embedding(7, 3), nn.Linear(5, 4)
+
+    def initial_state(self, batch: int) -> Any:
+        return {"h": np.zeros((batch, 4), np.float32), "n": np.zeros(batch, np.float32)}
+
+    def forward(self, x: Any, state: Any) -> Any:
+        h = ops.tanh(self.lin(ops.concatenate([self.table(x["token"]), x["feat"]], axis=-1)) + state["h"])
+        last, _ = ops.scan(lambda c, u: (c + u, c), h, ops.stack([h, h]))
+        return {"last": last, "most": ops.max(h, axis=-1, keepdims=True)}, {"h": h, "n": state["n"] + 1.0}
+
+
+def test_trees_tables_and_loops() -> None:
+    x = {"token": np.zeros(2, int), "feat": np.ones((2, 2), np.float32)}
+    lines = inspect.equations(Tree(), x=x).splitlines()
+    assert lines[0] == "h_t = tanh([W_table[token_t], feat_t] W_lin^T + b + h_{t-1})"
+    assert lines[1].startswith("last_t = scan(h_t, ") and "body=<1 equations>, length=2" in lines[1]
+    assert lines[2:] == ["most_t = max(h_t)", "n_t = n_{t-1} + 1"]
+    assert r"W_{\mathrm{table}}[\mathrm{token}_{t}]" in inspect.equations(Tree(), x=x, latex=True)
+    with pytest.raises(tg.ArgumentError, match=r"give the input of one step as x=\.\.\."):
+        inspect.equations(Tree())
 
 
 def test_constants_and_repeated_values() -> None:

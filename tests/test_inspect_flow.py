@@ -188,6 +188,33 @@ def test_unnamed_states_masked_states_and_layers(x: np.ndarray) -> None:
     assert list(mixed.states) == ["cell.h"] and "cell.cell.h" in mixed.gates
 
 
+def test_a_loop_in_the_body_counts_as_a_part_of_its_step(x: np.ndarray) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W = nn.Parameter(0.3 * np.eye(I))
+
+        def initial_state(self, batch: int) -> Any:
+            return np.zeros((batch, I))
+
+        def forward(self, x: Any, h: Any) -> Any:
+            h, _ = ops.scan(lambda c, u: (ops.tanh(c @ self.W + u), c), h, ops.stack([x, x, x]))
+            return h, tg.name(h * 1.0, "h")
+
+    layer = nn.Recurrent(Inner())
+    flow = inspect.gradient_flow(layer, x, lambda out: out[0].sum())
+    assert flow.steps == T and (flow.parameters["cell.W"] > 0).all() and set(flow.states) == {"h"}
+    copies = [{"W": tg.tensor(layer.cell.W.numpy(), requires_grad=True)} for _ in range(T)]
+    state, total, own = layer.cell.initial_state(B), 0.0, layer.cell.__tree_leaves__()
+    for t in range(T):
+        layer.cell.__tree_swap__(copies[t])
+        y, state = layer.cell(tg.asarray(x[t]), tg.asarray(state))
+        total = total + y.sum()
+        layer.cell.__tree_swap__(own)
+    total.backward()
+    np.testing.assert_allclose(flow.parameters["cell.W"], [norm(copy["W"].grad) for copy in copies], rtol=1e-9)
+
+
 def test_target_and_text(x: np.ndarray) -> None:
     model = Model()
     flow = inspect.gradient_flow(model, x, nn.mse_loss, np.ones((B, 1)))
@@ -232,7 +259,7 @@ def test_what_is_refused(x: np.ndarray) -> None:
         inspect.gradient_flow(model, x, lambda out: out)
     with pytest.raises(tg.DTypeError, match="loss returned float"):
         inspect.gradient_flow(model, x, lambda out: out.sum().item())
-    with pytest.raises(tg.ArgumentError, match="no recurrent layer or scan ran in Linear"):
+    with pytest.raises(tg.ArgumentError, match="no step of a recurrent layer or scan ran in Linear"):
         inspect.gradient_flow(nn.Linear(I, 1, dtype=np.float64), x, lambda out: out.sum())
     with tg.no_grad(), pytest.raises(tg.GraphError, match=r"outside of no_grad\(\)"):
         inspect.gradient_flow(model, x, loss_of)

@@ -41,8 +41,8 @@ class Node(NamedTuple):
     """An operation on nodes, or a leaf.
 
     ``op`` is a name in ``ARITHMETIC``, or "value" (data: name, time), "parameter" (data: name), "number", "call"
-    (data: function, parameters), "transpose", "part" (data: a Cut), "index" (data: what stands in brackets), "row"
-    (a concatenation along the last axis).
+    (data: function, parameters), "transpose", "part" (data: a Cut), "index" (data: what stands in brackets), "lookup"
+    (rows of a table), "row" (a concatenation along the last axis).
     """
 
     op: str
@@ -63,7 +63,7 @@ def size(node: Node) -> int:
     return sum(1 for _ in walk(node))
 
 
-def call(name: str, args: tuple[Node, ...], shape: tuple[int, ...], **params: Any) -> Node:
+def call(name: str, args: tuple[Node, ...], shape: tuple[int, ...], params: dict[str, Any]) -> Node:
     """A function by its name; parameters that it is understood to have are left out."""
     shown = {} if PLAIN.get(name) == params else params
     return Node("call", args, shape, (name, tuple(sorted(shown.items()))))
@@ -96,12 +96,14 @@ def expression_of(equation: Equation, program: Program, read: Callable[[Any], No
         return [Node("transpose", args, shape)]
     if name == "concatenate" and params["axis"] == -1:
         return [Node("row", args, shape)]
+    if name == "take" and params["axis"] == -2 and len(args[0].shape) == 2:
+        return [Node("lookup", args, shape)]
     if name == "getitem":
         return [_indexed(args, shape, params["template"], equation.outputs[0])]
     if len(shapes) > 1:
-        whole = call(name, args, (), **params)
+        whole = call(name, args, (), params)
         return [Node("index", (whole,), each, str(k)) for k, each in enumerate(shapes)]
-    return [call(name, args, shape, **params)]
+    return [call(name, args, shape, params)]
 
 
 def _bounds(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -153,7 +155,7 @@ def _indexed(args: tuple[Node, ...], shape: tuple[int, ...], template: tuple[Any
         low, high, _ = slice(*last[1:]).indices(x.shape[-1])
         return part_of(x, Cut(low, max(low, high), -1, slot))
     if len(args) > 1:
-        return call("getitem", args, shape, template=template)
+        return call("getitem", args, shape, {"template": template})
     if (
         len(x.shape) == 2
         and template[0].__class__ is tuple

@@ -85,9 +85,9 @@ def _names(recorded: Recorded) -> dict[int, str]:
     for slot, label in sorted(program.labels.items()):
         if slot in made:
             give(slot, label)
-    for k, slot in enumerate(recorded.outputs):
+    for slot, name in recorded.outputs:
         if slot in made:
-            give(slot, "y" if len(recorded.outputs) == 1 else f"y{k}")
+            give(slot, name)
     return names
 
 
@@ -99,8 +99,7 @@ def _left(recorded: Recorded, names: dict[int, str]) -> Iterable[tuple[Any, str]
             yield new, name
         elif new == old:
             yield old, name
-    for k, operand in enumerate(recorded.outputs):
-        name = "y" if len(recorded.outputs) == 1 else f"y{k}"
+    for operand, name in recorded.outputs:
         if operand not in names and name not in shown:
             yield operand, name
 

@@ -83,7 +83,9 @@ def _of_recorded(recorded: Recorded) -> Graph:
         slot: ("parameter" if is_parameter else "constant", name)
         for slot, (name, is_parameter, _) in recorded.captures.items()
     }
-    results = {new: f"{name}_t" for _, new, name in recorded.states}
+    results = {} if recorded.states else dict(recorded.outputs)
+    results |= {operand: f"{name}_t" for operand, name in recorded.outputs if recorded.states}
+    results |= {new: f"{name}_t" for _, new, name in recorded.states}
     return _of_program(recorded.program, titles, captures, results)
 
 

@@ -89,6 +89,11 @@ class Writer:
         """A concatenation."""
         return f"[{self.comma.join(self(arg) for arg in node.args)}]", ATOM
 
+    def write_lookup(self, node: Node) -> Written:
+        """Rows of a table by their numbers."""
+        table, rows = node.args
+        return f"{self.at(table, ATOM)}[{self(rows)}]", ATOM
+
     # what the notations differ in
     def bracketed(self, text: str) -> str:
         """Parentheses around."""

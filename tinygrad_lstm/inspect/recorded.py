@@ -35,7 +35,7 @@ class Recorded(NamedTuple):
         The path at which the module itself ran; what ran in a part of it has a longer one.
     inputs : names of the inputs, the state excepted
     states : (old slot, new operand, name) for each part of the state
-    outputs : operands of the outputs, the state excepted
+    outputs : (operand, name) of the outputs, the state excepted
     captures : slot -> (name, whether it is a parameter, the tensor)
     """
 
@@ -43,7 +43,7 @@ class Recorded(NamedTuple):
     root: str
     inputs: dict[int, str]
     states: list[tuple[int, Any, str]]
-    outputs: list[Any]
+    outputs: list[tuple[Any, str]]
     captures: dict[int, tuple[str, bool, Tensor]]
 
 
@@ -157,7 +157,7 @@ def _record(cell: Any, x: Any) -> Recorded:
     s_leaves, s_tree = flatten(state)
     n_leaves, n_tree = flatten(noise)
     avals = [*_avals(x_leaves), *_avals(s_leaves), *(Aval(a.shape[1:], a.dtype) for a in _avals(n_leaves))]
-    counts = [0]
+    output_names: list[str] = []
 
     def body(*tensors: Any) -> list[Any]:
         old = tensors[len(x_leaves) : len(x_leaves) + len(s_leaves)]
@@ -166,7 +166,7 @@ def _record(cell: Any, x: Any) -> Recorded:
         if not isinstance(result, tuple) or len(result) != 2:
             raise DTypeError(f"{type(cell).__name__}.forward returned no pair (output, state)")
         outputs, new = (flatten(part)[0] for part in result)
-        counts[0] = len(outputs)
+        output_names[:] = _leaf_names(result[0], "y")
         return [*map(asarray, outputs), *map(asarray, new)]
 
     with _undrawn():
@@ -176,11 +176,11 @@ def _record(cell: Any, x: Any) -> Recorded:
     noise_slots = program.inputs[len(x_leaves) + len(s_leaves) :]
     inputs.update(zip(noise_slots, _leaf_names(noise, names[2] if len(names) > 2 else "noise"), strict=True))
     old_slots = program.inputs[len(x_leaves) : len(x_leaves) + len(s_leaves)]
-    new = program.outputs[counts[0] :]
+    new = program.outputs[len(output_names) :]
     return Recorded(
         program, getattr(cell, "_label", None) or "", inputs,
         list(zip(old_slots, new, _state_names(program, new, state, names[1]), strict=True)),
-        list(program.outputs[: counts[0]]), _captures(traced, cell),
+        list(zip(program.outputs, output_names, strict=False)), _captures(traced, cell),
     )  # fmt: skip
 
 
@@ -209,13 +209,17 @@ def record_module(module: Any, x: Any) -> Recorded:
     """Record a call ``module(x)``, ``x`` a tree of arrays."""
     leaves, treedef = flatten(x)
 
+    output_names: list[str] = []
+
     def body(*tensors: Any) -> Any:
-        return flatten(module(unflatten(treedef, tensors)))[0]
+        result = module(unflatten(treedef, tensors))
+        output_names[:] = _leaf_names(result, "output")
+        return flatten(result)[0]
 
     with _undrawn():
         traced = trace(body, _avals(leaves), flat=True)
     names = _leaf_names(x, (_arguments(module) or ["x"])[0])
     return Recorded(
         traced.program, getattr(module, "_label", None) or "", dict(zip(traced.program.inputs, names, strict=True)),
-        [], list(traced.program.outputs), _captures(traced, module),
+        [], list(zip(traced.program.outputs, output_names, strict=True)), _captures(traced, module),
     )  # fmt: skip

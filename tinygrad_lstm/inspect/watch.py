@@ -97,7 +97,10 @@ def watch(who: str, model: Any, x: Any, loss: Callable[..., Any], target: Any = 
         raise GraphError(f"{who}: nothing was recorded; call it outside of no_grad()")
     steps = 1 + max((record.place.step for record in tape.records if record.place.step is not None), default=-1)
     if not steps:
-        raise ArgumentError(f"{who}: no recurrent layer or scan ran in {type(model).__name__}, so there are no steps")
+        raise ArgumentError(
+            f"{who}: no step of a recurrent layer or scan ran in {type(model).__name__}; a loop over time is one of "
+            "nn.Recurrent (and other layers) or ops.scan, of at least one step"
+        )
     found = _values(tape)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     sources: list[Tensor] = [tensor for one in found.values() for tensor in one.values() if tensor.dtype.kind == "f"]

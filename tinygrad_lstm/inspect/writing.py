@@ -39,7 +39,7 @@ def equations(cell: Any, latex: bool = False, *, x: Any = None, rename: Mapping[
     Raises
     ------
     DTypeError
-        No cell.
+        No cell; ``rename`` is no dict of strings.
     ArgumentError
         A name in ``rename`` that there is not, or one that would stand for two values; no or several widths of x.
 
@@ -62,6 +62,10 @@ def equations(cell: Any, latex: bool = False, *, x: Any = None, rename: Mapping[
     h_{t} &= \\tanh\\left(x_{t} \\, {W_{ih}}^{\\top} + h_{t-1} \\, {W_{hh}}^{\\top}\\right)
     \\end{aligned}
     """
+    if rename is not None and not (
+        isinstance(rename, Mapping) and all(isinstance(name, str) for pair in rename.items() for name in pair)
+    ):
+        raise DTypeError(f"equations: rename is a dict of names such as {{'g': 'a'}}, found {rename!r}")
     cells = cells_of(cell)
     if not cells:
         raise DTypeError(f"equations: {type(cell).__name__} has no recurrent cell")
