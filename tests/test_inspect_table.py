@@ -103,6 +103,9 @@ def test_html_is_well_formed(tape: tg.Tape) -> None:
 
     Check().feed(table._repr_html_())
     assert not opened and counts["tr"] == len(table) + 1 and counts["td"] == 8 * len(table)
+    counts.clear()
+    Check().feed(tape.to_table()._repr_html_())
+    assert not opened and counts["tr"] == 62 and counts["td"] == 8 * 60 + 1
 
 
 def test_values_cannot_be_written_to(tape: tg.Tape) -> None:

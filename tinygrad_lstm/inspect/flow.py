@@ -89,16 +89,20 @@ class GradientFlow:
             raise ArgumentError(f"plot: {os.fspath(path)!r} ends in {ending!r}; figures end in {', '.join(ENDINGS)}")
         panels = {"states": self.states, "gates": self.gates, "parameters, step by step": self.parameters}
         panels = {title: norms for title, norms in panels.items() if norms}
-        figure = blank_figure("GradientFlow.plot", 4.6 * len(panels), 3.8)
+        rows = max(-(-len(norms) // 2) for norms in panels.values())
+        figure = blank_figure("GradientFlow.plot", 4.6 * len(panels), 3.6 + 0.19 * rows)
         for k, (title, norms) in enumerate(panels.items()):
             axes = figure.add_subplot(1, len(panels), k + 1, xlabel="t", title=title)
-            for name, values in norms.items():
-                axes.plot(np.arange(self.steps), np.where(values > 0, values, np.nan), marker=".", label=name)
+            for number, (name, values) in enumerate(norms.items()):
+                style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+                seen = np.where(values > 0, values, np.nan)
+                axes.plot(np.arange(self.steps), seen, linestyle=style, marker=".", label=name)
             if any((values > 0).any() for values in norms.values()):
                 axes.set_yscale("log")
             axes.set_ylabel("norm of the gradient" if k == 0 else "")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            axes.locator_params(axis="x", integer=True)
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
         figure.tight_layout()
         data = picture(figure, ending[1:])
         with replacing(path) as file:

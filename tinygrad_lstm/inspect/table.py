@@ -75,20 +75,23 @@ class Table:
         """Every column as a list, by its name."""
         return {column: self[column] for column in COLUMNS}
 
-    def _cells(self) -> list[tuple[str, ...]]:
-        return [_texts(row) for row in self.rows]
+    def _shown(self) -> tuple[list[tuple[str, ...]], str]:
+        """The cells of the rows that are printed, and what to say in the middle of them."""
+        if len(self.rows) <= MOST_SHOWN:
+            return [_texts(row) for row in self.rows], ""
+        half = MOST_SHOWN // 2
+        rows = [*self.rows[:half], *self.rows[-half:]]
+        note = f"... {len(self.rows) - len(rows)} rows left out; table.rows has them all ..."
+        return [_texts(row) for row in rows], note
 
     def __str__(self) -> str:
-        rows, left_out = self._cells(), 0
-        if len(rows) > MOST_SHOWN:
-            left_out = len(rows) - MOST_SHOWN
-            rows = [*rows[: MOST_SHOWN // 2], *rows[-(MOST_SHOWN // 2) :]]
+        rows, note = self._shown()
         lines = [SHOWN, *rows]
         widths = [max(len(line[k]) for line in lines) for k in range(len(SHOWN))]
         texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         texts = [text.rstrip() for text in texts]
-        if left_out:
-            texts.insert(1 + MOST_SHOWN // 2, f"... {left_out} rows left out; table.rows has them all ...")
+        if note:
+            texts.insert(1 + MOST_SHOWN // 2, note)
         return "\n".join(texts)
 
     def __repr__(self) -> str:
@@ -96,7 +99,10 @@ class Table:
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{name}</th>" for name in SHOWN)
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._cells()]
+        cells, note = self._shown()
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells]
+        if note:
+            rows.insert(MOST_SHOWN // 2, f'<td colspan="{len(SHOWN)}">{note}</td>')
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
