@@ -149,6 +149,21 @@ def test_a_layer_norm_is_a_function() -> None:
     assert "norm_c(u) = (u - mean(u)) / sqrt(var(u) + 1e-05) * w_norm_c + b_norm_c" in text
 
 
+def test_a_long_scope_is_a_function_and_a_short_one_is_not() -> None:
+    class Scoped(MinimalGated):
+        def forward(self, x: Any, h: Any) -> Any:
+            with tg.scope("short"):
+                u = x @ self.W[:3].T
+            with tg.scope("gate"):
+                g = ops.sigmoid(u * h + ops.exp(u) / (1.0 + ops.square(h) - ops.tanh(u * u)))
+            h = g * h
+            return h, h
+
+    lines = inspect.equations(Scoped()).splitlines()
+    assert lines[0] == "h_t = gate(x_t W[h]^T, h_{t-1}) * h_{t-1}"
+    assert lines[1] == "gate(u, v) = sigmoid(u * v + exp(u) / (1 + v^2 - tanh(u * u)))"
+
+
 def test_rename_and_its_errors() -> None:
     text = inspect.equations(nn.LSTMCell(2, 3), rename={"g": "c~"})
     assert "c~_t = tanh(x_t W_ih[c~]^T" in text and "c_t = f_t * c_{t-1} + i_t * c~_t" in text
