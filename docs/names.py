@@ -24,6 +24,7 @@ MODULES = {
     "tinygrad_lstm.data": "Text corpora and generated sequence tasks.",
     "tinygrad_lstm.training": "The training loop and its checkpoints.",
     "tinygrad_lstm.interop": "To and from PyTorch, safetensors and ONNX.",
+    "tinygrad_lstm.inspect": "Equations, drawings, gradients over time, the time player; see [inspect.md](inspect.md).",
 }
 HEAD = """# Names
 

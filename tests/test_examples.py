@@ -131,6 +131,14 @@ def test_short_form(script, tmp_path):
     assert not list(tmp_path.iterdir()), "it left files behind"
 
 
+def test_watched_bptt_writes_its_pages(tmp_path):
+    done = run_script("watch_bptt.py", "--out", "seen", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {p.name for p in (tmp_path / "seen").iterdir()} == {"rnn.html", "rnn.svg", "lstm.html", "lstm.svg"}
+    found = re.search(r"after 79 steps back: rnn (\S+), lstm (\S+)", done.stdout)
+    assert found and float(found[2]) > 1000 * float(found[1])
+
+
 def test_every_example_is_in_the_readme():
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert SCRIPTS

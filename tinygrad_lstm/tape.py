@@ -18,6 +18,7 @@ from tinygrad_lstm.record import _STATE, Node, Output, Record, eager, name, no_g
 from tinygrad_lstm.storage import untouched, verify
 
 if TYPE_CHECKING:
+    from tinygrad_lstm.inspect.table import Table
     from tinygrad_lstm.program import Program
     from tinygrad_lstm.tensor import Tensor
 
@@ -365,6 +366,16 @@ class Tape:
         from tinygrad_lstm.program import lower
 
         return lower(self.entries, inputs, outputs)[0]
+
+    def to_table(self, t: Any = None, module: str | None = None, gate: Any = None) -> Table:
+        """The values on the tape as a :class:`~tinygrad_lstm.inspect.Table`, one row each.
+
+        ``t`` chooses time steps (an int or several), ``module`` what ran in a path or below it (``""``: outside of
+        all), ``gate`` values with that ``tg.name`` (a str or several).  Raises ArgumentError where nothing is so named.
+        """
+        from tinygrad_lstm.inspect.table import table_of
+
+        return table_of(self, t, module, gate)
 
     def gradient(self, target: Tensor, sources: Any, cotangent: Any = None) -> Any:
         """Gradients of ``target`` with respect to ``sources`` by replaying the tape in reverse.

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tinygrad_lstm._version import __version__
-from tinygrad_lstm.cli import cache, evaluate, export, sample, train
+from tinygrad_lstm.cli import bench, cache, evaluate, export, gradcheck, inspect, sample, train
 from tinygrad_lstm.cli.options import UsageError
 from tinygrad_lstm.errors import Error
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = (train, sample, evaluate, export, cache)
+COMMANDS = (train, sample, evaluate, export, bench, gradcheck, inspect, cache)
 
 
 class _Parser(argparse.ArgumentParser):

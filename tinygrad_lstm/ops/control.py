@@ -304,8 +304,9 @@ def _stepwise(
     current = unflatten(carry_tree, carry)
     rows: list[list[Tensor]] = []
     y_tree: Any = None
+    outer = state().step  # of a loop in a body, provenance tells the step of the outer one
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
-        with recording(step=t):
+        with recording(step=t if outer is None else outer):
             new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))
         new, new_tree = flatten(new_carry)
         new = [asarray(n) for n in new]
