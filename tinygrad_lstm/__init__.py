@@ -54,12 +54,12 @@ from tinygrad_lstm.tensor import Tensor, asarray, tensor
 _binding.mark_internal()
 
 __all__ = [
-    "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "DependencyError", "Error", "FileError", "Generator",
-    "GradcheckError", "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError", "Tape",
-    "Tensor", "TraceError", "UnsupportedError", "__version__", "asarray", "checkpoint", "compile", "data", "eager",
-    "explain", "get_num_threads", "grad", "gradcheck", "hessian", "hvp", "inspect", "interop", "jacobian", "jvp", "load",
-    "name", "nn", "no_grad", "ops", "optim", "primitive", "save", "scope", "seed", "set_num_threads", "tensor", "training",
-    "value_and_grad", "vjp",
+    "REGISTRY", "ArgumentError", "CheckpointError", "DTypeError", "DependencyError", "Error", "FileError",
+    "Generator", "GradcheckError", "GraphError", "OutOfRangeError", "Primitive", "Program", "Record", "ShapeError",
+    "Tape", "Tensor", "TraceError", "UnsupportedError", "__version__", "asarray", "checkpoint", "compile", "data",
+    "eager", "explain", "get_num_threads", "grad", "gradcheck", "hessian", "hvp", "inspect", "interop", "jacobian",
+    "jvp", "load", "name", "nn", "no_grad", "ops", "optim", "primitive", "save", "scope", "seed", "set_num_threads",
+    "tensor", "training", "value_and_grad", "vjp",
 ]  # fmt: skip
 
 _SUBPACKAGES = frozenset({"data", "inspect", "interop", "nn", "optim", "training"})
