@@ -26,7 +26,7 @@ from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, O
 from tinygrad_lstm.kernels.pool import SMALLEST, applied
 from tinygrad_lstm.pullback import REGISTRY, Differentiable, Rule, signature_of, sum_to, zeros
 from tinygrad_lstm.record import _STATE, Aval
-from tinygrad_lstm.tensor import Tensor, as_operand, asarray
+from tinygrad_lstm.tensor import Tensor, as_operands, asarray
 
 __all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 
@@ -142,7 +142,7 @@ class Primitive(Differentiable):
                 if arg._rg:
                     needs = True
             elif arg.__class__ is not float and arg.__class__ is not int:
-                return self.bind(_operands(args), params)
+                return self.bind(as_operands(args), params)
         if not found and (args or self.argument_names):
             return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
         values = [arg._data if isinstance(arg, Tensor) else arg for arg in args]
@@ -236,12 +236,6 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> bool:
 
 def aval_of(value: Any) -> Aval:
     return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
-
-
-def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Operands of other kinds as tensors, and as Python numbers where a tensor is beside them."""
-    converted = tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args)
-    return converted if any(isinstance(c, Tensor) for c in converted) else tuple(asarray(a) for a in args)
 
 
 def _unknown(*_: Any, who: str = "", **params: Any) -> Any:

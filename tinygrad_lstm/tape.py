@@ -195,13 +195,13 @@ def _run_hooks(record: Record, cotangent: Any) -> Any:
 
 def run_hooks(hooks: Iterable[Callable[..., Any]], cotangent: Tensor, where: str) -> Tensor:
     """Call hooks in the order of their registration; one that returns a value replaces the cotangent."""
-    from tinygrad_lstm.tensor import Tensor, asarray
+    from tinygrad_lstm.tensor import as_like
 
     for hook in list(hooks):
         result = hook(cotangent)
         if result is None:
             continue
-        replacement = result if isinstance(result, Tensor) else asarray(result)
+        replacement = as_like(result, cotangent.dtype)
         if replacement.shape != cotangent.shape:
             raise ShapeError(
                 f"a hook on {where} returned a gradient of shape {replacement.shape}, expected {cotangent.shape}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tinygrad_lstm.replays import known_replay
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
 
-__all__ = ["Tensor", "as_operand", "asarray", "tensor"]
+__all__ = ["Tensor", "as_like", "as_operands", "asarray", "tensor", "together"]
 
 
 class Meta:
@@ -365,10 +365,10 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
                 f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it or pass one"
             )
         return Tensor(_one(target.dtype).copy() if not target.shape else np.ones(target.shape, target.dtype))
-    given = cotangent if isinstance(cotangent, Tensor) else asarray(cotangent)
+    given = as_like(cotangent, target.dtype)
     if given.shape != target.shape:
         raise ShapeError(f"{who}: cotangent of shape {given.shape} for an output of shape {target.shape}")
-    return given if given.dtype == target.dtype else given.astype(target.dtype)
+    return given
 
 
 @functools.cache
@@ -422,6 +422,11 @@ def _only_python_numbers(value: Any) -> bool:
     return not isinstance(value, (np.generic, np.ndarray))
 
 
+def _is_weak(array: np.ndarray, value: Any) -> bool:
+    """Whether an array was read from Python floats: its dtype is for others to say."""
+    return array.dtype == np.float64 and _only_python_numbers(value)
+
+
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_holds_tensors(item) for item in value)
@@ -436,6 +441,16 @@ def as_dtype(dtype: Any) -> np.dtype:
         raise DTypeError(f"{dtype!r} is no dtype; expected something like np.float32 or 'int64'") from None
 
 
+def _read(value: Any) -> np.ndarray:
+    """Numbers, nested lists of them, or what else NumPy reads, in the dtype that NumPy gives."""
+    if _holds_tensors(value):
+        raise DTypeError("a list of tensors; join them with ops.stack or ops.concatenate, which keep the graph")
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ShapeError(f"nested lists of unequal lengths cannot become an array: {value!r:.80}") from None
+
+
 def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
     """Anything array-like as an ndarray; Python floats become float32, everything else keeps its dtype."""
     if isinstance(value, Tensor):
@@ -443,13 +458,8 @@ def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
     elif isinstance(value, np.ndarray):
         array = value
     else:
-        if _holds_tensors(value):
-            raise DTypeError("a list of tensors; join them with ops.stack or ops.concatenate, which keep the graph")
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            raise ShapeError(f"nested lists of unequal lengths cannot become an array: {value!r:.80}") from None
-        if array.dtype == np.float64 and dtype is None and _only_python_numbers(value):
+        array = _read(value)
+        if dtype is None and _is_weak(array, value):
             array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise DTypeError(
@@ -493,14 +503,60 @@ def asarray(a: Any, dtype: Any = None) -> Tensor:
     return out
 
 
-def as_operand(value: Any) -> Any:
+def as_like(value: Any, dtype: Any) -> Tensor:
+    """A tensor of a known dtype: a Tensor is converted (and keeps its graph), all else is read in that dtype.
+
+    Python floats have double precision until then: 0.1 in float64 is not 0.1 in float32.
+    """
+    if isinstance(value, Tensor):
+        return value if value.dtype == dtype else value.astype(dtype)
+    return asarray(value, dtype)
+
+
+def _as_operand(value: Any) -> Any:
     """An operand of a primitive: a Tensor as it is, a number as a (weak) Python number, the rest as an array.
 
     NumPy scalars count as Python numbers: ``x32 * np.sqrt(64)`` stays float32 (the one deviation from NEP 50).
     """
-    if isinstance(value, (Tensor, bool, int, float)) and not isinstance(value, np.generic):
+    if isinstance(value, Tensor) or value.__class__ is float or value.__class__ is int:
         return value
     if isinstance(value, np.generic) and value.dtype.kind in "fiub":
         number = value.item()
-        return asarray(value) if isinstance(number, np.generic) else number  # a long double stays one
+        if isinstance(number, (int, float)) and number.__class__ is not bool:
+            return number  # a long double stays one
     return asarray(value)
+
+
+def as_operands(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The operands of a primitive: tensors, and (weak) Python numbers where a tensor is beside them.
+
+    A list of Python floats takes the floating dtype of the tensors beside it, float32 where there is none.
+    """
+    lists = [k for k, value in enumerate(values) if isinstance(value, (list, tuple))]
+    found = [None if k in lists else _as_operand(value) for k, value in enumerate(values)]
+    for k in lists:
+        found[k] = _read_beside(values[k], found)
+    if any(isinstance(operand, Tensor) for operand in found):
+        return tuple(found)
+    return tuple(asarray(operand) for operand in found)
+
+
+def together(*values: Any) -> list[Any]:
+    """All values as tensors; Python floats take the floating dtype of the tensors and arrays beside them."""
+    if all(isinstance(value, Tensor) for value in values):
+        return list(values)
+    weak = [k for k, value in enumerate(values) if value.__class__ is float or isinstance(value, (list, tuple))]
+    found = [None if k in weak else asarray(value) for k, value in enumerate(values)]
+    for k in weak:
+        found[k] = _read_beside(values[k], found)
+    return found
+
+
+def _read_beside(value: Any, others: Sequence[Any]) -> Tensor:
+    """A Python float, or lists of numbers, as a tensor beside others."""
+    array = _read(value)
+    if not _is_weak(array, value):
+        return Tensor(to_array(array))
+    dtypes = [other.dtype for other in others if isinstance(other, Tensor)]
+    floats = [dtype for dtype in dtypes if dtype.kind == "f"]
+    return Tensor(array.astype(np.result_type(np.float32, *(floats or dtypes))))

@@ -12,7 +12,7 @@ from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.pushforward import push
 from tinygrad_lstm.tape import Output, Tape, recording, state
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, as_like
 from tinygrad_lstm.tree import flatten, leaf_paths, unflatten
 
 __all__ = ["jvp", "push_entries"]
@@ -71,10 +71,10 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                     raise ShapeError("jvp: a tangent has another structure than its primal")
                 given = [by_path[path] for path in wanted]
             for v, t in zip(fresh, given, strict=True):
-                t = asarray(t)
+                t = as_like(t, v.dtype)
                 if t.shape != v.shape:
                     raise ShapeError(f"jvp: tangent of shape {t.shape} for a primal of shape {v.shape}")
-                seeds[v._node or v] = t if t.dtype == v.dtype else t.astype(v.dtype)
+                seeds[v._node or v] = t
             arguments.append(rebuilt)
         recorder = Tape()
         with recorder:

@@ -32,7 +32,7 @@ def hvp(f: Callable[..., Any], primals: Sequence[Any], vectors: Sequence[Any]) -
         raise ShapeError("hvp: primals and vectors are tuples of one length, an entry per argument; write (x,) for one")
     of_plain, opened_primals = opened(f, primals)
     arguments = tuple(asarray(p) if isinstance(p, list) and _is_numbers(p) else p for p in opened_primals)
-    directions = tuple(asarray(v) if isinstance(v, list) and _is_numbers(v) else v for v in vectors)
+    directions = tuple(np.asarray(v, np.float64) if isinstance(v, list) and _is_numbers(v) else v for v in vectors)
 
     def gradient(*xs: Any) -> Any:
         value, grads = value_and_grad(of_plain, tuple(range(len(xs))))(*xs)

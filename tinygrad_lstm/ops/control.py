@@ -21,7 +21,7 @@ from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tape import recording, state
-from tinygrad_lstm.tensor import Tensor, asarray, tensor
+from tinygrad_lstm.tensor import Tensor, asarray, tensor, together
 from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
 
 __all__ = ["memory_plan", "scan", "stop_gradient"]
@@ -228,10 +228,11 @@ def _masked(body: Body) -> Body:
         new_carry, y = body(carry, x)
         old, _ = flatten(carry)
         new, carry_tree = flatten(new_carry)
-        kept = [where(_rows(valid, n), n, o) for n, o in zip(map(asarray, new), old, strict=True)]
         y_leaves, y_tree = flatten(y)
+        tensors = together(*old, *new, *y_leaves)[len(old) :]
+        kept = [where(_rows(valid, n), n, o) for n, o in zip(tensors, old, strict=False)]
         shown = []
-        for leaf in map(asarray, y_leaves):
+        for leaf in tensors[len(new) :]:
             if not leaf.ndim or leaf.shape[0] != valid.shape[0]:
                 raise ShapeError(
                     f"scan: with lengths, y has the batch ({valid.shape[0]}) as axis 0, found {leaf.shape}"
@@ -256,6 +257,18 @@ def _check_carry(new: list[Any], new_tree: TreeDef, old: list[Any], old_tree: Tr
                 f"scan: carry leaf {k} went in as {o.dtype}{list(o.shape)} and came back as {n.dtype}{list(n.shape)}; "
                 "give init the shape and dtype that the body returns"
             )
+
+
+def _results(
+    new_carry: Any, y: Any, carry: list[Tensor], carry_tree: TreeDef
+) -> tuple[list[Tensor], list[Tensor], TreeDef]:
+    """The leaves of what a body returned, and the structure of y.  Python floats are as precise as the carry."""
+    given, given_tree = flatten(new_carry)
+    leaves, y_tree = flatten(y)
+    tensors = together(*carry, *given, *leaves)[len(carry) :]
+    new = tensors[: len(given)]
+    _check_carry(new, given_tree, carry, carry_tree)
+    return new, tensors[len(given) :], y_tree
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
@@ -296,11 +309,8 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
         c = unflatten(carry_tree, leaves[: len(carry)])
         x = unflatten(x_tree, leaves[len(carry) :])
         new_carry, y = _pair(body(c, x))
-        new, new_tree = flatten(new_carry)
-        new = [asarray(n) for n in new]
-        _check_carry(new, new_tree, carry, carry_tree)
-        ys, trees[0] = flatten(y)
-        return [*new, *(asarray(leaf) for leaf in ys)]
+        new, ys, trees[0] = _results(new_carry, y, carry, carry_tree)
+        return [*new, *ys]
 
     avals = [Aval(t.shape, t.dtype) for t in carry] + [Aval(t.shape[1:], t.dtype) for t in xs]
     traced = trace(flat, avals, flat=True)
@@ -338,12 +348,9 @@ def _stepwise(
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         with recording(step=t):
             new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))
-        new, new_tree = flatten(new_carry)
-        new = [asarray(n) for n in new]
-        _check_carry(new, new_tree, carry, carry_tree)
+        new, leaves, y_tree = _results(new_carry, y, carry, carry_tree)
         current = unflatten(carry_tree, new)
-        leaves, y_tree = flatten(y)
-        rows.append([asarray(leaf) for leaf in leaves])
+        rows.append(leaves)
     if reverse:
         rows.reverse()
     return current, unflatten(y_tree, [stack(column) for column in zip(*rows, strict=True)])
@@ -358,5 +365,6 @@ def _no_steps(
         zero_x = unflatten(x_tree, [zeros(Aval(x.shape[1:], x.dtype)) for x in xs])
         _, y = _pair(body(zero_carry, zero_x))
     leaves, y_tree = flatten(y)
-    empty = [broadcast_to(zeros(Aval((), asarray(leaf).dtype)), (0, *asarray(leaf).shape)) for leaf in leaves]
+    leaves = together(*carry, *leaves)[len(carry) :]
+    empty = [broadcast_to(zeros(Aval((), leaf.dtype)), (0, *leaf.shape)) for leaf in leaves]
     return unflatten(carry_tree, carry), unflatten(y_tree, empty)

@@ -13,7 +13,7 @@ from tinygrad_lstm.ops.axes import normal_axis
 from tinygrad_lstm.ops.elementwise import multiply, where
 from tinygrad_lstm.ops.shape import reshape
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, asarray, together
 
 # ---------------------------------------------------------------------------- getitem in all NumPy forms
 
@@ -309,7 +309,8 @@ def scatter_add(a: Any, idx: Any, v: Any) -> Any:
     >>> ops.scatter_add([0.0, 0.0, 0.0], [0, 2, 2], [1.0, 2.0, 3.0]).tolist()
     [1.0, 0.0, 5.0]
     """
-    return _scatter_add(asarray(a), _integers(idx, "scatter_add"), asarray(v))
+    a, v = together(a, v)
+    return _scatter_add(a, _integers(idx, "scatter_add"), v)
 
 
 # ---------------------------------------------------------------------------- fixed patterns

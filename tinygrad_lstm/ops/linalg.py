@@ -13,7 +13,7 @@ from tinygrad_lstm.kernels import matmul as kernel
 from tinygrad_lstm.ops.axes import normal_axis
 from tinygrad_lstm.ops.shape import broadcast_to, expand_dims, reshape, squeeze, swapaxes, transpose
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import asarray
+from tinygrad_lstm.tensor import together
 
 
 def _matmul_aval(a: Aval, b: Aval) -> Aval:
@@ -49,7 +49,7 @@ def matmul(a: Any, b: Any) -> Any:
     >>> ops.matmul(np.ones((2, 3)), np.ones(3)).tolist()
     [3.0, 3.0]
     """
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if not a.ndim or not b.ndim:
         raise ShapeError(f"matmul of shapes {a.shape} and {b.shape}: 0-d operands; use multiply")
     left, right = a.ndim == 1, b.ndim == 1
@@ -67,7 +67,7 @@ def matmul(a: Any, b: Any) -> Any:
 
 def dot(a: Any, b: Any) -> Any:
     """Dot product as numpy.dot: the last axis of a with the second-to-last of b."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if not a.ndim or not b.ndim:
         return a * b
     if a.ndim <= 2 and b.ndim <= 2:
@@ -77,7 +77,7 @@ def dot(a: Any, b: Any) -> Any:
 
 def inner(a: Any, b: Any) -> Any:
     """Product over the last axes of both, as numpy.inner."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if not a.ndim or not b.ndim:
         return a * b
     return tensordot(a, b, ([-1], [-1]))
@@ -85,13 +85,13 @@ def inner(a: Any, b: Any) -> Any:
 
 def outer(a: Any, b: Any) -> Any:
     """All products of the elements of two (flattened) arrays, ``(M,), (N,) -> (M, N)``, as numpy.outer."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     return reshape(a, (a.size, 1)) * reshape(b, (1, b.size))
 
 
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
     """Contraction over pairs of axes, as numpy.tensordot."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if isinstance(axes, (int, np.integer)):
         first, second = list(range(a.ndim - int(axes), a.ndim)), list(range(int(axes)))
     else:
@@ -151,7 +151,7 @@ def einsum(subscripts: str, *operands: Any) -> Any:
     >>> ops.einsum("bi,ij->bj", np.ones((2, 3)), np.ones((3, 4))).shape
     (2, 4)
     """
-    tensors = [asarray(x) for x in operands]
+    tensors = together(*operands)
     text = subscripts.replace(" ", "")
     left, arrow, out = text.partition("->")
     terms = left.split(",")

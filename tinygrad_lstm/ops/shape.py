@@ -12,7 +12,7 @@ import numpy as np
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.axes import normal_axes, normal_axis
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor, as_dtype, asarray
+from tinygrad_lstm.tensor import Tensor, as_dtype, asarray, together
 
 
 def _lengths(shape: Any, who: str) -> tuple[int, ...]:
@@ -226,7 +226,7 @@ _concatenate: Primitive = Primitive(
 
 def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
     """Arrays joined along an existing axis, as numpy.concatenate."""
-    tensors = [asarray(x) for x in xs]
+    tensors = together(*xs)
     if not tensors:
         raise ArgumentError("concatenate of an empty list")
     if len(tensors) == 1:
@@ -238,7 +238,7 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
 
 def stack(xs: Sequence[Any], axis: int = 0) -> Any:
     """Arrays of one shape joined along a new axis, as numpy.stack."""
-    tensors = [asarray(x) for x in xs]
+    tensors = together(*xs)
     if not tensors:
         raise ArgumentError("stack of an empty list")
     shapes = {t.shape for t in tensors}
