@@ -112,6 +112,13 @@ SAMPLES["power"] += [
     sample(spread((4,), -2, 2), call=lambda x, p=p: ops.power(x, p)) for p in (-2.0, 1.0, 2.0, 3.0, 0, 1, 2, 3)
 ]
 
+for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
+    SAMPLES[_name] = [sample(ints([[12, -5, 3]]), ints([[10], [6]])), sample(ints([1, 2]), np.array([True, False]))]
+    ZERO_SIZE[_name] = [sample(ints(np.zeros((0, 3))), ints([[1, 2, 3]]))]
+    ZERO_D[_name] = [sample(ints(6), ints(3))]
+SAMPLES["invert"] = [sample(ints([[12, -5, 3]])), sample(np.array([True, False]))]
+ZERO_SIZE["invert"], ZERO_D["invert"] = [sample(ints(np.zeros((0, 3))))], [sample(ints(6))]
+
 _mask = np.array([[True, False, True, False]] * 3)
 SAMPLES["where"] = [
     sample(_mask, spread((3, 4)), spread((3, 4), seed=1)),

@@ -56,7 +56,9 @@ class Tensor:
         def _binary(self, other: Any) -> Tensor: ...
 
         __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _binary
-        __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __and__ = __or__ = _binary
+        __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __and__ = __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = (
+            _binary
+        )
         __lt__ = __le__ = __gt__ = __ge__ = _binary
 
         def __eq__(self, other: Any) -> Tensor: ...  # type: ignore[override]

@@ -239,10 +239,25 @@ logical_and: Primitive = elementwise("logical_and", e.logical_and, None, doc="Bo
 logical_or: Primitive = elementwise("logical_or", e.logical_or, None, doc="Either nonzero; boolean, no gradient.")
 logical_not: Primitive = elementwise("logical_not", e.logical_not, None, doc="Zero; boolean, no gradient.")
 
+
+def _bits(name: str, ufunc: np.ufunc, doc: str) -> Primitive:
+    bits = Primitive(name, ufunc, None, is_elementwise=True, doc=f"{doc} of integers or booleans; no gradient.")
+    bits.refuses_dtypes = (
+        "it takes integers and booleans; compare first (x > 0), or use logical_and, logical_or, logical_not"
+    )
+    return bits
+
+
+bitwise_and: Primitive = _bits("bitwise_and", np.bitwise_and, "The bits that are set in both, x & y,")
+bitwise_or: Primitive = _bits("bitwise_or", np.bitwise_or, "The bits that are set in x or y, x | y,")
+bitwise_xor: Primitive = _bits("bitwise_xor", np.bitwise_xor, "The bits that are set in one of both, x ^ y,")
+invert: Primitive = _bits("invert", np.invert, "All bits flipped, ~x,")
+
 __all__ = [
-    "abs", "add", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "clip", "cos", "cosh",
+    "abs", "add", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "bitwise_and", "bitwise_or",
+    "bitwise_xor", "clip", "cos", "cosh",
     "divide", "elu", "equal", "erf", "exp", "exp2", "expm1", "gelu", "greater", "greater_equal", "hard_sigmoid",
-    "hard_tanh", "isfinite", "leaky_relu", "less", "less_equal", "log", "log1p", "log2", "logical_and", "logical_not",
-    "logical_or", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "relu", "sigmoid", "sign",
-    "silu", "sin", "sinh", "softplus", "sqrt", "square", "subtract", "tan", "tanh", "where",
+    "hard_tanh", "invert", "isfinite", "leaky_relu", "less", "less_equal", "log", "log1p", "log2", "logical_and",
+    "logical_not", "logical_or", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "relu", "sigmoid",
+    "sign", "silu", "sin", "sinh", "softplus", "sqrt", "square", "subtract", "tan", "tanh", "where",
 ]  # fmt: skip

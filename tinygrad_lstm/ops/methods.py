@@ -7,7 +7,7 @@ from typing import Any
 
 from tinygrad_lstm import ops
 from tinygrad_lstm.errors import ArgumentError
-from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.tensor import Tensor, as_operands
 
 
 def _reflected(primitive: Any) -> Any:
@@ -26,6 +26,21 @@ def _unary(primitive: Any) -> Any:
     return lambda self: primitive.bind((self,), {})
 
 
+def _bitwise(bits: Any, logic: Any, swapped: bool = False) -> Any:
+    """``&`` and the like: of booleans they are logic (which native loops have), of integers bit by bit."""
+
+    def method(self: Tensor, *others: Any) -> Any:
+        operands = as_operands((*others, self) if swapped else (self, *others))
+        booleans = all(isinstance(o, Tensor) and o.dtype.kind == "b" for o in operands)
+        return (logic if booleans else bits).bind(operands, {})
+
+    return method
+
+
+_BITWISE = {
+    "and": (ops.bitwise_and, ops.logical_and), "or": (ops.bitwise_or, ops.logical_or),
+    "xor": (ops.bitwise_xor, ops.not_equal),
+}  # fmt: skip
 _OPERATORS = {
     "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "truediv": ops.divide, "pow": ops.power,
 }  # fmt: skip
@@ -65,7 +80,7 @@ def _array_ufunc(self: Tensor, ufunc: Any, method: str, *inputs: Any, **kwargs: 
     return function(*inputs)
 
 
-_UFUNC_NAMES = {"absolute": "abs", "true_divide": "divide", "fabs": "abs"}
+_UFUNC_NAMES = {"absolute": "abs", "true_divide": "divide", "fabs": "abs", "bitwise_not": "invert"}
 
 
 def _array_function(self: Tensor, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -90,6 +105,9 @@ def install() -> None:
     for name, primitive in _OPERATORS.items():
         setattr(Tensor, f"__{name}__", _binary(primitive))
         setattr(Tensor, f"__r{name}__", _reflected(primitive))
+    for name, (bits, logic) in _BITWISE.items():
+        setattr(Tensor, f"__{name}__", _bitwise(bits, logic))
+        setattr(Tensor, f"__r{name}__", _bitwise(bits, logic, swapped=True))
     comparisons = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
     for name, short in zip(comparisons, ("eq", "ne", "lt", "le", "gt", "ge"), strict=True):
         setattr(Tensor, f"__{short}__", _comparison(getattr(ops, name)))
@@ -97,9 +115,7 @@ def install() -> None:
         "__neg__": _unary(ops.negative),
         "__pos__": lambda self: self,
         "__abs__": _unary(ops.abs),
-        "__and__": _binary(ops.logical_and),
-        "__or__": _binary(ops.logical_or),
-        "__invert__": _unary(ops.logical_not),
+        "__invert__": _bitwise(ops.invert, ops.logical_not),
         "__matmul__": lambda self, other: ops.matmul(self, other),
         "__rmatmul__": lambda self, other: ops.matmul(other, self),
         "__getitem__": lambda self, index: ops.getitem(self, index),
