@@ -288,7 +288,7 @@ def test_flipped_bits_and_floats():
         same(np.bitwise_not(tg.tensor(x)), ~x)
     t = tg.tensor(BITS[0])
     for call in (lambda: t & 1.5, lambda: np.ones(3) | t, lambda: ~tg.tensor([1.0]), lambda: t ^ tg.tensor([1.0])):
-        with pytest.raises(tg.DTypeError, match=r"float.*integers and booleans.*logical_and"):
+        with pytest.raises(tg.DTypeError, match=r"integers and booleans.*logical_and"):
             call()
     _, ys = ops.scan(lambda c, x: (c ^ x, c & x), np.zeros(3, int), np.arange(6).reshape(2, 3))
     np.testing.assert_array_equal(ys.numpy(), [[0, 0, 0], [0 & 3, 1 & 4, 2 & 5]])
