@@ -62,7 +62,8 @@ def ints(values: Any) -> np.ndarray:
 DOMAINS: dict[str, tuple[float, float]] = {
     "abs": (-2, 2), "arccos": (-0.9, 0.9), "arccosh": (1.2, 4), "arcsin": (-0.9, 0.9), "arcsinh": (-3, 3),
     "arctan": (-3, 3), "arctanh": (-0.9, 0.9), "cos": (-4, 4), "cosh": (-2, 2), "erf": (-2, 2), "exp": (-2, 2),
-    "exp2": (-2, 2), "expm1": (-2, 2), "gelu": (-3, 3), "isfinite": (-2, 2), "log": (0.2, 4), "log1p": (-0.6, 3),
+    "exp2": (-2, 2), "expm1": (-2, 2), "gelu": (-3, 3), "isfinite": (-2, 2), "isinf": (-2, 2), "isnan": (-2, 2),
+    "log": (0.2, 4), "log1p": (-0.6, 3),
     "log2": (0.2, 4), "logical_not": (-2, 2), "negative": (-2, 2), "relu": (-2, 2), "sigmoid": (-4, 4),
     "sign": (-2, 2), "silu": (-4, 4), "sin": (-4, 4), "sinh": (-2, 2), "softplus": (-4, 4), "sqrt": (0.3, 4),
     "square": (-2, 2), "tan": (-1.2, 1.2), "tanh": (-2, 2),
@@ -73,7 +74,8 @@ WITH_PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "leaky_relu": [{"negative_slope": 0.01}, {"negative_slope": 0.4}],
 }
 BINARY: dict[str, tuple[float, float]] = {
-    "add": (-2, 2), "arctan2": (-2, 2), "divide": (0.4, 2), "equal": (-2, 2), "greater": (-2, 2),
+    "add": (-2, 2), "arctan2": (-2, 2), "at_least": (-2, 2), "at_most": (-2, 2),
+    "divide": (0.4, 2), "equal": (-2, 2), "greater": (-2, 2),
     "greater_equal": (-2, 2), "less": (-2, 2), "less_equal": (-2, 2), "logical_and": (-2, 2), "logical_or": (-2, 2),
     "maximum": (-2, 2), "minimum": (-2, 2), "multiply": (-2, 2), "not_equal": (-2, 2), "power": (0.3, 2.2),
     "subtract": (-2, 2),
@@ -131,7 +133,7 @@ ZERO_D["where"] = [sample(np.array(True), spread(()), spread((), seed=1))]
 
 # ---------------------------------------------------------------------------- reductions and normalisations
 
-for _name in ("sum", "max", "min", "norm", "logsumexp"):
+for _name in ("sum", "max", "min", "norm", "logsumexp", "all", "any"):
     SAMPLES[_name] = [
         sample(spread((3, 4)), axis=(-2, -1), keepdims=False),
         sample(spread((3, 4)), axis=(-1,), keepdims=True),

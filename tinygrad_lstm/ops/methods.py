@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.errors import ArgumentError
+from tinygrad_lstm.ops.dispatch import array_function, array_ufunc
 from tinygrad_lstm.tensor import Tensor, as_operands
 
 
@@ -50,8 +49,8 @@ def _shape_argument(function: Any) -> Any:
     """A method that takes its shape or axes as one tuple or as several numbers."""
 
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and (args[0] is None or isinstance(args[0], (tuple, list))):
-            return function(self, args[0])
+        if len(args) == 1 and (args[0] is None or isinstance(args[0], (tuple, list))):
+            return function(self, args[0], **kwargs)
         return function(self, *([args] if args else []), **kwargs)
 
     method.__doc__ = function.__doc__
@@ -65,39 +64,6 @@ def _method(function: Any) -> Any:
     method.__doc__ = function.__doc__
     method.__name__ = function.__name__
     return method
-
-
-def _array_ufunc(self: Tensor, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-    """``np.tanh(t)`` is ``ops.tanh(t)``; a ufunc without a counterpart raises and says so."""
-    name = _UFUNC_NAMES.get(ufunc.__name__, ufunc.__name__)
-    function = getattr(ops, name, None)
-    if method != "__call__" or function is None or name not in ops.__all__:
-        raise ArgumentError(
-            f"numpy.{ufunc.__name__} ({method}) has no differentiable counterpart in ops; use t.numpy()"
-        )
-    if kwargs:
-        raise ArgumentError(f"numpy.{ufunc.__name__} on a Tensor takes no keyword arguments, found {sorted(kwargs)}")
-    return function(*inputs)
-
-
-_UFUNC_NAMES = {"absolute": "abs", "true_divide": "divide", "fabs": "abs", "bitwise_not": "invert"}
-
-
-def _array_function(self: Tensor, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    name = {"amax": "max", "amin": "min"}.get(function.__name__, function.__name__)
-    counterpart = getattr(ops, name, None)
-    if counterpart is None or name not in ops.__all__:
-        raise ArgumentError(f"numpy.{function.__name__} has no counterpart in ops; use t.numpy()")
-    try:
-        inspect.signature(counterpart).bind(*args, **kwargs)
-    except TypeError:
-        taken = list(inspect.signature(counterpart).parameters)
-        unknown = sorted(set(kwargs) - set(taken))
-        found = f"the keyword {', '.join(unknown)}" if unknown else f"{len(args)} arguments"
-        raise ArgumentError(
-            f"numpy.{function.__name__} on a Tensor takes what ops.{name} takes ({', '.join(taken)}), found {found}"
-        ) from None
-    return counterpart(*args, **kwargs)
 
 
 def install() -> None:
@@ -120,8 +86,8 @@ def install() -> None:
         "__rmatmul__": lambda self, other: ops.matmul(other, self),
         "__getitem__": lambda self, index: ops.getitem(self, index),
         "__iter__": lambda self: (self[k] for k in range(len(self))),
-        "__array_ufunc__": _array_ufunc,
-        "__array_function__": _array_function,
+        "__array_ufunc__": array_ufunc,
+        "__array_function__": array_function,
         "reshape": _shape_argument(ops.reshape),
         "transpose": _shape_argument(ops.transpose),
         "T": property(lambda self: ops.transpose(self)),
@@ -134,7 +100,8 @@ def install() -> None:
 
 
 _METHODS = [
-    "sum", "mean", "var", "std", "max", "min", "prod", "argmax", "argmin", "cumsum", "norm", "logsumexp", "softmax",
-    "log_softmax", "swapaxes", "moveaxis", "expand_dims", "squeeze", "ravel", "broadcast_to", "repeat", "take", "clip",
-    "dot", "astype", "exp", "log", "sqrt", "square", "abs", "tanh", "sigmoid", "relu", "split", "chunk", "flip",
+    "all", "any", "sum", "mean", "var", "std", "max", "min", "prod", "argmax", "argmin", "cumsum", "norm", "logsumexp",
+    "softmax", "log_softmax", "swapaxes", "moveaxis", "expand_dims", "squeeze", "ravel", "broadcast_to", "repeat",
+    "take", "clip", "dot", "astype", "exp", "log", "sqrt", "square", "abs", "tanh", "sigmoid", "relu", "split", "chunk",
+    "flip",
 ]  # fmt: skip
