@@ -25,7 +25,9 @@ class Takes:
     Attributes
     ----------
     count : int
-        How many operands there are; -1 for any number of them.
+        How many operands there are.
+    variadic : bool
+        Any number of them may follow in place of the last one.
     parameters : frozenset
         Names of the keyword-only parameters.
     """
@@ -34,7 +36,7 @@ class Takes:
         self, name: str, arguments: list[str], variadic: bool, parameters: list[str], function: Callable[..., Any]
     ) -> None:
         self.name, self.arguments, self.variadic = name, arguments, variadic
-        self.count = -1 if variadic else len(arguments)
+        self.count = len(arguments)
         self.parameters = frozenset(parameters)
         known: Any = () if isinstance(function, np.ufunc) else inspect.signature(function).parameters.values()
         self.defaults = {p.name: p.default for p in known if p.default is not _Kind.empty}

@@ -116,7 +116,7 @@ class Primitive(Differentiable):
 
     def __call__(self, *args: Any, **params: Any) -> Any:
         takes = self.takes
-        if len(args) != takes.count or params.keys() != takes.parameters:
+        if (len(args) != takes.count and not takes.variadic) or params.keys() != takes.parameters:
             args, params = takes.matched(args, params)
         return self.bind(args, params)
 
@@ -208,7 +208,10 @@ class Primitive(Differentiable):
             return ArgumentError(
                 f"{self.name}({found}{given}): {self.refuses or 'these values do not fit the operation'}"
             )
-        return ShapeError(f"{self.name}({found}{given}): these shapes, axes or sizes do not fit together")
+        why = "these shapes, axes or sizes do not fit together"
+        if self.is_elementwise:
+            why = _unequal([a.shape for a in args if isinstance(a, Tensor)])
+        return ShapeError(f"{self.name}({found}{given}): {why}")
 
     def abstract(self, operands: Sequence[Any], params: Mapping[str, Any]) -> Any:
         """Shape and dtype of the result (an Aval, or a tuple of them) from Avals and Python numbers."""
@@ -250,6 +253,18 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _unequal(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Which axis keeps shapes from broadcasting."""
+    for axis in range(-1, -max(map(len, shapes)) - 1, -1):
+        lengths = sorted({shape[axis] for shape in shapes if -axis <= len(shape)} - {1})
+        if len(lengths) > 1:
+            break
+    return (
+        f"shapes do not broadcast: axis {axis} has lengths {' and '.join(map(str, lengths))}; lengths are equal or 1, "
+        "counted from the last axis"
+    )
 
 
 def aval_of(value: Any) -> Aval:

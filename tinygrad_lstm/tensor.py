@@ -34,6 +34,22 @@ class Meta:
         self.label: str | None = None
 
 
+class HookHandle:
+    """What :meth:`Tensor.register_hook` returns; removing a hook twice is no error."""
+
+    __slots__ = ("_hook", "_hooks")
+
+    def __init__(self, hooks: list[Any], hook: Any) -> None:
+        self._hooks, self._hook = hooks, hook
+
+    def remove(self) -> None:
+        """Take the hook off; it is not called again."""
+        if self._hook in self._hooks:
+            self._hooks.remove(self._hook)
+
+    __call__ = remove
+
+
 class Tensor:
     """An n-dimensional array that remembers how it was made.
 
@@ -89,7 +105,7 @@ class Tensor:
 
     @data.setter
     def data(self, value: Any) -> None:
-        array = np.asarray(value._data if isinstance(value, Tensor) else value)
+        array = value._data if isinstance(value, Tensor) else _read(value)
         if array.shape != self._data.shape:
             raise ShapeError(f"data of shape {array.shape} for a tensor of shape {self._data.shape}; make a new tensor")
         if array.dtype != self._data.dtype:
@@ -220,6 +236,26 @@ class Tensor:
         self._data[index] = value._data if isinstance(value, Tensor) else value
         self._bump()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What copy.deepcopy and pickle ask: the value of a leaf; there is no copy of a graph."""
+        if self._node is None:
+            return super().__reduce_ex__(protocol)
+        if self._rg:
+            raise GraphError(
+                f"a computed tensor of shape {self.shape} that requires a gradient cannot be deep-copied or pickled: "
+                "its graph cannot; use detach() for the values, or tg.save"
+            )
+        return Tensor, (self._data,)
+
+    def __copy__(self) -> Tensor:
+        found: Any = object.__reduce_ex__(self, 4)
+        make, args, state = found[:3]
+        twin: Tensor = make(*args)
+        for fields in state if isinstance(state, tuple) else (state,):
+            for name, value in (fields or {}).items():
+                setattr(twin, name, value)
+        return twin
+
     # ------------------------------------------------------------------ the place on the tape
 
     @property
@@ -251,7 +287,7 @@ class Tensor:
             if self._meta is not None:
                 self._meta.grad = None
             return
-        array = np.asarray(value, self.dtype)
+        array = to_array(value, self.dtype)
         if array.shape != self.shape:
             raise ShapeError(f"grad of shape {array.shape} for a tensor of shape {self.shape}")
         self._more().grad = array
@@ -277,10 +313,10 @@ class Tensor:
         extra = record.more()
         extra.retained = {**(extra.retained or {}), index: weakref.ref(self)}
 
-    def register_hook(self, hook: Any) -> Any:
+    def register_hook(self, hook: Any) -> HookHandle:
         """Call ``hook(gradient)`` when the gradient of this value is complete; a returned value replaces it.
 
-        Returns a function of no arguments that removes the hook.
+        Returns a :class:`HookHandle`: ``handle.remove()`` (or ``handle()``) removes the hook.
         """
         if not self._rg:
             raise GraphError("register_hook() on a tensor that does not require a gradient")
@@ -295,12 +331,7 @@ class Tensor:
             extra.hooks = extra.hooks or {}
             hooks = extra.hooks.setdefault(index, [])
         hooks.append(hook)
-
-        def remove() -> None:
-            if hook in hooks:
-                hooks.remove(hook)
-
-        return remove
+        return HookHandle(hooks, hook)
 
     def backward(self, grad: Any = None, retain_graph: bool = False) -> None:
         """Replay the tape behind this tensor in reverse and accumulate into ``grad`` of every leaf.
@@ -363,8 +394,10 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
         raise DTypeError(f"{who} needs a Tensor to differentiate, found {type(target).__name__}")
     if cotangent is None:
         if target.size != 1:
+            argument = {"backward": "grad", "Tape.gradient": "cotangent"}.get(who, "")
             raise ShapeError(
-                f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it or pass one"
+                f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it (sum, mean) or pass "
+                f"{f'{argument}=, an array of that shape' if argument else 'one'}"
             )
         return Tensor(_one(target.dtype).copy() if not target.shape else np.ones(target.shape, target.dtype))
     given = as_like(cotangent, target.dtype)
@@ -436,11 +469,14 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def as_dtype(dtype: Any) -> np.dtype:
-    """A NumPy dtype from whatever names one."""
+    """A dtype that a tensor can have, from whatever names one."""
     try:
-        return np.dtype(dtype)
+        found = np.dtype(dtype)
     except TypeError:
         raise DTypeError(f"{dtype!r} is no dtype; expected something like np.float32 or 'int64'") from None
+    if found.kind not in "fiub":
+        raise DTypeError(f"a tensor holds real numbers, integers or booleans; found the dtype {found}")
+    return found
 
 
 def _read(value: Any) -> np.ndarray:
@@ -498,7 +534,7 @@ def tensor(a: Any, dtype: Any = None, requires_grad: bool = False) -> Tensor:
 
 def asarray(a: Any, dtype: Any = None) -> Tensor:
     """A tensor that shares memory with the array ``a`` where that is possible; a Tensor is returned as it is."""
-    if isinstance(a, Tensor) and (dtype is None or a.dtype == np.dtype(dtype)):
+    if isinstance(a, Tensor) and (dtype is None or a.dtype == as_dtype(dtype)):
         return a
     out = Tensor(to_array(a, dtype))
     out._store().exposed = True
@@ -545,7 +581,10 @@ def as_operands(values: Sequence[Any]) -> tuple[Any, ...]:
 
 def together(*values: Any) -> list[Any]:
     """All values as tensors; Python floats take the floating dtype of the tensors and arrays beside them."""
-    if all(isinstance(value, Tensor) for value in values):
+    for value in values:
+        if not isinstance(value, Tensor):
+            break
+    else:
         return list(values)
     weak = [k for k, value in enumerate(values) if value.__class__ is float or isinstance(value, (list, tuple))]
     found = [None if k in weak else asarray(value) for k, value in enumerate(values)]

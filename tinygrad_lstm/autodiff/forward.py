@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.autodiff.reverse import opened, unlinked, variables
+from tinygrad_lstm.autodiff.reverse import check_callable, opened, unlinked, variables
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.pushforward import push
@@ -56,13 +56,14 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         raise DTypeError("jvp: primals and tangents are tuples, one entry per argument; write (x,) for one")
     if len(primals) != len(tangents):
         raise ShapeError(f"jvp: {len(primals)} primals and {len(tangents)} tangents")
+    check_callable(f, "jvp")
     f, primals = opened(f, primals)
     enabled = state().enabled
     with recording(enabled=True):
         seeds: dict[Any, Tensor] = {}
         arguments = []
-        for primal, tangent in zip(primals, tangents, strict=True):
-            fresh, treedef, rebuilt = variables(primal, "jvp", requires_grad=False)
+        for k, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
+            fresh, treedef, rebuilt = variables(primal, f"jvp: argument {k}", requires_grad=False)
             given, given_tree = flatten(tangent)
             if given_tree != treedef:  # lists for tuples, or another order of the keys
                 by_path = dict(zip(leaf_paths(tangent), given, strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinygrad_lstm.compiler.report import op_by_op, publish, stepwise
 from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
-from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError, TraceError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError, TraceError
 from tinygrad_lstm.ops.elementwise import equal, where
 from tinygrad_lstm.ops.indexing import take
 from tinygrad_lstm.ops.lengths import check_lengths, valid_steps
@@ -98,6 +98,8 @@ def scan_with(
     reverse: bool = False, memory: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """:func:`scan` with a way to record the body that may know it already."""
+    if not callable(body):
+        raise DTypeError(f"scan: the body is a function (carry, x) -> (carry, y), found {type(body).__name__}")
     carry_leaves, carry_tree = leaves_of(init, "init")
     x_leaves, x_tree = leaves_of(xs, "xs")
     steps = _steps(x_leaves, xs, length)
@@ -273,7 +275,10 @@ def _results(
 
 def _pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
-        raise GraphError(f"scan: the body returns a pair (carry, y), found {type(result).__name__}")
+        found = f"{len(result)} values" if isinstance(result, (tuple, list)) else type(result).__name__
+        if isinstance(result, Tensor):
+            found = f"one Tensor of shape {result.shape}"
+        raise DTypeError(f"scan: the body returns a pair (carry, y), found {found}; y may be None")
     return result
 
 

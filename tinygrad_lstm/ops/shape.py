@@ -137,9 +137,9 @@ def transpose(a: Any, axes: Any = None) -> Any:
     if axes is None:
         order = tuple(range(-1, -x.ndim - 1, -1))
     else:
-        order = tuple(normal_axis(a, x.ndim, "transpose") for a in axes)
+        order = tuple(normal_axis(a, x.ndim, "transpose") for a in as_lengths(axes, "transpose"))
         if sorted(order) != list(range(-x.ndim, 0)):
-            raise ShapeError(f"transpose: axes {tuple(axes)} are no permutation of the {x.ndim} axes of {x.shape}")
+            raise ShapeError(f"transpose: axes {axes} are no permutation of the {x.ndim} axes of {x.shape}")
     return _transpose(x, axes=order)
 
 
@@ -344,8 +344,6 @@ def astype(x: Any, dtype: Any) -> Any:
     """Converted to another dtype; the gradient is converted back."""
     x = asarray(x)
     wanted = as_dtype(dtype)
-    if wanted.kind not in "fiub":
-        raise DTypeError(f"astype: a tensor holds real numbers, integers or booleans, found {wanted}")
     return x if x.dtype == wanted else _astype(x, dtype=wanted)
 
 
