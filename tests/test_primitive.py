@@ -237,6 +237,9 @@ def test_defaults_count_in_the_backward_too(declare):
 FUNCTIONS = {
     "numpy": lambda x, y: np.tanh(x) * np.where(x > 0, y, 0.5) + np.float64(2.0) * np.absolute(y) + np.clip(x, -1, y),
     "ops": lambda x, y: ops.tanh(x) * ops.where(x > 0, y, 0.5) + 2.0 * ops.abs(y) + ops.minimum(ops.maximum(x, -1), y),
+    "clip": lambda x, y: (
+        ops.tanh(x) * ops.where(x > 0, y, 0.5) + 2.0 * ops.clip(abs(y), 0, 9) + e.minimum(e.maximum(x, -1), y)
+    ),
     "operators": lambda x, y: e.tanh(x) * e.where(x > 0, y, 0.5) + 2.0 * abs(y) + e.minimum(e.maximum(x, -1), y),
 }
 

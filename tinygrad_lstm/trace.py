@@ -10,6 +10,7 @@ import numpy as np
 
 from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import GraphError, TraceError
+from tinygrad_lstm.kernels.expression import Expr
 from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program, lower
 from tinygrad_lstm.record import _STATE, Record, recording
@@ -136,6 +137,8 @@ class Trace:
 
     def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
         """Record an application without running it."""
+        if any(isinstance(a, Expr) for a in args):
+            return prim._symbolic(args, params)
         operands = as_operands(args)
         for a in operands:
             if isinstance(a, TracedTensor) and a._trace.closed:

@@ -59,8 +59,8 @@ def scan(
     lengths : ints (B,), optional
         Steps per row, 0..T.  Batch is then axis 0 of every carry leaf and axis 1 of every leaf of xs and ys.
         For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at: the
-        body sees the first step of the sequence once more (of another one where the length is 0), and nothing of
-        what it computes from that is used.
+        body sees the first step of the sequence once more (of another one where the length is 0) beside the carry that
+        it ended with, and nothing of what it computes from that is used.
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
     memory : int or float, optional

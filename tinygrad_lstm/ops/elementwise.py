@@ -211,8 +211,8 @@ def clip(a: Any, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: 
     x, a_min, a_max = a, min if a_min is None else a_min, max if a_max is None else a_max
     numbers = (int, float, np.number)
     if all(bound is None or isinstance(bound, numbers) for bound in (a_min, a_max)):
-        x = asarray(x)
-        integer = x.dtype.kind in "iu"
+        x = x if isinstance(x, e.Expr) else asarray(x)
+        integer = not isinstance(x, e.Expr) and x.dtype.kind in "iu"
         if integer or (a_min is None and a_max is None):
             low, high = a_min, a_max
             x = x if low is None else maximum(x, low)

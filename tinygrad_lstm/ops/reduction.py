@@ -160,7 +160,8 @@ def _shares(x: Any, out: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
     # NaN equals nothing, and where there is one it is the extremum.
     mask = logical_or(equal(x, _open(out, axis, keepdims)), not_equal(x, x))
     hits = select(mask, asarray(np.ones((), x.dtype)), 0.0)
-    return hits / _sum(hits, axis=axis, keepdims=True)
+    # Where x was computed again in another order nothing may equal it: 1 in place of the count keeps 0 / 0 away.
+    return hits / maximum(_sum(hits, axis=axis, keepdims=True), 1.0)
 
 
 def _extreme(name: str, ufunc: np.ufunc, x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> Any:
