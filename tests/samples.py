@@ -62,7 +62,8 @@ def ints(values: Any) -> np.ndarray:
 DOMAINS: dict[str, tuple[float, float]] = {
     "abs": (-2, 2), "arccos": (-0.9, 0.9), "arccosh": (1.2, 4), "arcsin": (-0.9, 0.9), "arcsinh": (-3, 3),
     "arctan": (-3, 3), "arctanh": (-0.9, 0.9), "cos": (-4, 4), "cosh": (-2, 2), "erf": (-2, 2), "exp": (-2, 2),
-    "exp2": (-2, 2), "expm1": (-2, 2), "gelu": (-3, 3), "isfinite": (-2, 2), "log": (0.2, 4), "log1p": (-0.6, 3),
+    "exp2": (-2, 2), "expm1": (-2, 2), "gelu": (-3, 3), "isfinite": (-2, 2), "isinf": (-2, 2), "isnan": (-2, 2),
+    "log": (0.2, 4), "log1p": (-0.6, 3),
     "log2": (0.2, 4), "logical_not": (-2, 2), "negative": (-2, 2), "relu": (-2, 2), "sigmoid": (-4, 4),
     "sign": (-2, 2), "silu": (-4, 4), "sin": (-4, 4), "sinh": (-2, 2), "softplus": (-4, 4), "sqrt": (0.3, 4),
     "square": (-2, 2), "tan": (-1.2, 1.2), "tanh": (-2, 2),
@@ -73,7 +74,8 @@ WITH_PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "leaky_relu": [{"negative_slope": 0.01}, {"negative_slope": 0.4}],
 }
 BINARY: dict[str, tuple[float, float]] = {
-    "add": (-2, 2), "arctan2": (-2, 2), "divide": (0.4, 2), "equal": (-2, 2), "greater": (-2, 2),
+    "add": (-2, 2), "arctan2": (-2, 2), "at_least": (-2, 2), "at_most": (-2, 2),
+    "divide": (0.4, 2), "equal": (-2, 2), "greater": (-2, 2),
     "greater_equal": (-2, 2), "less": (-2, 2), "less_equal": (-2, 2), "logical_and": (-2, 2), "logical_or": (-2, 2),
     "maximum": (-2, 2), "minimum": (-2, 2), "multiply": (-2, 2), "not_equal": (-2, 2), "power": (0.3, 2.2),
     "subtract": (-2, 2),
@@ -112,6 +114,13 @@ SAMPLES["power"] += [
     sample(spread((4,), -2, 2), call=lambda x, p=p: ops.power(x, p)) for p in (-2.0, 1.0, 2.0, 3.0, 0, 1, 2, 3)
 ]
 
+for _name in ("bitwise_and", "bitwise_or", "bitwise_xor"):
+    SAMPLES[_name] = [sample(ints([[12, -5, 3]]), ints([[10], [6]])), sample(ints([1, 2]), np.array([True, False]))]
+    ZERO_SIZE[_name] = [sample(ints(np.zeros((0, 3))), ints([[1, 2, 3]]))]
+    ZERO_D[_name] = [sample(ints(6), ints(3))]
+SAMPLES["invert"] = [sample(ints([[12, -5, 3]])), sample(np.array([True, False]))]
+ZERO_SIZE["invert"], ZERO_D["invert"] = [sample(ints(np.zeros((0, 3))))], [sample(ints(6))]
+
 _mask = np.array([[True, False, True, False]] * 3)
 SAMPLES["where"] = [
     sample(_mask, spread((3, 4)), spread((3, 4), seed=1)),
@@ -124,7 +133,7 @@ ZERO_D["where"] = [sample(np.array(True), spread(()), spread((), seed=1))]
 
 # ---------------------------------------------------------------------------- reductions and normalisations
 
-for _name in ("sum", "max", "min", "norm", "logsumexp"):
+for _name in ("sum", "max", "min", "norm", "logsumexp", "all", "any"):
     SAMPLES[_name] = [
         sample(spread((3, 4)), axis=(-2, -1), keepdims=False),
         sample(spread((3, 4)), axis=(-1,), keepdims=True),

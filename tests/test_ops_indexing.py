@@ -117,7 +117,7 @@ def test_numpy_functions_are_the_ops():
 
 def test_numpy_functions_without_a_counterpart_say_so():
     t = tg.tensor([1.0, 2.0], requires_grad=True)
-    for f in (np.floor, np.sort, np.fft.fft, np.add.reduce, lambda a: np.add(a, a, out=np.zeros(2, np.float32))):
+    for f in (np.cbrt, np.sort, np.fft.fft, np.add.reduce, lambda a: np.add(a, a, out=np.zeros(2, np.float32))):
         with pytest.raises(tg.Error, match="numpy"):
             f(t)
 

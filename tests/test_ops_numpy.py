@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator as operators
 from typing import Any
 
 import numpy as np
@@ -260,3 +261,34 @@ def test_where_does_not_leak_nan():
     good = tg.tensor(np.array([1.0, 3.0]), requires_grad=True)
     ops.where(np.array([False, True]), bad, good).sum().backward()
     assert (bad.grad.tolist(), good.grad.tolist()) == ([0.0, 1.0], [1.0, 0.0])
+
+
+BITS = [np.array([12, 5, -3]), np.array([10, 6, 7], np.int8), np.array([True, False, True]), 6, True, np.True_]
+
+
+@pytest.mark.parametrize("x", BITS, ids=repr)
+@pytest.mark.parametrize("y", BITS, ids=repr)
+@pytest.mark.parametrize("operator", ["and_", "or_", "xor"])
+def test_bits_of_integers_and_logic_of_booleans(operator, x, y):
+    f = getattr(operators, operator)
+    for left, right in [(tg.tensor(x), y), (x, tg.tensor(y)), (tg.tensor(x), tg.tensor(y))]:
+        if isinstance(left, tg.Tensor) and isinstance(x, int) and isinstance(right, int):
+            continue  # NumPy has no weak numbers alone
+        a, b = (v.numpy() if isinstance(v, tg.Tensor) else v for v in (left, right))
+        if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
+            same(f(left, right), f(a, b))
+            ufunc = {"and_": np.bitwise_and, "or_": np.bitwise_or, "xor": np.bitwise_xor}[operator]
+            same(ufunc(left, right), f(a, b))
+
+
+def test_flipped_bits_and_floats():
+    for x in BITS[:3]:
+        same(~tg.tensor(x), ~x)
+        same(np.invert(tg.tensor(x)), ~x)
+        same(np.bitwise_not(tg.tensor(x)), ~x)
+    t = tg.tensor(BITS[0])
+    for call in (lambda: t & 1.5, lambda: np.ones(3) | t, lambda: ~tg.tensor([1.0]), lambda: t ^ tg.tensor([1.0])):
+        with pytest.raises(tg.DTypeError, match=r"integers and booleans.*logical_and"):
+            call()
+    _, ys = ops.scan(lambda c, x: (c ^ x, c & x), np.zeros(3, int), np.arange(6).reshape(2, 3))
+    np.testing.assert_array_equal(ys.numpy(), [[0, 0, 0], [0 & 3, 1 & 4, 2 & 5]])

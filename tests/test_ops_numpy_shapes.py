@@ -161,7 +161,7 @@ def test_einsum(case):
 
 
 @pytest.mark.parametrize("case", [("ij,jk->ik", (2, 3), (4, 5)), ("ij->ik", (2, 3)), ("ij,jk", (2, 3)), ("ij", (2,)),
-                                  ("ii->i", (2, 2)), ("...i,...i", (2, 3), (5, 3)), ("i->ii", (2,))],
+                                  ("ii->i", (2, 3)), ("...i,...i", (2, 3), (5, 3)), ("i->ii", (2,))],
                                   ids=lambda c: c[0])  # fmt: skip
 def test_einsum_refuses_with_its_own_words(case):
     subscripts, *shapes = case
@@ -246,7 +246,6 @@ def test_split(where):
 def test_split_and_chunk_errors():
     for bad in (
         lambda: ops.split(np.ones(5), 2),
-        lambda: ops.chunk(np.ones((2, 5)), 2),
         lambda: ops.split(np.ones(5), 0),
     ):
         with pytest.raises(tg.ShapeError):

@@ -198,3 +198,80 @@ def test_a_function_of_numpy_is_a_forward_as_it_is():
     wave(x).sum().backward()
     np.testing.assert_allclose(x.grad, np.cos([0.5, 1.0]), rtol=1e-6)
     assert tg.gradcheck(wave, np.array([0.5, 1.0]))
+
+
+# ---------------------------------------------------------------------------- what a call may contain
+
+
+def test_operands_that_no_primitive_takes():
+    """NumPy's functions behind primitives take more: a third operand of a ufunc would be written to."""
+    t, u, c = (tg.tensor(np.full(2, v)) for v in (1.0, 2.0, 0.0))
+    for call, found in [
+        (lambda: ops.maximum(t, u, c), "takes (x, y), found 3"), (lambda: ops.exp(t, u), "takes (x), found 2"),
+        (lambda: ops.exp(t, where=np.array([True, False])), "where"), (lambda: ops.exp(t, out=c.data), "out"),
+        (lambda: ops.add(t, u, dtype=np.float32, casting="no"), "casting, dtype"), (lambda: ops.add(t), "y is missing"),
+        (lambda: t.exp(u), "found 2"), (lambda: ops.where(t, u), "y is missing"),
+    ]:  # fmt: skip
+        with pytest.raises(tg.ArgumentError) as caught:
+            call()
+        assert found in str(caught.value)
+    assert c.tolist() == [0.0, 0.0] and t.tolist() == [1.0, 1.0]
+    with pytest.raises(tg.ArgumentError):
+        tg.compile(lambda a, b: ops.maximum(a, b, a))(t, u)
+
+
+def test_defaults_count_in_the_backward_too(declare):
+    prim = declare(lambda x, *, k=3: x**k, vjp=lambda g, x, k: g * (k * x ** (k - 1)))
+    check(lambda x: prim(x), X)
+    np.testing.assert_allclose(tg.grad(lambda x: prim(x).sum())(X).numpy(), 3 * X**2)
+    np.testing.assert_allclose(tg.grad(lambda x: prim(x, k=2).sum())(X).numpy(), 2 * X)
+    scaled = declare(lambda x, y=2.0: x * y, vjp=lambda g, x, y: (g * y, g * x))
+    assert tg.grad(lambda x: scaled(x).sum())(X).tolist() == [2.0, 2.0, 2.0]
+    assert scaled(y=X, x=Y).tolist() == (X * Y).tolist()
+    with pytest.raises(tg.ArgumentError, match="found the keyword m"):
+        prim(X, m=2)
+    with pytest.raises(tg.ArgumentError, match="k is missing"):
+        declare(lambda x, *, k: x**k, vjp=lambda g, x, k: g * x)(X)
+
+
+FUNCTIONS = {
+    "numpy": lambda x, y: np.tanh(x) * np.where(x > 0, y, 0.5) + np.float64(2.0) * np.absolute(y) + np.clip(x, -1, y),
+    "ops": lambda x, y: ops.tanh(x) * ops.where(x > 0, y, 0.5) + 2.0 * ops.abs(y) + ops.minimum(ops.maximum(x, -1), y),
+    "clip": lambda x, y: (
+        ops.tanh(x) * ops.where(x > 0, y, 0.5) + 2.0 * ops.clip(abs(y), 0, 9) + e.minimum(e.maximum(x, -1), y)
+    ),
+    "operators": lambda x, y: e.tanh(x) * e.where(x > 0, y, 0.5) + 2.0 * abs(y) + e.minimum(e.maximum(x, -1), y),
+}
+
+
+@pytest.mark.parametrize("compile", ["never", "always"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_expressions_in_words_of_numpy_and_ops(declare, name, compile, monkeypatch):
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", compile)
+    forward = lambda x, y: np.tanh(x) * np.where(x > 0, y, 0.5) + 2 * np.abs(y) + np.minimum(np.maximum(x, -1), y)
+    prim = declare(forward, vjp=(lambda g, x: g * x, lambda g, y: g * y), expression=FUNCTIONS[name])
+    rows = np.stack([X, Y, X - Y, -Y])
+    _, ys = ops.scan(lambda c, x: (c, prim(x, c) + 1.0), X, rows)
+    np.testing.assert_allclose(ys.numpy(), [forward(row, X) + 1.0 for row in rows], rtol=1e-12)
+    np.testing.assert_allclose(tg.compile(lambda x: prim(x, Y) * 2.0)(X).numpy(), forward(X, Y) * 2.0, rtol=1e-12)
+
+
+def test_expressions_that_cannot_be_right(declare):
+    rule = lambda g, x: g
+    for expression in (lambda x: np.cbrt(x), lambda x: ops.sum(x), lambda x: np.concatenate([x, x])):
+        with pytest.raises(tg.DTypeError, match="expression"):
+            declare(lambda x: np.cbrt(x), rule, expression=expression)
+    with pytest.raises(tg.DTypeError, match=r"arctan2.*tanh"):  # what there is
+        declare(lambda x: np.cbrt(x), rule, expression=lambda x: np.cbrt(x))
+    with pytest.raises(tg.ArgumentError, match="forward"):
+        declare(lambda x: np.tanh(x), rule, expression=lambda x: e.tanh(x) + 0.01)
+    with pytest.raises(tg.DTypeError, match="where"):
+        declare(lambda x: np.abs(x), rule, expression=lambda x: x if x > 0 else -x)
+    declare(lambda x, *, k: x * k, lambda g, x, k: g * k, expression=lambda x, *, k: x * k)  # seen when it is called
+
+
+def test_names_and_forwards_of_another_kind():
+    with pytest.raises(tg.DTypeError, match="string, found 3"):
+        tg.primitive(3, forward=np.tanh, vjp=lambda g: g)  # type: ignore[arg-type]
+    with pytest.raises(tg.DTypeError, match="forward is a function"):
+        tg.primitive("test_no_forward", forward=3, vjp=lambda g: g)  # type: ignore[arg-type]

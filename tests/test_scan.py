@@ -223,6 +223,49 @@ def test_what_is_in_the_padding_changes_nothing(junk, reverse):
     assert not gx[:, 2].any()
 
 
+SINGULAR: dict[str, Any] = {  # at x = 0, and the last one also where all elements of a row are equal
+    "divided": lambda x: x / ops.sum(x, axis=1, keepdims=True),
+    "logarithm": lambda x: ops.log(x),
+    "root": lambda x: ops.sqrt(x),
+    "normalised": lambda x: (x - ops.mean(x, axis=1, keepdims=True)) / ops.std(x, axis=1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("name", SINGULAR)
+def test_bodies_that_are_singular_in_the_padding(name, lengths, reverse, compiled):
+    def cell(w: Any) -> Any:
+        def body(h: Any, x: Any) -> Any:
+            h = ops.tanh(h + SINGULAR[name](x) @ w)
+            return h, h * 2.0
+
+        return body
+
+    if name == "normalised" and not any(lengths):
+        pytest.skip("no step of any sequence is there to take the place of the padding")
+    xs = spread((T, B, 3), 0.5, 1.5)
+    xs[np.arange(T)[:, None] >= np.array(lengths)] = np.nan
+    init, w = spread((B, N), -0.5, 0.5), spread((3, N), -0.5, 0.5)
+    rows = lambda init, xs, w: row_by_row(cell(w), init, xs, lengths, reverse)
+    masked = lambda init, xs, w, n: ops.scan(cell(w), init, xs, lengths=n, reverse=reverse)
+    masked = tg.compile(masked) if compiled else masked
+    given = np.array(lengths)
+    close(masked(init, xs, w, given), rows(init, xs, w))
+    found = tg.grad(lambda *args: projected(masked)(*args, given), (0, 1, 2))(init, xs, w)
+    close(found, tg.grad(projected(rows), (0, 1, 2))(init, xs, w))
+
+
+def test_padded_token_ids_are_not_looked_at():
+    ids = np.array([[3, 2], [1, 99], [2, -7]])
+    table = spread((4, 2))
+    f = lambda table, ids: ops.scan(lambda h, i: (h + table[i], h), np.zeros((2, 2)), ids, lengths=[3, 1])[0].sum()
+    expected = np.zeros((4, 2))
+    expected[[1, 2, 3]], expected[2] = 1.0, 2.0
+    np.testing.assert_array_equal(tg.grad(f)(table, ids).numpy(), expected)
+
+
 def test_forms_of_lengths():
     args = lstm_arguments()
     expected = run(ops.scan, lstm, lengths=[5, 3, 1])(*args)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.kernels import build, evaluate
 from tinygrad_lstm.primitive import Primitive, Rule, signature_of
 
@@ -77,10 +78,19 @@ def primitive(
     jvp : callable, optional
         ``jvp(tangents, *inputs, out, **params)``; tangents may be None.  Without it the VJP is transposed.
     expression : callable, optional
-        For an elementwise op: the same function on symbolic scalars, which lets it be fused.
+        For an elementwise op: the same function on symbolic scalars, which lets it be fused.  It may use
+        arithmetic, comparisons, and the elementwise functions of ``ops`` or NumPy (``np.where`` instead of ``if``);
+        what it gives for a few numbers is compared with ``forward`` here.
     saves : names, optional
         What is kept for the backward pass; by default what the rules name.  Rules whose argument names are
         not recognised get the saved values in this order.
+
+    Raises
+    ------
+    ArgumentError
+        A name that is taken, rules that do not fit the arguments, an expression that differs from ``forward``.
+    DTypeError
+        A name that is no string, an expression of something that native code does not have.
 
     Examples
     --------
@@ -91,7 +101,13 @@ def primitive(
     >>> x.grad.tolist()
     [12.0]
     """
+    if not isinstance(name, str):
+        raise DTypeError(f"primitive: a name is a string, found {name!r}")
+    if not callable(forward):
+        raise DTypeError(f"primitive {name!r}: forward is a function of arrays, found {type(forward).__name__}")
     arguments, variadic, _ = signature_of(forward)
+    if expression is not None:
+        _check_expression(name, expression, forward, len(arguments))
     joint = callable(vjp) and (len(arguments) > 1 or variadic)
     rule = vjp
     if callable(vjp) and not joint:
@@ -102,6 +118,38 @@ def primitive(
     )  # fmt: skip
     prim.explains = False
     return prim
+
+
+_TRIED = np.array([-1.6, -0.8, 0.35, 0.7, 1.2, 2.3])  # on both sides of 0 and of 1
+
+
+def _check_expression(name: str, expression: Callable[..., Any], forward: Callable[..., Any], count: int) -> None:
+    """Raise where an expression cannot be built, or says something else than the forward on a few numbers.
+
+    One with a parameter that has no default is seen when it is called.
+    """
+    if not callable(expression):
+        raise DTypeError(f"primitive {name!r}: expression is a function of scalars, found {type(expression).__name__}")
+    _, _, parameters = signature_of(expression)
+    defaults = {key: p.default for key, p in inspect.signature(expression).parameters.items() if key in parameters}
+    if inspect.Parameter.empty in defaults.values():
+        return
+    try:
+        built = build(lambda *scalars: expression(*scalars, **defaults), count)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise DTypeError(f"primitive {name!r}: the expression cannot be built: {error}") from None
+    values = [np.roll(_TRIED, k) for k in range(count)]
+    with np.errstate(all="ignore"):
+        try:
+            expected = np.asarray(forward(*values, **defaults))
+        except Exception:  # it may be for other shapes, or check what it is given
+            return
+        found = np.asarray(built.numpy(*values))
+    if expected.shape != found.shape or not np.allclose(found, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
+        raise ArgumentError(
+            f"primitive {name!r}: for {', '.join(map(str, values))} the expression gives {found}, forward {expected}; "
+            "compiled code would compute something else"
+        )
 
 
 def _single(rule: Rule) -> Rule:

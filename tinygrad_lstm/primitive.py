@@ -22,11 +22,13 @@ import numpy as np
 
 from tinygrad_lstm import storage as _storage
 from tinygrad_lstm.binding import record_application, record_plain
+from tinygrad_lstm.calls import Takes
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
+from tinygrad_lstm.kernels.expression import Expr
 from tinygrad_lstm.kernels.pool import SMALLEST, applied
 from tinygrad_lstm.pullback import REGISTRY, Differentiable, Rule, signature_of, sum_to, zeros
 from tinygrad_lstm.record import _STATE, Aval
-from tinygrad_lstm.tensor import Tensor, as_operand, asarray
+from tinygrad_lstm.tensor import Tensor, as_operands, asarray
 
 __all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 
@@ -85,6 +87,7 @@ class Primitive(Differentiable):
         self.batch = batch  # "same": right with the same parameters when operands have one more leading axis
         self.explains = True  # say errors of the forward in terms of the operands; not those of a user's own function
         self.view = view  # the outputs share memory with the first operand
+        self.refuses_dtypes = ""  # what dtypes it takes, where that needs to be said
         self.refuses = ""  # of an elementwise primitive: what values it does not take, and what to do
         self.always_tuple = always_tuple  # the forward returns a tuple even for one output
         self._jvp = jvp
@@ -95,6 +98,9 @@ class Primitive(Differentiable):
         self.__doc__ = doc
         self.__name__ = name
         self.argument_names, self.variadic, self.parameter_names = signature_of(expression or forward)
+        self.takes = Takes(
+            name, self.argument_names, self.variadic, self.parameter_names, expression or forward
+        )  # fmt: skip
         self._needs_shapes = False
         self._saved_inputs: set[int] = set()
         self.saves_out = False
@@ -109,6 +115,9 @@ class Primitive(Differentiable):
     # ------------------------------------------------------------------ running
 
     def __call__(self, *args: Any, **params: Any) -> Any:
+        takes = self.takes
+        if (len(args) != takes.count and not takes.variadic) or params.keys() != takes.parameters:
+            args, params = takes.matched(args, params)
         return self.bind(args, params)
 
     def __repr__(self) -> str:
@@ -142,7 +151,9 @@ class Primitive(Differentiable):
                 if arg._rg:
                     needs = True
             elif arg.__class__ is not float and arg.__class__ is not int:
-                return self.bind(_operands(args), params)
+                if any(isinstance(symbol, Expr) for symbol in args):
+                    return self._symbolic(args, params)
+                return self.bind(as_operands(args), params)
         if not found and (args or self.argument_names):
             return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
         values = [arg._data if isinstance(arg, Tensor) else arg for arg in args]
@@ -167,6 +178,12 @@ class Primitive(Differentiable):
                 record_plain(self, args, params, result, result._data, current)
         return result
 
+    def _symbolic(self, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
+        """The primitive on symbolic scalars: an op inside of the expression of another one."""
+        if self.expression is None:
+            raise DTypeError(f"{self.name} is no elementwise op, so it cannot stand in an expression")
+        return self.expression(*args, **params)
+
     def several(self, count: int) -> bool:
         """Whether the forward returns a tuple (``count`` outputs were recorded)."""
         return count != 1 or self.always_tuple
@@ -185,12 +202,16 @@ class Primitive(Differentiable):
         if isinstance(error, IndexError):
             return OutOfRangeError(f"{self.name}({found}{given}): index out of range for these shapes")
         if isinstance(error, (TypeError, AttributeError)):
-            return DTypeError(f"{self.name}({found}{given}): these dtypes or argument types do not fit the operation")
+            why = self.refuses_dtypes or "these dtypes or argument types do not fit the operation"
+            return DTypeError(f"{self.name}({found}{given}): {why}")
         if self.is_elementwise and _broadcast([a.shape for a in args if isinstance(a, Tensor)]):
             return ArgumentError(
                 f"{self.name}({found}{given}): {self.refuses or 'these values do not fit the operation'}"
             )
-        return ShapeError(f"{self.name}({found}{given}): these shapes, axes or sizes do not fit together")
+        why = "these shapes, axes or sizes do not fit together"
+        if self.is_elementwise:
+            why = _unequal([a.shape for a in args if isinstance(a, Tensor)])
+        return ShapeError(f"{self.name}({found}{given}): {why}")
 
     def abstract(self, operands: Sequence[Any], params: Mapping[str, Any]) -> Any:
         """Shape and dtype of the result (an Aval, or a tuple of them) from Avals and Python numbers."""
@@ -234,14 +255,20 @@ def _broadcast(shapes: Sequence[tuple[int, ...]]) -> bool:
     return True
 
 
+def _unequal(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Which axis keeps shapes from broadcasting."""
+    for axis in range(-1, -max(map(len, shapes)) - 1, -1):
+        lengths = sorted({shape[axis] for shape in shapes if -axis <= len(shape)} - {1})
+        if len(lengths) > 1:
+            break
+    return (
+        f"shapes do not broadcast: axis {axis} has lengths {' and '.join(map(str, lengths))}; lengths are equal or 1, "
+        "counted from the last axis"
+    )
+
+
 def aval_of(value: Any) -> Aval:
     return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
-
-
-def _operands(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Operands of other kinds as tensors, and as Python numbers where a tensor is beside them."""
-    converted = tuple(as_operand(a) if a.__class__ is not bool else asarray(a) for a in args)
-    return converted if any(isinstance(c, Tensor) for c in converted) else tuple(asarray(a) for a in args)
 
 
 def _unknown(*_: Any, who: str = "", **params: Any) -> Any:

@@ -274,7 +274,7 @@ def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[st
             variadic = True
         elif parameter.kind is parameter.KEYWORD_ONLY:
             parameters.append(parameter.name)
-        else:
+        elif parameter.kind is not parameter.VAR_KEYWORD:
             arguments.append(parameter.name)
     return arguments, variadic, parameters
 

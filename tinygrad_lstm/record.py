@@ -11,6 +11,8 @@ for a leaf.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
@@ -256,6 +258,24 @@ class no_grad(ContextDecorator):
     False
     """
 
+    def __call__(self, function: Any) -> Any:
+        """A function in which nothing is recorded; of a generator function, no step of it."""
+        if not callable(function):
+            raise DTypeError(f"no_grad decorates a function, found {type(function).__name__}")
+        if inspect.isasyncgenfunction(function):
+            raise DTypeError("no_grad cannot decorate an async generator; open `with tg.no_grad():` inside of it")
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                with no_grad():
+                    return await function(*args, **kwargs)
+
+            return awaited
+        if inspect.isgeneratorfunction(function):
+            return functools.wraps(function)(lambda *args, **kwargs: _silent_steps(function(*args, **kwargs)))
+        return super().__call__(function)
+
     def __enter__(self) -> no_grad:
         current = _STATE.get()
         silenced = State(False, current.tapes, current.trace, current.where, current.step, current.names, current.eager)
@@ -267,6 +287,25 @@ class no_grad(ContextDecorator):
 
     def _recreate_cm(self) -> no_grad:
         return no_grad()  # a decorated function may recurse or run in several threads
+
+
+def _silent_steps(steps: Any) -> Iterator[Any]:
+    """The steps of a generator, each under no_grad, what its caller does between them not."""
+    step = functools.partial(next, steps)
+    while True:
+        try:
+            with no_grad():
+                item = step()
+        except StopIteration as stop:
+            return stop.value
+        try:
+            step = functools.partial(steps.send, (yield item))
+        except GeneratorExit:
+            with no_grad():
+                steps.close()
+            raise
+        except BaseException as error:
+            step = functools.partial(steps.throw, error)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import GraphError, ShapeError
+from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
 from tinygrad_lstm.ownership import counted, is_pending_alone
 from tinygrad_lstm.record import _STATE, Node, Output, Record, eager, name, no_grad, recording, scope, state
 from tinygrad_lstm.storage import untouched, verify
@@ -196,13 +196,13 @@ def _run_hooks(record: Record, cotangent: Any) -> Any:
 
 def run_hooks(hooks: Iterable[Callable[..., Any]], cotangent: Tensor, where: str) -> Tensor:
     """Call hooks in the order of their registration; one that returns a value replaces the cotangent."""
-    from tinygrad_lstm.tensor import Tensor, asarray
+    from tinygrad_lstm.tensor import as_like
 
     for hook in list(hooks):
         result = hook(cotangent)
         if result is None:
             continue
-        replacement = result if isinstance(result, Tensor) else asarray(result)
+        replacement = as_like(result, cotangent.dtype)
         if replacement.shape != cotangent.shape:
             raise ShapeError(
                 f"a hook on {where} returned a gradient of shape {replacement.shape}, expected {cotangent.shape}"
@@ -211,13 +211,19 @@ def run_hooks(hooks: Iterable[Callable[..., Any]], cotangent: Tensor, where: str
     return cotangent
 
 
-def paths(targets: Iterable[Node], sources: set[Node], since: int = 0, frontier: bool = False) -> tuple[set[int], bool]:
+def paths(
+    targets: Iterable[Node], sources: set[Node], since: int = 0, frontier: bool = False, tape: Tape | None = None
+) -> tuple[set[int], bool]:
     """The serials of the records that lie between sources and targets, and whether anything else is behind.
+
+    Of the records that exist only because some Tape was active, those of ``tape`` count, if one is given: what another
+    tape kept is a constant for it, as it is where there is no other tape.
 
     The second result is True where the targets also depend on leaves, or on older records, that are no
     sources: then (and only then) a first gradient can itself be differentiated with respect to them.
     """
     floor = max(since, min((_serial(node) for node in sources), default=0))
+    own = None if tape is None else {record.serial for record, _, _ in tape.entries}
     reached: dict[int, Record] = {}
     stack: list[Any] = list(targets)
     foreign = False
@@ -230,6 +236,8 @@ def paths(targets: Iterable[Node], sources: set[Node], since: int = 0, frontier:
             foreign = foreign or (node not in sources and node.requires_grad)
         elif record.serial <= floor:
             foreign = foreign or node not in sources
+        elif own is not None and record.serial not in own and record.extra is not None and record.extra.tape_only:
+            continue
         elif record.serial not in reached:
             reached[record.serial] = record
             if record.parents is not None:
@@ -255,16 +263,18 @@ def differentiate(
     *,
     since: int = 0,
     frontier: bool = False,
+    tape: Tape | None = None,
 ) -> list[Tensor | None]:
     """Cotangents of ``sources``, given those of ``targets``: the replay that grad, vjp and Tape.gradient share.
 
     It is recorded (for a derivative of the next order) only where the result can depend on something that
     is itself being differentiated, see :func:`observed`.  No source is older than the serial ``since``.
     With ``frontier`` the replay stops at the sources: what lies behind them is somebody else's to replay.
+    ``tape`` is the Tape that asks, see :func:`paths`.
     """
     nodes = [source._node or source for source in sources]
     starts = [target._node or target for target in targets]
-    through, foreign = paths(starts, set(nodes), since, frontier)
+    through, foreign = paths(starts, set(nodes), since, frontier, tape)
     current = _STATE.get()
     again = current.enabled and (foreign or observed(sources) or any(c._rg for c in cotangents))
     with recording(enabled=again), np.errstate(divide="ignore", invalid="ignore"):
@@ -392,9 +402,15 @@ class Tape:
         -------
         Tensors in the structure of ``sources``; None where there is no path.
         """
-        from tinygrad_lstm.tensor import seed_cotangent
+        from tinygrad_lstm.tensor import Tensor, seed_cotangent
         from tinygrad_lstm.tree import flatten, unflatten
 
         leaves, treedef = flatten(sources)
         seed = seed_cotangent(target, cotangent, "Tape.gradient")
-        return unflatten(treedef, differentiate([target], [seed], leaves))
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise DTypeError(
+                    f"Tape.gradient: sources are Tensors, found {type(leaf).__name__}; compute with tg.asarray(x), and "
+                    "ask for the gradient of that"
+                )
+        return unflatten(treedef, differentiate([target], [seed], leaves, tape=self))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tinygrad_lstm.replays import known_replay
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
 
-__all__ = ["Tensor", "as_operand", "asarray", "tensor"]
+__all__ = ["Tensor", "as_like", "as_operands", "asarray", "tensor", "together"]
 
 
 class Meta:
@@ -32,6 +32,22 @@ class Meta:
         self.grad: np.ndarray | None = None
         self.hooks: list[Any] | None = None
         self.label: str | None = None
+
+
+class HookHandle:
+    """What :meth:`Tensor.register_hook` returns; removing a hook twice is no error."""
+
+    __slots__ = ("_hook", "_hooks")
+
+    def __init__(self, hooks: list[Any], hook: Any) -> None:
+        self._hooks, self._hook = hooks, hook
+
+    def remove(self) -> None:
+        """Take the hook off; it is not called again."""
+        if self._hook in self._hooks:
+            self._hooks.remove(self._hook)
+
+    __call__ = remove
 
 
 class Tensor:
@@ -56,7 +72,9 @@ class Tensor:
         def _binary(self, other: Any) -> Tensor: ...
 
         __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _binary
-        __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __and__ = __or__ = _binary
+        __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __and__ = __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = (
+            _binary
+        )
         __lt__ = __le__ = __gt__ = __ge__ = _binary
 
         def __eq__(self, other: Any) -> Tensor: ...  # type: ignore[override]
@@ -87,7 +105,7 @@ class Tensor:
 
     @data.setter
     def data(self, value: Any) -> None:
-        array = np.asarray(value._data if isinstance(value, Tensor) else value)
+        array = value._data if isinstance(value, Tensor) else _read(value)
         if array.shape != self._data.shape:
             raise ShapeError(f"data of shape {array.shape} for a tensor of shape {self._data.shape}; make a new tensor")
         if array.dtype != self._data.dtype:
@@ -218,6 +236,26 @@ class Tensor:
         self._data[index] = value._data if isinstance(value, Tensor) else value
         self._bump()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What copy.deepcopy and pickle ask: the value of a leaf; there is no copy of a graph."""
+        if self._node is None:
+            return super().__reduce_ex__(protocol)
+        if self._rg:
+            raise GraphError(
+                f"a computed tensor of shape {self.shape} that requires a gradient cannot be deep-copied or pickled: "
+                "its graph cannot; use detach() for the values, or tg.save"
+            )
+        return Tensor, (self._data,)
+
+    def __copy__(self) -> Tensor:
+        found: Any = object.__reduce_ex__(self, 4)
+        make, args, state = found[:3]
+        twin: Tensor = make(*args)
+        for fields in state if isinstance(state, tuple) else (state,):
+            for name, value in (fields or {}).items():
+                setattr(twin, name, value)
+        return twin
+
     # ------------------------------------------------------------------ the place on the tape
 
     @property
@@ -249,7 +287,7 @@ class Tensor:
             if self._meta is not None:
                 self._meta.grad = None
             return
-        array = np.asarray(value, self.dtype)
+        array = to_array(value, self.dtype)
         if array.shape != self.shape:
             raise ShapeError(f"grad of shape {array.shape} for a tensor of shape {self.shape}")
         self._more().grad = array
@@ -275,10 +313,10 @@ class Tensor:
         extra = record.more()
         extra.retained = {**(extra.retained or {}), index: weakref.ref(self)}
 
-    def register_hook(self, hook: Any) -> Any:
+    def register_hook(self, hook: Any) -> HookHandle:
         """Call ``hook(gradient)`` when the gradient of this value is complete; a returned value replaces it.
 
-        Returns a function of no arguments that removes the hook.
+        Returns a :class:`HookHandle`: ``handle.remove()`` (or ``handle()``) removes the hook.
         """
         if not self._rg:
             raise GraphError("register_hook() on a tensor that does not require a gradient")
@@ -293,12 +331,7 @@ class Tensor:
             extra.hooks = extra.hooks or {}
             hooks = extra.hooks.setdefault(index, [])
         hooks.append(hook)
-
-        def remove() -> None:
-            if hook in hooks:
-                hooks.remove(hook)
-
-        return remove
+        return HookHandle(hooks, hook)
 
     def backward(self, grad: Any = None, retain_graph: bool = False) -> None:
         """Replay the tape behind this tensor in reverse and accumulate into ``grad`` of every leaf.
@@ -361,14 +394,16 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
         raise DTypeError(f"{who} needs a Tensor to differentiate, found {type(target).__name__}")
     if cotangent is None:
         if target.size != 1:
+            argument = {"backward": "grad", "Tape.gradient": "cotangent"}.get(who, "")
             raise ShapeError(
-                f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it or pass one"
+                f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it (sum, mean) or pass "
+                f"{f'{argument}=, an array of that shape' if argument else 'one'}"
             )
         return Tensor(_one(target.dtype).copy() if not target.shape else np.ones(target.shape, target.dtype))
-    given = cotangent if isinstance(cotangent, Tensor) else asarray(cotangent)
+    given = as_like(cotangent, target.dtype)
     if given.shape != target.shape:
         raise ShapeError(f"{who}: cotangent of shape {given.shape} for an output of shape {target.shape}")
-    return given if given.dtype == target.dtype else given.astype(target.dtype)
+    return given
 
 
 @functools.cache
@@ -422,6 +457,11 @@ def _only_python_numbers(value: Any) -> bool:
     return not isinstance(value, (np.generic, np.ndarray))
 
 
+def _is_weak(array: np.ndarray, value: Any) -> bool:
+    """Whether an array was read from Python floats: its dtype is for others to say."""
+    return array.dtype == np.float64 and _only_python_numbers(value)
+
+
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_holds_tensors(item) for item in value)
@@ -429,11 +469,24 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def as_dtype(dtype: Any) -> np.dtype:
-    """A NumPy dtype from whatever names one."""
+    """A dtype that a tensor can have, from whatever names one."""
     try:
-        return np.dtype(dtype)
+        found = np.dtype(dtype)
     except TypeError:
         raise DTypeError(f"{dtype!r} is no dtype; expected something like np.float32 or 'int64'") from None
+    if found.kind not in "fiub":
+        raise DTypeError(f"a tensor holds real numbers, integers or booleans; found the dtype {found}")
+    return found
+
+
+def _read(value: Any) -> np.ndarray:
+    """Numbers, nested lists of them, or what else NumPy reads, in the dtype that NumPy gives."""
+    if _holds_tensors(value):
+        raise DTypeError("a list of tensors; join them with ops.stack or ops.concatenate, which keep the graph")
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ShapeError(f"nested lists of unequal lengths cannot become an array: {value!r:.80}") from None
 
 
 def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
@@ -443,13 +496,8 @@ def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
     elif isinstance(value, np.ndarray):
         array = value
     else:
-        if _holds_tensors(value):
-            raise DTypeError("a list of tensors; join them with ops.stack or ops.concatenate, which keep the graph")
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            raise ShapeError(f"nested lists of unequal lengths cannot become an array: {value!r:.80}") from None
-        if array.dtype == np.float64 and dtype is None and _only_python_numbers(value):
+        array = _read(value)
+        if dtype is None and _is_weak(array, value):
             array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise DTypeError(
@@ -486,21 +534,70 @@ def tensor(a: Any, dtype: Any = None, requires_grad: bool = False) -> Tensor:
 
 def asarray(a: Any, dtype: Any = None) -> Tensor:
     """A tensor that shares memory with the array ``a`` where that is possible; a Tensor is returned as it is."""
-    if isinstance(a, Tensor) and (dtype is None or a.dtype == np.dtype(dtype)):
+    if isinstance(a, Tensor) and (dtype is None or a.dtype == as_dtype(dtype)):
         return a
     out = Tensor(to_array(a, dtype))
     out._store().exposed = True
     return out
 
 
-def as_operand(value: Any) -> Any:
+def as_like(value: Any, dtype: Any) -> Tensor:
+    """A tensor of a known dtype: a Tensor is converted (and keeps its graph), all else is read in that dtype.
+
+    Python floats have double precision until then: 0.1 in float64 is not 0.1 in float32.
+    """
+    if isinstance(value, Tensor):
+        return value if value.dtype == dtype else value.astype(dtype)
+    return asarray(value, dtype)
+
+
+def _as_operand(value: Any) -> Any:
     """An operand of a primitive: a Tensor as it is, a number as a (weak) Python number, the rest as an array.
 
     NumPy scalars count as Python numbers: ``x32 * np.sqrt(64)`` stays float32 (the one deviation from NEP 50).
     """
-    if isinstance(value, (Tensor, bool, int, float)) and not isinstance(value, np.generic):
+    if isinstance(value, Tensor) or value.__class__ is float or value.__class__ is int:
         return value
     if isinstance(value, np.generic) and value.dtype.kind in "fiub":
         number = value.item()
-        return asarray(value) if isinstance(number, np.generic) else number  # a long double stays one
+        if isinstance(number, (int, float)) and number.__class__ is not bool:
+            return number  # a long double stays one
     return asarray(value)
+
+
+def as_operands(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The operands of a primitive: tensors, and (weak) Python numbers where a tensor is beside them.
+
+    A list of Python floats takes the floating dtype of the tensors beside it, float32 where there is none.
+    """
+    lists = [k for k, value in enumerate(values) if isinstance(value, (list, tuple))]
+    found = [None if k in lists else _as_operand(value) for k, value in enumerate(values)]
+    for k in lists:
+        found[k] = _read_beside(values[k], found)
+    if any(isinstance(operand, Tensor) for operand in found):
+        return tuple(found)
+    return tuple(asarray(operand) for operand in found)
+
+
+def together(*values: Any) -> list[Any]:
+    """All values as tensors; Python floats take the floating dtype of the tensors and arrays beside them."""
+    for value in values:
+        if not isinstance(value, Tensor):
+            break
+    else:
+        return list(values)
+    weak = [k for k, value in enumerate(values) if value.__class__ is float or isinstance(value, (list, tuple))]
+    found = [None if k in weak else asarray(value) for k, value in enumerate(values)]
+    for k in weak:
+        found[k] = _read_beside(values[k], found)
+    return found
+
+
+def _read_beside(value: Any, others: Sequence[Any]) -> Tensor:
+    """A Python float, or lists of numbers, as a tensor beside others."""
+    array = _read(value)
+    if not _is_weak(array, value):
+        return Tensor(to_array(array))
+    dtypes = [other.dtype for other in others if isinstance(other, Tensor)]
+    floats = [dtype for dtype in dtypes if dtype.kind == "f"]
+    return Tensor(array.astype(np.result_type(np.float32, *(floats or dtypes))))

@@ -10,10 +10,11 @@ import numpy as np
 
 from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import GraphError, TraceError
+from tinygrad_lstm.kernels.expression import Expr
 from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program, lower
 from tinygrad_lstm.record import _STATE, Record, recording
-from tinygrad_lstm.tensor import Tensor, as_operand, asarray
+from tinygrad_lstm.tensor import Tensor, as_operands, asarray
 from tinygrad_lstm.tree import TreeDef, flatten, unflatten
 
 __all__ = ["Trace", "Traced", "TracedTensor", "trace"]
@@ -136,9 +137,9 @@ class Trace:
 
     def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
         """Record an application without running it."""
-        operands = tuple(asarray(a) if a.__class__ is bool else as_operand(a) for a in args)
-        if args and not any(isinstance(a, Tensor) for a in operands):
-            operands = tuple(asarray(a) for a in operands)
+        if any(isinstance(a, Expr) for a in args):
+            return prim._symbolic(args, params)
+        operands = as_operands(args)
         for a in operands:
             if isinstance(a, TracedTensor) and a._trace.closed:
                 _ = a._data  # raises: it escaped from an earlier recording

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.autodiff.reverse import opened, unlinked, variables
+from tinygrad_lstm.autodiff.reverse import check_callable, opened, unlinked, variables
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.pushforward import push
 from tinygrad_lstm.tape import Output, Tape, recording, state
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, as_like
 from tinygrad_lstm.tree import flatten, leaf_paths, unflatten
 
 __all__ = ["jvp", "push_entries"]
@@ -56,13 +56,14 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         raise DTypeError("jvp: primals and tangents are tuples, one entry per argument; write (x,) for one")
     if len(primals) != len(tangents):
         raise ShapeError(f"jvp: {len(primals)} primals and {len(tangents)} tangents")
+    check_callable(f, "jvp")
     f, primals = opened(f, primals)
     enabled = state().enabled
     with recording(enabled=True):
         seeds: dict[Any, Tensor] = {}
         arguments = []
-        for primal, tangent in zip(primals, tangents, strict=True):
-            fresh, treedef, rebuilt = variables(primal, "jvp", requires_grad=False)
+        for k, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
+            fresh, treedef, rebuilt = variables(primal, f"jvp: argument {k}", requires_grad=False)
             given, given_tree = flatten(tangent)
             if given_tree != treedef:  # lists for tuples, or another order of the keys
                 by_path = dict(zip(leaf_paths(tangent), given, strict=True))
@@ -71,10 +72,10 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                     raise ShapeError("jvp: a tangent has another structure than its primal")
                 given = [by_path[path] for path in wanted]
             for v, t in zip(fresh, given, strict=True):
-                t = t if isinstance(t, Tensor) else asarray(t, v.dtype)  # 0.1 in double precision where v is
+                t = as_like(t, v.dtype)
                 if t.shape != v.shape:
                     raise ShapeError(f"jvp: tangent of shape {t.shape} for a primal of shape {v.shape}")
-                seeds[v._node or v] = t if t.dtype == v.dtype else t.astype(v.dtype)
+                seeds[v._node or v] = t
             arguments.append(rebuilt)
         recorder = Tape()
         with recorder:

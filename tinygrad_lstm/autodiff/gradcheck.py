@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.autodiff.reverse import grad, opened, vjp
+from tinygrad_lstm.autodiff.reverse import check_callable, grad, opened, vjp
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GradcheckError
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -47,6 +47,7 @@ def gradcheck(
     >>> tg.gradcheck(lambda x: ops.tanh(x) * x, [0.3, -1.2], order=2)
     True
     """
+    check_callable(f, "gradcheck")
     if order not in (1, 2):
         raise ArgumentError(f"gradcheck: order is 1 or 2, found {order}")
     f, args = opened(f, args)

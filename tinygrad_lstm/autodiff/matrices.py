@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.autodiff.forward import jvp
-from tinygrad_lstm.autodiff.reverse import grad, opened, value_and_grad, vjp
+from tinygrad_lstm.autodiff.reverse import check_callable, grad, opened, value_and_grad, vjp
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import reshape, stack
 from tinygrad_lstm.primitive import Aval, zeros
@@ -28,11 +29,12 @@ def hvp(f: Callable[..., Any], primals: Sequence[Any], vectors: Sequence[Any]) -
     >>> product.tolist()
     [6.0, 12.0]
     """
+    check_callable(f, "hvp")
     if not isinstance(primals, (tuple, list)) or not isinstance(vectors, (tuple, list)) or len(primals) != len(vectors):
         raise ShapeError("hvp: primals and vectors are tuples of one length, an entry per argument; write (x,) for one")
     of_plain, opened_primals = opened(f, primals)
     arguments = tuple(asarray(p) if isinstance(p, list) and _is_numbers(p) else p for p in opened_primals)
-    directions = tuple(asarray(v) if isinstance(v, list) and _is_numbers(v) else v for v in vectors)
+    directions = tuple(np.asarray(v, np.float64) if isinstance(v, list) and _is_numbers(v) else v for v in vectors)
 
     def gradient(*xs: Any) -> Any:
         value, grads = value_and_grad(of_plain, tuple(range(len(xs))))(*xs)
@@ -49,6 +51,8 @@ def _is_numbers(value: Any) -> bool:
 def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     """A function that returns the Jacobian of ``f``: a Tensor of shape ``out.shape + in.shape``.
 
+    Keyword arguments of the call are handed to ``f``.
+
     One reverse replay per output element, or one forward replay per input element where there are fewer.
 
     >>> import tinygrad_lstm as tg
@@ -56,10 +60,12 @@ def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     [[2.0, 0.0], [0.0, 4.0]]
     """
 
+    check_callable(f, "jacobian")
     if not isinstance(argnums, int):
         raise ArgumentError(f"jacobian: argnums is one int, found {argnums!r}; call it once per argument")
 
-    def wrapped(*args: Any) -> Any:
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         if not -len(args) <= argnums < len(args):
             raise ArgumentError(f"jacobian: argnums={argnums} for a call with {len(args)} arguments")
         number = argnums % len(args)
@@ -71,7 +77,7 @@ def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
         x = asarray(args[number])
 
         def of_one(value: Any) -> Any:
-            return f(*args[:number], value, *args[number + 1 :])
+            return f(*args[:number], value, *args[number + 1 :], **kwargs)
 
         out, pullback = vjp(of_one, x)
         if not isinstance(out, Tensor):
@@ -101,4 +107,5 @@ def hessian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     >>> tg.hessian(lambda x: (x * x * x).sum())(tg.tensor([1.0, 2.0])).tolist()
     [[6.0, 0.0], [0.0, 12.0]]
     """
+    check_callable(f, "hessian")
     return jacobian(grad(f, argnums), argnums)

@@ -8,6 +8,7 @@ of an outer call stay connected through the arguments' own history.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def variables(tree: Any, who: str, requires_grad: bool = True) -> tuple[list[Ten
         try:
             check_differentiable(asarray(leaf).dtype)
         except DTypeError as error:
-            raise DTypeError(f"{who}: argument{path or ''}: {error}") from None
+            raise DTypeError(f"{who}{path}: {error}") from None
     fresh = [variable(leaf, requires_grad) for leaf in leaves]
     return fresh, treedef, unflatten(treedef, fresh)
 
@@ -79,16 +80,19 @@ def value_and_grad(
     >>> value.item(), slope.item()
     (8.0, 12.0)
     """
-    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    check_callable(f, "grad")
+    numbers = _positions(argnums)
 
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         args = tuple(args)
-        chosen = []
+        chosen: list[int] = []
         for number in numbers:
             if not -len(args) <= number < len(args):
                 raise ArgumentError(f"argnums={argnums} for a call with {len(args)} positional arguments")
             chosen.append(number % len(args))
+        if len(set(chosen)) != len(chosen):
+            raise ArgumentError(f"argnums={argnums} names an argument twice")
         enabled = state().enabled
         since = now()
         of_trees, trees = opened(f, args, chosen)
@@ -97,10 +101,15 @@ def value_and_grad(
         spans: list[tuple[TreeDef, int]] = []
         with recording(enabled=True):
             for number in chosen:
-                fresh, treedef, replaced[number] = variables(trees[number], "grad")
+                fresh, treedef, replaced[number] = variables(trees[number], f"grad: argument {number}")
                 spans.append((treedef, len(fresh)))
                 sources.extend(fresh)
             result = of_trees(*replaced, **kwargs)
+            if has_aux and not (isinstance(result, (tuple, list)) and len(result) == 2):
+                found_kind = f"{len(result)} values" if isinstance(result, (tuple, list)) else type(result).__name__
+                raise DTypeError(
+                    f"grad: with has_aux the function returns a pair (scalar, anything), found {found_kind}"
+                )
             out = _check_scalar(result[0] if has_aux else result, "grad")
             found = pullback_to(out, seed_cotangent(out, None, "grad"), sources, since)
             kept = enabled and (observed(sources) or foreign([out], sources, since))
@@ -115,6 +124,20 @@ def value_and_grad(
         return result, (grads[0] if isinstance(argnums, int) else tuple(grads))
 
     return wrapped
+
+
+def check_callable(f: Any, who: str) -> None:
+    """Raise unless there is a function to differentiate."""
+    if not callable(f):
+        raise DTypeError(f"{who}: expected a function, found {type(f).__name__}; call it as {who}(f)(x)")
+
+
+def _positions(argnums: Any) -> tuple[int, ...]:
+    """``argnums`` as a tuple of positions."""
+    try:
+        return tuple(map(operator.index, argnums if isinstance(argnums, (tuple, list)) else (argnums,)))
+    except TypeError:
+        raise DTypeError(f"grad: argnums is an int or a tuple of ints, found {argnums!r}") from None
 
 
 def unlinked(tree: Any) -> Any:
@@ -163,11 +186,12 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[[Any], tupl
     >>> [g.item() for g in pullback(1.0)]
     [4.0, 3.0]
     """
+    check_callable(f, "vjp")
     f, primals = opened(f, primals)
     since = now()
     enabled = state().enabled
     with recording(enabled=True):
-        packs = [variables(p, "vjp") for p in primals]
+        packs = [variables(p, f"vjp: argument {k}") for k, p in enumerate(primals)]
         result = f(*[rebuilt for _, _, rebuilt in packs])
     outs, out_tree = flatten(result)
     for out in outs:

@@ -104,7 +104,7 @@ class Entry:
         self.draws = tuple(draws)
         self.captures = tuple(captures)  # a Tensor, or (which reach, which of its tensors)
         self.capture_avals = [program.avals[s] for s in program.inputs[len(program.inputs) - len(captures) :]]
-        self.outs = tuple(outs)  # ("value", which result), ("same", which operand) or ("static", anything)
+        self.outs = tuple(outs)  # ("value", which result), ("same" or "constant", which operand), ("static", _)
         self.out_tree = out_tree
         self.pieces = any(e.primitive.name == "scan_within" for e in program.equations)
         self.parts: list[Any] | None = None  # what the scans inside published at the first call
@@ -137,9 +137,14 @@ class Entry:
         else:
             results = bind_program(self.program, operands)
         _report.publish(self.report)
-        leaves = [
-            results[what] if kind == "value" else operands[what] if kind == "same" else what for kind, what in self.outs
-        ]
+        leaves = []
+        for kind, what in self.outs:
+            if kind == "constant":  # the caller may write to it
+                leaves.append(Tensor(operands[what].copy()))
+            else:
+                leaves.append(results[what] if kind == "value" else operands[what] if kind == "same" else what)
+                if leaves[-1].__class__ is np.ndarray:
+                    leaves[-1] = what.copy()
         return unflatten(self.out_tree, leaves)
 
     def report(self) -> _report.Report:
@@ -228,13 +233,15 @@ class Recording:
         results: list[Any] = []
         outs: list[tuple[str, Any]] = []
         slots = iter(program.outputs)
+        # Tensors that the function made without an operand: each of its calls would make them anew.
+        made = {s for s, t in zip(program.captures, captures, strict=True) if not t._rg and self._source(t) is t}
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 outs.append(("static", leaf))
                 continue
             slot = next(slots)
             if slot in operands:  # as in a plain call: the very tensor that was given
-                outs.append(("same", operands.index(slot)))
+                outs.append(("constant" if slot in made else "same", operands.index(slot)))
             else:
                 outs.append(("value", len(results)))
                 results.append(slot)

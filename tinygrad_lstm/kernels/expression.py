@@ -42,8 +42,6 @@ class Expr:
     """
 
     __slots__ = ("args", "op", "param")
-    # NumPy scalars must leave arithmetic with an Expr to the Expr.
-    __array_ufunc__ = None
 
     op: str
     args: tuple[Expr, ...]
@@ -65,6 +63,21 @@ class Expr:
             return repr(self.param)
         inside = ", ".join(map(repr, self.args)) + (f", {self.param}" if self.param is not None else "")
         return f"{self.op}({inside})"
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Expr:
+        """``np.tanh(x)`` is the leaf ``tanh``; arithmetic of NumPy scalars with an Expr comes here as well."""
+        leaf = LEAVES.get(ufunc.__name__) or _BY_UFUNC.get(ufunc)
+        if method != "__call__" or keywords or leaf is None:
+            raise _not_available(f"numpy.{ufunc.__name__}" + (f" with {', '.join(keywords)}" if keywords else ""))
+        return _apply(leaf.name, *inputs)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, keywords: Any) -> Expr:
+        """``np.where`` and ``np.clip``, which are no ufuncs."""
+        if function is np.where and len(args) == 3 and not keywords:
+            return _apply("where", *args)
+        if function is np.clip and len(args) == 3 and not keywords:
+            return _apply("minimum", _apply("maximum", *args[:2]), args[2])
+        raise _not_available(f"numpy.{function.__name__}")
 
     def __bool__(self) -> bool:
         raise DTypeError(
@@ -136,6 +149,16 @@ class Expr:
 
     def __invert__(self) -> Expr:
         return _apply("logical_not", self)
+
+
+_BY_UFUNC: dict[Any, Leaf] = {leaf.numpy: leaf for leaf in LEAVES.values()}
+
+
+def _not_available(what: str) -> DTypeError:
+    return DTypeError(
+        f"{what} cannot stand in an expression; arithmetic, comparisons and these functions (of numpy or ops) can: "
+        f"{', '.join(sorted(LEAVES))}"
+    )
 
 
 def constant(value: Any) -> Expr:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinygrad_lstm.errors import DTypeError, ShapeError
 
-__all__ = ["every_axis", "ndim_of", "normal_axes", "normal_axis"]
+__all__ = ["as_integer", "as_lengths", "every_axis", "ndim_of", "normal_axes", "normal_axis"]
 
 
 def ndim_of(x: Any) -> int:
@@ -24,12 +24,25 @@ def ndim_of(x: Any) -> int:
     return to_array(x).ndim if found is None else found
 
 
+def as_integer(value: Any, who: str, what: str) -> int:
+    """An argument that has to be an integer."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DTypeError(f"{who}: {what} is an integer, found {value!r}") from None
+
+
+def as_lengths(shape: Any, who: str) -> tuple[int, ...]:
+    """A shape, given as an int or a sequence of ints."""
+    try:
+        return (operator.index(shape),) if not isinstance(shape, (list, tuple)) else tuple(map(operator.index, shape))
+    except TypeError:
+        raise DTypeError(f"{who}: a shape is an int or a tuple of ints, found {shape!r}") from None
+
+
 def normal_axis(axis: Any, ndim: int, who: str) -> int:
     """One axis as a negative number; ShapeError when the array has no such axis."""
-    try:
-        number = operator.index(axis)
-    except TypeError:
-        raise DTypeError(f"{who}: axis is an integer, found {axis!r}") from None
+    number = as_integer(axis, who, "axis")
     if not -ndim <= number < ndim:
         raise ShapeError(f"{who}: axis {number} for an array with {ndim} axes; expected {-ndim}..{ndim - 1}")
     return number if number < 0 else number - ndim

@@ -11,15 +11,17 @@ import numpy as np
 
 from tinygrad_lstm.compiler.report import op_by_op, publish, stepwise
 from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
-from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError, TraceError
-from tinygrad_lstm.ops.elementwise import where
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError, TraceError
+from tinygrad_lstm.ops.elementwise import equal, where
+from tinygrad_lstm.ops.indexing import take
 from tinygrad_lstm.ops.lengths import check_lengths, valid_steps
 from tinygrad_lstm.ops.loop import bind_scan, canonical
+from tinygrad_lstm.ops.reduction import argmax, max
 from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tape import recording, state
-from tinygrad_lstm.tensor import Tensor, asarray, tensor
+from tinygrad_lstm.tensor import Tensor, asarray, tensor, together
 from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
 
 __all__ = ["memory_plan", "scan", "stop_gradient"]
@@ -56,8 +58,9 @@ def scan(
         Number of steps T; must agree with xs.
     lengths : ints (B,), optional
         Steps per row, 0..T.  Batch is then axis 0 of every carry leaf and axis 1 of every leaf of xs and ys.
-        For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at (the
-        body sees zeros there, so it should be finite at ``x = 0``).
+        For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at: the
+        body sees the first step of the sequence once more (of another one where the length is 0) beside the carry that
+        it ended with, and nothing of what it computes from that is used.
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
     memory : int or float, optional
@@ -95,6 +98,8 @@ def scan_with(
     reverse: bool = False, memory: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """:func:`scan` with a way to record the body that may know it already."""
+    if not callable(body):
+        raise DTypeError(f"scan: the body is a function (carry, x) -> (carry, y), found {type(body).__name__}")
     carry_leaves, carry_tree = leaves_of(init, "init")
     x_leaves, x_tree = leaves_of(xs, "xs")
     steps = _steps(x_leaves, xs, length)
@@ -102,9 +107,10 @@ def scan_with(
         memory = check_memory(memory, "scan")
     full_body = body
     if lengths is not None:
-        valid = _valid_steps(lengths, steps, carry_leaves, x_leaves)
+        checked = _checked(lengths, steps, carry_leaves, x_leaves)
+        valid = valid_steps(checked, steps)
         full_body = _masked(body)
-        x_leaves = [*x_leaves, valid]
+        x_leaves = [*(_filled(leaf, valid, checked) for leaf in x_leaves), valid]
         x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
     if not state().eager:
         try:
@@ -174,33 +180,61 @@ def _steps(leaves: list[Tensor], xs: Any, length: int | None) -> int:
 # ---------------------------------------------------------------------------- lengths
 
 
-def _valid_steps(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> Tensor:
+def _checked(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> Any:
+    """``lengths`` as int64 (B,), with leaves that have such a batch."""
     sizes = [leaf.shape[0] for leaf in carry if leaf.ndim] + [leaf.shape[1] for leaf in xs if leaf.ndim > 1]
     if len(sizes) != len(carry) + len(xs):
         raise ShapeError("scan: with lengths, batch is axis 0 of every carry leaf and axis 1 of every leaf of xs")
     if len(set(sizes)) > 1:
         raise ShapeError(f"scan: with lengths, all leaves have one batch size, found {sorted(set(sizes))}")
-    return valid_steps(check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths)), steps)
+    return check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths))
 
 
 def _rows(valid: Tensor, like: Tensor) -> Tensor:
-    return reshape(valid, (valid.shape[0], *(1,) * (like.ndim - 1)))
+    return reshape(valid, (*valid.shape, *(1,) * (like.ndim - valid.ndim)))
+
+
+def _filled(xs: Tensor, valid: Tensor, lengths: Any) -> Tensor:
+    """A sequence with its padding replaced by something that the body is known to take.
+
+    What a body computes in a padded row is selected away, and so are cotangents.  Still, a weight that it closes over
+    sums over rows: there an infinite derivative times a cotangent of zero is NaN.  A number of our own (0: think of a
+    logarithm; 1: of a normalisation) may be where the body is singular; a step that is run anyway is not.
+    """
+    if 0 in xs.shape[:2]:
+        return xs
+    first = stop_gradient(xs)[0]
+    if isinstance(lengths, Tensor) or not lengths.all():
+        first = _of_empty_too(first, asarray(lengths))
+    return where(_rows(valid, xs), xs, first)
+
+
+def _of_empty_too(first: Tensor, lengths: Tensor) -> Tensor:
+    """First steps (B, ...), with that of a longest sequence in place of those that are empty."""
+    neutral = np.ones((), first.dtype) if first.dtype.kind == "f" else np.zeros((), first.dtype)
+    empty = equal(lengths, 0)
+    recorder = state().trace
+    if recorder is not None and not recorder.runs:
+        # In the body of another loop, rows that read each other's values would keep it from being shared out.
+        return where(_rows(empty, first), neutral, first)
+    donors = where(empty, argmax(lengths), np.arange(lengths.size))
+    # Where all sequences are empty, nothing that is computed counts, but the padding may be NaN.
+    return where(equal(max(lengths), 0), neutral, take(first, donors, 0))
 
 
 def _masked(body: Body) -> Body:
-    """The body with padded rows selected away: their x is zero on entry, so that NaN in the padding meets nothing."""
+    """The body with the results of padded rows selected away: the carry stays, y is zero."""
 
     def masked(carry: Any, x_and_valid: Any) -> tuple[Any, Any]:
         x, valid = x_and_valid
-        x_leaves, x_tree = flatten(x)
-        clean = [where(_rows(valid, leaf), leaf, np.zeros((), leaf.dtype)) for leaf in x_leaves]
-        new_carry, y = body(carry, unflatten(x_tree, clean))
+        new_carry, y = body(carry, x)
         old, _ = flatten(carry)
         new, carry_tree = flatten(new_carry)
-        kept = [where(_rows(valid, n), n, o) for n, o in zip(map(asarray, new), old, strict=True)]
         y_leaves, y_tree = flatten(y)
+        tensors = together(*old, *new, *y_leaves)[len(old) :]
+        kept = [where(_rows(valid, n), n, o) for n, o in zip(tensors, old, strict=False)]
         shown = []
-        for leaf in map(asarray, y_leaves):
+        for leaf in tensors[len(new) :]:
             if not leaf.ndim or leaf.shape[0] != valid.shape[0]:
                 raise ShapeError(
                     f"scan: with lengths, y has the batch ({valid.shape[0]}) as axis 0, found {leaf.shape}"
@@ -227,9 +261,24 @@ def _check_carry(new: list[Any], new_tree: TreeDef, old: list[Any], old_tree: Tr
             )
 
 
+def _results(
+    new_carry: Any, y: Any, carry: list[Tensor], carry_tree: TreeDef
+) -> tuple[list[Tensor], list[Tensor], TreeDef]:
+    """The leaves of what a body returned, and the structure of y.  Python floats are as precise as the carry."""
+    given, given_tree = flatten(new_carry)
+    leaves, y_tree = flatten(y)
+    tensors = together(*carry, *given, *leaves)[len(carry) :]
+    new = tensors[: len(given)]
+    _check_carry(new, given_tree, carry, carry_tree)
+    return new, tensors[len(given) :], y_tree
+
+
 def _pair(result: Any) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
-        raise GraphError(f"scan: the body returns a pair (carry, y), found {type(result).__name__}")
+        found = f"{len(result)} values" if isinstance(result, (tuple, list)) else type(result).__name__
+        if isinstance(result, Tensor):
+            found = f"one Tensor of shape {result.shape}"
+        raise DTypeError(f"scan: the body returns a pair (carry, y), found {found}; y may be None")
     return result
 
 
@@ -265,11 +314,8 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
         c = unflatten(carry_tree, leaves[: len(carry)])
         x = unflatten(x_tree, leaves[len(carry) :])
         new_carry, y = _pair(body(c, x))
-        new, new_tree = flatten(new_carry)
-        new = [asarray(n) for n in new]
-        _check_carry(new, new_tree, carry, carry_tree)
-        ys, trees[0] = flatten(y)
-        return [*new, *(asarray(leaf) for leaf in ys)]
+        new, ys, trees[0] = _results(new_carry, y, carry, carry_tree)
+        return [*new, *ys]
 
     avals = [Aval(t.shape, t.dtype) for t in carry] + [Aval(t.shape[1:], t.dtype) for t in xs]
     traced = trace(flat, avals, flat=True)
@@ -308,12 +354,9 @@ def _stepwise(
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         with recording(step=t if outer is None else outer):
             new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))
-        new, new_tree = flatten(new_carry)
-        new = [asarray(n) for n in new]
-        _check_carry(new, new_tree, carry, carry_tree)
+        new, leaves, y_tree = _results(new_carry, y, carry, carry_tree)
         current = unflatten(carry_tree, new)
-        leaves, y_tree = flatten(y)
-        rows.append([asarray(leaf) for leaf in leaves])
+        rows.append(leaves)
     if reverse:
         rows.reverse()
     return current, unflatten(y_tree, [stack(column) for column in zip(*rows, strict=True)])
@@ -328,5 +371,6 @@ def _no_steps(
         zero_x = unflatten(x_tree, [zeros(Aval(x.shape[1:], x.dtype)) for x in xs])
         _, y = _pair(body(zero_carry, zero_x))
     leaves, y_tree = flatten(y)
-    empty = [broadcast_to(zeros(Aval((), asarray(leaf).dtype)), (0, *asarray(leaf).shape)) for leaf in leaves]
+    leaves = together(*carry, *leaves)[len(carry) :]
+    empty = [broadcast_to(zeros(Aval((), leaf.dtype)), (0, *leaf.shape)) for leaf in leaves]
     return unflatten(carry_tree, carry), unflatten(y_tree, empty)

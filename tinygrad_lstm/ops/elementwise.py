@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.declare import elementwise
+from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.primitive import Aval, Primitive, zeros
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -181,20 +182,37 @@ def elu(x: Any, alpha: float = 1.0) -> Any:
     return _elu(x, alpha=float(alpha))
 
 
-def clip(x: Any, a_min: Any = None, a_max: Any = None) -> Any:
-    """x limited to ``[a_min, a_max]``, as numpy.clip; None leaves a side open.
+_at_least: Primitive = elementwise(
+    "at_least",
+    e.maximum,
+    (lambda g, x, y: where(greater_equal(x, y), g, 0.0), lambda g, x, y: where(less(x, y), g, 0.0)),
+    doc="The larger of x and a bound y; the gradient at the bound is x's.",
+)
+_at_most: Primitive = elementwise(
+    "at_most",
+    e.minimum,
+    (lambda g, x, y: where(less_equal(x, y), g, 0.0), lambda g, x, y: where(greater(x, y), g, 0.0)),
+    doc="The smaller of x and a bound y; the gradient at the bound is x's.",
+)
 
-    The gradient passes where ``a_min <= x <= a_max``, bounds included.  Bounds may be arrays or tensors:
-    then ties between x and a bound share the gradient, as in ``maximum``.
+
+def clip(a: Any, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: Any = None) -> Any:
+    """Limited to ``[a_min, a_max]`` (or ``min=``, ``max=``), as numpy.clip; None leaves a side open.
+
+    The gradient passes where ``a_min <= a <= a_max``, bounds included.  Bounds may be arrays or tensors: what lies
+    outside passes its gradient to them.
 
     >>> from tinygrad_lstm import ops
     >>> ops.clip([-2.0, 0.5, 3.0], -1.0, 1.0).tolist()
     [-1.0, 0.5, 1.0]
     """
+    if (min is not None and a_min is not None) or (max is not None and a_max is not None):
+        raise ArgumentError("clip: a bound is given twice, by a_min or a_max and by min or max")
+    x, a_min, a_max = a, min if a_min is None else a_min, max if a_max is None else a_max
     numbers = (int, float, np.number)
     if all(bound is None or isinstance(bound, numbers) for bound in (a_min, a_max)):
-        x = asarray(x)
-        integer = x.dtype.kind in "iu"
+        x = x if isinstance(x, e.Expr) else asarray(x)
+        integer = not isinstance(x, e.Expr) and x.dtype.kind in "iu"
         if integer or (a_min is None and a_max is None):
             low, high = a_min, a_max
             x = x if low is None else maximum(x, low)
@@ -202,8 +220,8 @@ def clip(x: Any, a_min: Any = None, a_max: Any = None) -> Any:
         return _clip(
             x, a_min=-math.inf if a_min is None else float(a_min), a_max=math.inf if a_max is None else float(a_max)
         )
-    x = x if a_min is None else maximum(x, a_min)
-    return x if a_max is None else minimum(x, a_max)
+    x = x if a_min is None else _at_least(x, a_min)
+    return x if a_max is None else _at_most(x, a_max)
 
 
 def hard_sigmoid(x: Any) -> Any:
@@ -235,14 +253,36 @@ greater_equal: Primitive = elementwise(
 isfinite: Primitive = elementwise(
     "isfinite", e.isfinite, None, doc="True where x is neither infinite nor NaN; no gradient."
 )
+isnan: Primitive = elementwise(
+    "isnan", lambda x: e.not_equal(x, x), None, doc="True where x is not a number; no gradient."
+)
+isinf: Primitive = elementwise(
+    "isinf", lambda x: e.equal(e.absolute(x), math.inf), None, doc="True where x is infinite; no gradient."
+)
 logical_and: Primitive = elementwise("logical_and", e.logical_and, None, doc="Both nonzero; boolean, no gradient.")
 logical_or: Primitive = elementwise("logical_or", e.logical_or, None, doc="Either nonzero; boolean, no gradient.")
 logical_not: Primitive = elementwise("logical_not", e.logical_not, None, doc="Zero; boolean, no gradient.")
 
+
+def _bits(name: str, ufunc: np.ufunc, doc: str) -> Primitive:
+    bits = Primitive(name, ufunc, None, is_elementwise=True, doc=f"{doc} of integers or booleans; no gradient.")
+    bits.refuses_dtypes = (
+        "it takes integers and booleans; compare first (x > 0), or use logical_and, logical_or, logical_not"
+    )
+    return bits
+
+
+bitwise_and: Primitive = _bits("bitwise_and", np.bitwise_and, "The bits that are set in both, x & y,")
+bitwise_or: Primitive = _bits("bitwise_or", np.bitwise_or, "The bits that are set in x or y, x | y,")
+bitwise_xor: Primitive = _bits("bitwise_xor", np.bitwise_xor, "The bits that are set in one of both, x ^ y,")
+invert: Primitive = _bits("invert", np.invert, "All bits flipped, ~x,")
+
 __all__ = [
-    "abs", "add", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "clip", "cos", "cosh",
+    "abs", "add", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "bitwise_and", "bitwise_or",
+    "bitwise_xor", "clip", "cos", "cosh",
     "divide", "elu", "equal", "erf", "exp", "exp2", "expm1", "gelu", "greater", "greater_equal", "hard_sigmoid",
-    "hard_tanh", "isfinite", "leaky_relu", "less", "less_equal", "log", "log1p", "log2", "logical_and", "logical_not",
-    "logical_or", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "relu", "sigmoid", "sign",
-    "silu", "sin", "sinh", "softplus", "sqrt", "square", "subtract", "tan", "tanh", "where",
+    "hard_tanh", "invert", "isfinite", "isinf", "isnan",
+    "leaky_relu", "less", "less_equal", "log", "log1p", "log2", "logical_and",
+    "logical_not", "logical_or", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "relu", "sigmoid",
+    "sign", "silu", "sin", "sinh", "softplus", "sqrt", "square", "subtract", "tan", "tanh", "where",
 ]  # fmt: skip

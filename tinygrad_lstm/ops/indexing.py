@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import DTypeError, OutOfRangeError, ShapeError, TraceError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.kernels.pool import taken
-from tinygrad_lstm.ops.axes import normal_axis
-from tinygrad_lstm.ops.elementwise import multiply, where
-from tinygrad_lstm.ops.shape import reshape
+from tinygrad_lstm.ops.axes import as_integer, normal_axis
+from tinygrad_lstm.ops.elementwise import maximum, minimum, multiply, where
+from tinygrad_lstm.ops.shape import broadcast_to, reshape
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.record import state
+from tinygrad_lstm.tensor import Tensor, as_dtype, asarray, together
 
 # ---------------------------------------------------------------------------- getitem in all NumPy forms
 
@@ -29,7 +29,12 @@ def _template(index: Any) -> tuple[Template, list[Tensor]]:
         if item is None or item is Ellipsis:
             template.append(item)
         elif isinstance(item, slice):
-            bounds = [None if b is None else operator.index(b) for b in (item.start, item.stop, item.step)]
+            bounds = [
+                None if b is None else as_integer(b, "getitem", "a bound of a slice")
+                for b in (item.start, item.stop, item.step)
+            ]
+            if bounds[2] == 0:
+                raise ArgumentError("getitem: the step of a slice is not 0")
             template.append(("slice", *bounds))
         elif isinstance(item, (int, np.integer)) and not isinstance(item, (bool, np.bool_)):
             template.append(int(item))
@@ -41,6 +46,8 @@ def _template(index: Any) -> tuple[Template, list[Tensor]]:
                 )
             template.append(("array",))
             arrays.append(array)
+    if template.count(Ellipsis) > 1:
+        raise OutOfRangeError(f"an index holds one ellipsis (...), found {template.count(Ellipsis)}")
     return tuple(template), arrays
 
 
@@ -131,9 +138,28 @@ def getitem(x: Any, index: Any) -> Any:
     """``x[index]`` in all forms of NumPy: integers, slices, None, ..., integer and boolean arrays."""
     template, arrays = _template(index)
     x = asarray(x)
+    if any(a.dtype.kind == "b" for a in arrays) and state().trace is not None:
+        template, arrays = _without_masks(template, arrays)
     if len(arrays) == 1 and arrays[0].dtype.kind in "iu" and (axis := _sole_axis(template, x.ndim)) is not None:
         return _take(x, arrays[0], axis=axis)  # rows of a table: known in loops, and cheaper to transpose
     return getitem_primitive(x, *arrays, template=template)
+
+
+def _without_masks(template: Template, arrays: list[Tensor]) -> tuple[Template, list[Tensor]]:
+    """The index with the places that known masks select; while a function is recorded, shapes have to be known."""
+    items: list[Any] = []
+    found: list[Tensor] = []
+    rest = iter(arrays)
+    for item in template:
+        if item != ("array",):
+            items.append(item)
+            continue
+        array = next(rest)
+        known = array.dtype.kind == "b" and array.ndim > 0 and array.__class__ is Tensor and not array._rg
+        places = np.nonzero(array._data) if known and array._node is None else (array,)
+        items += [("array",)] * len(places)
+        found += map(asarray, places)
+    return tuple(items), found
 
 
 _ALL = ("slice", None, None, None)
@@ -231,15 +257,23 @@ def _integers(indices: Any, who: str) -> Tensor:
     return found
 
 
-def take(x: Any, indices: Any, axis: int | None = None) -> Any:
+def take(a: Any, indices: Any, axis: int | None = None, mode: str = "raise") -> Any:
     """Elements along an axis (of the flattened array without one), as numpy.take.
 
-    Raises OutOfRangeError with the first index outside of the axis.
+    An index outside of the axis raises OutOfRangeError; with ``mode='clip'`` it is limited to 0..n - 1, with ``'wrap'``
+    counted from the other end again.
     """
-    x = asarray(x)
+    x = asarray(a)
     if axis is None:
         x, axis = reshape(x, (x.size,)), 0
-    return _take(x, _integers(indices, "take"), axis=normal_axis(axis, x.ndim, "take"))
+    found, place = _integers(indices, "take"), normal_axis(axis, x.ndim, "take")
+    if mode == "clip":
+        found = minimum(maximum(found, 0), x.shape[place] - 1)
+    elif mode == "wrap":
+        found = asarray(np.remainder(found._data, x.shape[place] or 1))
+    elif mode != "raise":
+        raise ArgumentError(f"take: mode is 'raise', 'wrap' or 'clip', found {mode!r}")
+    return _take(x, found, axis=place)
 
 
 def _grid(shape: tuple[int, ...], indices: np.ndarray, place: int) -> tuple[np.ndarray, ...]:
@@ -275,12 +309,31 @@ _along: Primitive = Primitive(
 )
 
 
-def take_along_axis(x: Any, indices: Any, axis: int = -1) -> Any:
-    """One element per position along an axis, as numpy.take_along_axis."""
-    x, found = asarray(x), _integers(indices, "take_along_axis")
+def take_along_axis(arr: Any, indices: Any, axis: int | None = -1) -> Any:
+    """One element per position along an axis, as numpy.take_along_axis; the other axes broadcast.
+
+    For ``axis=None`` the array is flattened first, and the indices have one axis.
+    """
+    x, found = asarray(arr), _integers(indices, "take_along_axis")
+    if axis is None:
+        x, axis = reshape(x, (x.size,)), 0
     if found.ndim != x.ndim:
         raise ShapeError(f"take_along_axis: indices with {found.ndim} axes for an array with {x.ndim}")
-    return _along(x, found, axis=normal_axis(axis, x.ndim, "take_along_axis"))
+    place = normal_axis(axis, x.ndim, "take_along_axis")
+    whole = [None if k - x.ndim == place else pair for k, pair in enumerate(zip(x.shape, found.shape, strict=True))]
+    if any(pair is not None and pair[0] != pair[1] for pair in whole):
+        try:
+            lengths = [np.broadcast_shapes(*pair)[0] if pair else 0 for pair in whole]
+        except ValueError:
+            raise ShapeError(
+                f"take_along_axis: indices of shape {found.shape} for an array of shape {x.shape}: the axes other than "
+                f"{axis} do not broadcast"
+            ) from None
+        x, found = (
+            broadcast_to(t, tuple(t.shape[k] if pair is None else lengths[k] for k, pair in enumerate(whole)))
+            for t in (x, found)
+        )
+    return _along(x, found, axis=place)
 
 
 def _scatter_add_forward(a: np.ndarray, idx: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -309,7 +362,8 @@ def scatter_add(a: Any, idx: Any, v: Any) -> Any:
     >>> ops.scatter_add([0.0, 0.0, 0.0], [0, 2, 2], [1.0, 2.0, 3.0]).tolist()
     [1.0, 0.0, 5.0]
     """
-    return _scatter_add(asarray(a), _integers(idx, "scatter_add"), asarray(v))
+    a, v = together(a, v)
+    return _scatter_add(a, _integers(idx, "scatter_add"), v)
 
 
 # ---------------------------------------------------------------------------- fixed patterns
@@ -335,30 +389,34 @@ _one_hot: Primitive = Primitive(
 
 def one_hot(idx: Any, n: int, dtype: Any = np.float32) -> Any:
     """Integer classes ``(...)`` as vectors ``(..., n)`` with a single 1."""
-    return _one_hot(_integers(idx, "one_hot"), n=int(n), dtype=np.dtype(dtype))
+    count = as_integer(n, "one_hot", "the number of classes")
+    if count < 0:
+        raise ArgumentError(f"one_hot: the number of classes is not negative, found {count}")
+    return _one_hot(_integers(idx, "one_hot"), n=count, dtype=as_dtype(dtype))
 
 
 def _triangle(x: Any, k: int, lower: bool, who: str) -> Any:
-    x = asarray(x)
-    if x.ndim < 2:
-        raise ShapeError(f"{who} needs at least two axes, found shape {x.shape}")
-    mask = np.tri(x.shape[-2], x.shape[-1], k if lower else k - 1, dtype=bool)
+    x, k = asarray(x), as_integer(k, who, "k")
+    if not x.ndim:
+        raise ShapeError(f"{who} needs at least one axis, found a 0-d array")
+    # As in NumPy, a vector stands for a matrix of equal rows.
+    mask = np.tri(x.shape[-2] if x.ndim > 1 else x.size, x.shape[-1], k if lower else k - 1, dtype=bool)
     return where(mask if lower else ~mask, x, np.zeros((), x.dtype))
 
 
-def tril(x: Any, k: int = 0) -> Any:
+def tril(m: Any, k: int = 0) -> Any:
     """The lower triangle of the last two axes, zeros above diagonal k, as numpy.tril."""
-    return _triangle(x, k, True, "tril")
+    return _triangle(m, k, True, "tril")
 
 
-def triu(x: Any, k: int = 0) -> Any:
+def triu(m: Any, k: int = 0) -> Any:
     """The upper triangle of the last two axes, zeros below diagonal k, as numpy.triu."""
-    return _triangle(x, k, False, "triu")
+    return _triangle(m, k, False, "triu")
 
 
-def diag(x: Any, k: int = 0) -> Any:
-    """A matrix with x on diagonal k for 1-D x; the diagonal k of a matrix, as numpy.diag."""
-    x = asarray(x)
+def diag(v: Any, k: int = 0) -> Any:
+    """A matrix with v on diagonal k for 1-D v; the diagonal k of a matrix, as numpy.diag."""
+    x, k = asarray(v), as_integer(k, "diag", "k")
     if x.ndim == 1:
         n = x.shape[0]
         size = n + abs(k)

@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad_lstm.errors import DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.ops.elementwise import less
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.tensor import Tensor, to_array
 from tinygrad_lstm.trace import TracedTensor
 
 __all__ = ["check_lengths", "valid_steps"]
@@ -36,7 +36,7 @@ in_range: Primitive = Primitive(
 def check_lengths(lengths: Any, steps: int, batch: int, who: str = "scan") -> Any:
     """``lengths`` as an int64 array (B,), every one in 0..T; as a tensor where a function is being recorded."""
     traced = isinstance(lengths, TracedTensor)
-    array: Any = lengths if traced else np.asarray(lengths._data if isinstance(lengths, Tensor) else lengths)
+    array: Any = lengths if traced else to_array(lengths)
     if array.size == 0 and not traced:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":

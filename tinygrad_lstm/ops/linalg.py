@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
+import string
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, ShapeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.kernels import matmul as kernel
 from tinygrad_lstm.ops.axes import normal_axis
+from tinygrad_lstm.ops.indexing import getitem
 from tinygrad_lstm.ops.shape import broadcast_to, expand_dims, reshape, squeeze, swapaxes, transpose
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import asarray
+from tinygrad_lstm.tensor import together
 
 
 def _matmul_aval(a: Aval, b: Aval) -> Aval:
@@ -49,7 +52,7 @@ def matmul(a: Any, b: Any) -> Any:
     >>> ops.matmul(np.ones((2, 3)), np.ones(3)).tolist()
     [3.0, 3.0]
     """
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if not a.ndim or not b.ndim:
         raise ShapeError(f"matmul of shapes {a.shape} and {b.shape}: 0-d operands; use multiply")
     left, right = a.ndim == 1, b.ndim == 1
@@ -67,7 +70,7 @@ def matmul(a: Any, b: Any) -> Any:
 
 def dot(a: Any, b: Any) -> Any:
     """Dot product as numpy.dot: the last axis of a with the second-to-last of b."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if not a.ndim or not b.ndim:
         return a * b
     if a.ndim <= 2 and b.ndim <= 2:
@@ -77,7 +80,7 @@ def dot(a: Any, b: Any) -> Any:
 
 def inner(a: Any, b: Any) -> Any:
     """Product over the last axes of both, as numpy.inner."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if not a.ndim or not b.ndim:
         return a * b
     return tensordot(a, b, ([-1], [-1]))
@@ -85,17 +88,21 @@ def inner(a: Any, b: Any) -> Any:
 
 def outer(a: Any, b: Any) -> Any:
     """All products of the elements of two (flattened) arrays, ``(M,), (N,) -> (M, N)``, as numpy.outer."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     return reshape(a, (a.size, 1)) * reshape(b, (1, b.size))
 
 
 def tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
     """Contraction over pairs of axes, as numpy.tensordot."""
-    a, b = asarray(a), asarray(b)
+    a, b = together(a, b)
     if isinstance(axes, (int, np.integer)):
         first, second = list(range(a.ndim - int(axes), a.ndim)), list(range(int(axes)))
-    else:
+    elif isinstance(axes, (list, tuple)) and len(axes) == 2:
         first, second = [list(x) if isinstance(x, (list, tuple)) else [x] for x in axes]
+    else:
+        raise DTypeError(f"tensordot: axes is an int or a pair (axes of a, axes of b), found {axes!r}")
+    if len(first) != len(second):
+        raise ShapeError(f"tensordot: {len(first)} axes of a and {len(second)} of b do not pair up")
     first = [normal_axis(x, a.ndim, "tensordot") + a.ndim for x in first]
     second = [normal_axis(x, b.ndim, "tensordot") + b.ndim for x in second]
     if [a.shape[k] for k in first] != [b.shape[k] for k in second]:
@@ -141,64 +148,121 @@ _einsum: Primitive = Primitive(
 )
 
 
-def einsum(subscripts: str, *operands: Any) -> Any:
-    """Einstein summation, as numpy.einsum with a subscript string.
+def einsum(*operands: Any, optimize: Any = False) -> Any:
+    """Einstein summation, as numpy.einsum.
 
-    Ellipsis and an implicit output are taken; a subscript that stands twice in one operand (a diagonal) is not.
+    Parameters
+    ----------
+    operands : str and arrays
+        ``einsum("ij,jk->ik", a, b)``, or with lists of integers ``einsum(a, [0, 1], b, [1, 2], [0, 2])``.  A subscript
+        that stands twice in one operand is its diagonal; ellipses and axes of length 1 broadcast; without an arrow the
+        result has the subscripts that stand once, in alphabetical order.
+    optimize : anything
+        As in NumPy; the order of products is chosen in any case.
 
+    Raises
+    ------
+    ArgumentError
+        Subscripts that do not fit the number of operands, or an output subscript of no operand.
+    ShapeError
+        A term that does not fit its operand, or lengths that do not broadcast.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> from tinygrad_lstm import ops
     >>> ops.einsum("bi,ij->bj", np.ones((2, 3)), np.ones((3, 4))).shape
     (2, 4)
     """
-    tensors = [asarray(x) for x in operands]
+    if not operands:
+        raise ArgumentError("einsum needs subscripts and operands, as in einsum('ij,jk->ik', a, b)")
+    subscripts, given = (operands[0], operands[1:]) if isinstance(operands[0], str) else _from_lists(operands)
+    tensors = together(*given)
     text = subscripts.replace(" ", "")
     left, arrow, out = text.partition("->")
     terms = left.split(",")
     if len(terms) != len(tensors):
         raise ArgumentError(f"einsum {subscripts!r}: {len(terms)} terms for {len(tensors)} operands")
-    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in text]
-    width = 0
-    for term, t in zip(terms, tensors, strict=True):
-        if "..." in term:
-            width = max(width, t.ndim - len(term) + 3)
-    dots = "".join(spare[:width])
-    for k, (term, t) in enumerate(zip(terms, tensors, strict=True)):
-        if "..." in term:
-            need = t.ndim - len(term) + 3
-            terms[k] = term.replace("...", dots[width - need :] if need else "")
-        if len(terms[k]) != t.ndim:
-            raise ShapeError(f"einsum {subscripts!r}: term {term!r} for an operand of shape {t.shape}")
-        if len(set(terms[k])) != len(terms[k]):
-            raise ArgumentError(f"einsum {subscripts!r}: a subscript stands twice in {term!r}; take the diagonal first")
+    terms, dots = _without_dots(subscripts, terms, tensors)
+    joined = "".join(terms)
     if arrow:
         out = out.replace("...", dots)
     else:
-        joined = "".join(terms)
         out = dots + "".join(sorted(c for c in set(joined) if joined.count(c) == 1 and c not in dots))
+    for k, c in enumerate(out):
+        if c not in joined:
+            raise ArgumentError(f"einsum {subscripts!r}: output subscript {c!r} is in no operand")
+        if c in out[:k]:
+            raise ArgumentError(f"einsum {subscripts!r}: output subscript {c!r} stands twice")
+    for k, term in enumerate(terms):
+        while (twice := next((c for c in terms[k] if terms[k].count(c) > 1), None)) is not None:
+            terms[k], tensors[k] = _diagonal(subscripts, terms[k], tensors[k], twice)
+        if len(terms[k]) != tensors[k].ndim:
+            raise ShapeError(f"einsum {subscripts!r}: term {term!r} for an operand of shape {tensors[k].shape}")
+    lengths = _lengths_of(subscripts, terms, tensors)
+    for k, (term, t) in enumerate(zip(terms, tensors, strict=True)):
+        # An axis of length 1 that broadcasts is left out: the rule then sees one length per subscript.
+        spread = tuple(at for at, (c, n) in enumerate(zip(term, t.shape, strict=True)) if n != lengths[c])
+        if spread:
+            terms[k], tensors[k] = "".join(c for at, c in enumerate(term) if at not in spread), squeeze(t, spread)
+    return _einsum(*tensors, subscripts=f"{','.join(terms)}->{out}")
+
+
+def _from_lists(operands: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+    """Subscripts and operands of the form ``einsum(a, [0, 1], b, [1, 2], [0, 2])``."""
+
+    def text(subscripts: Any) -> str:
+        try:
+            return "".join("..." if c is Ellipsis else string.ascii_letters[operator.index(c)] for c in subscripts)
+        except (TypeError, IndexError):
+            raise ArgumentError(
+                f"einsum: subscripts are a string, or lists of integers in 0..51 and ... behind their operands; "
+                f"found {subscripts!r:.60}"
+            ) from None
+
+    pairs = len(operands) // 2
+    terms = ",".join(text(operands[2 * k + 1]) for k in range(pairs))
+    arrow = f"->{text(operands[-1])}" if len(operands) % 2 else ""
+    return terms + arrow, operands[0 : 2 * pairs : 2]
+
+
+def _without_dots(subscripts: str, terms: list[str], tensors: Sequence[Any]) -> tuple[list[str], str]:
+    """The terms with letters for ellipses, and the letters of the widest one."""
+    spare = [c for c in reversed(string.ascii_letters) if c not in subscripts]
+    needs = [t.ndim - len(term) + 3 if "..." in term else 0 for term, t in zip(terms, tensors, strict=True)]
+    for term, t, need in zip(terms, tensors, needs, strict=True):
+        if need < 0:
+            raise ShapeError(f"einsum {subscripts!r}: term {term!r} for an operand of shape {t.shape}")
+    width = max(needs, default=0)
+    dots = "".join(spare[:width])
+    return [t.replace("...", dots[width - n :] if n else "") for t, n in zip(terms, needs, strict=True)], dots
+
+
+def _diagonal(subscripts: str, term: str, t: Any, c: str) -> tuple[str, Any]:
+    """An operand in which a subscript stands twice, with one axis in place of the first two of them."""
+    if len(term) != t.ndim:
+        raise ShapeError(f"einsum {subscripts!r}: term {term!r} for an operand of shape {t.shape}")
+    first = term.index(c)
+    second = term.index(c, first + 1)
+    n = t.shape[first]
+    if t.shape[second] != n:
+        raise ShapeError(f"einsum {subscripts!r}: subscript {c!r} has lengths {n} and {t.shape[second]} in one operand")
+    rest = [k for k in range(t.ndim) if k not in (first, second)]
+    places = np.arange(n)
+    return "".join(term[k] for k in rest) + c, getitem(transpose(t, (*rest, first, second)), (..., places, places))
+
+
+def _lengths_of(subscripts: str, terms: Sequence[str], tensors: Sequence[Any]) -> dict[str, int]:
+    """The length that every subscript stands for."""
     lengths: dict[str, int] = {}
     for term, t in zip(terms, tensors, strict=True):
         for c, n in zip(term, t.shape, strict=True):
-            if lengths.setdefault(c, n) != n and c not in dots:
-                raise ShapeError(f"einsum {subscripts!r}: subscript {c!r} has lengths {lengths[c]} and {n}")
-    for c in out:
-        if c not in lengths:
-            raise ArgumentError(f"einsum {subscripts!r}: output subscript {c!r} is in no operand")
-    if dots:
-        # Broadcasting between ellipses is made explicit, so that the rule sees one length per subscript.
-        spans = [[at for at, c in enumerate(term) if c in dots] for term in terms]
-        try:
-            full = np.broadcast_shapes(*[[t.shape[at] for at in span] for t, span in zip(tensors, spans, strict=True)])
-        except ValueError:
-            shapes = ", ".join(str(t.shape) for t in tensors)
-            raise ShapeError(f"einsum {subscripts!r}: the axes under '...' of {shapes} do not broadcast") from None
-        for k, (t, span) in enumerate(zip(tensors, spans, strict=True)):
-            shape = list(t.shape)
-            for at, n in zip(span, full[len(full) - len(span) :], strict=True):
-                shape[at] = n
-            if tuple(shape) != t.shape:
-                tensors[k] = broadcast_to(t, tuple(shape))
-    return _einsum(*tensors, subscripts=f"{','.join(terms)}->{out}")
+            known = lengths.setdefault(c, n)
+            if known == 1:
+                lengths[c] = n
+            elif n not in (1, known):
+                raise ShapeError(f"einsum {subscripts!r}: subscript {c!r} has lengths {known} and {n}")
+    return lengths
 
 
 __all__ = ["dot", "einsum", "inner", "matmul", "outer", "tensordot"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.errors import ArgumentError
-from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.ops.dispatch import array_function, array_ufunc
+from tinygrad_lstm.tensor import Tensor, as_operands
 
 
 def _reflected(primitive: Any) -> Any:
@@ -26,6 +25,21 @@ def _unary(primitive: Any) -> Any:
     return lambda self: primitive.bind((self,), {})
 
 
+def _bitwise(bits: Any, logic: Any, swapped: bool = False) -> Any:
+    """``&`` and the like: of booleans they are logic (which native loops have), of integers bit by bit."""
+
+    def method(self: Tensor, *others: Any) -> Any:
+        operands = as_operands((*others, self) if swapped else (self, *others))
+        booleans = all(isinstance(o, Tensor) and o.dtype.kind == "b" for o in operands)
+        return (logic if booleans else bits).bind(operands, {})
+
+    return method
+
+
+_BITWISE = {
+    "and": (ops.bitwise_and, ops.logical_and), "or": (ops.bitwise_or, ops.logical_or),
+    "xor": (ops.bitwise_xor, ops.not_equal),
+}  # fmt: skip
 _OPERATORS = {
     "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "truediv": ops.divide, "pow": ops.power,
 }  # fmt: skip
@@ -35,8 +49,8 @@ def _shape_argument(function: Any) -> Any:
     """A method that takes its shape or axes as one tuple or as several numbers."""
 
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and (args[0] is None or isinstance(args[0], (tuple, list))):
-            return function(self, args[0])
+        if len(args) == 1 and (args[0] is None or isinstance(args[0], (tuple, list))):
+            return function(self, args[0], **kwargs)
         return function(self, *([args] if args else []), **kwargs)
 
     method.__doc__ = function.__doc__
@@ -52,44 +66,14 @@ def _method(function: Any) -> Any:
     return method
 
 
-def _array_ufunc(self: Tensor, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-    """``np.tanh(t)`` is ``ops.tanh(t)``; a ufunc without a counterpart raises and says so."""
-    name = _UFUNC_NAMES.get(ufunc.__name__, ufunc.__name__)
-    function = getattr(ops, name, None)
-    if method != "__call__" or function is None or name not in ops.__all__:
-        raise ArgumentError(
-            f"numpy.{ufunc.__name__} ({method}) has no differentiable counterpart in ops; use t.numpy()"
-        )
-    if kwargs:
-        raise ArgumentError(f"numpy.{ufunc.__name__} on a Tensor takes no keyword arguments, found {sorted(kwargs)}")
-    return function(*inputs)
-
-
-_UFUNC_NAMES = {"absolute": "abs", "true_divide": "divide", "fabs": "abs"}
-
-
-def _array_function(self: Tensor, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    name = {"amax": "max", "amin": "min"}.get(function.__name__, function.__name__)
-    counterpart = getattr(ops, name, None)
-    if counterpart is None or name not in ops.__all__:
-        raise ArgumentError(f"numpy.{function.__name__} has no counterpart in ops; use t.numpy()")
-    try:
-        inspect.signature(counterpart).bind(*args, **kwargs)
-    except TypeError:
-        taken = list(inspect.signature(counterpart).parameters)
-        unknown = sorted(set(kwargs) - set(taken))
-        found = f"the keyword {', '.join(unknown)}" if unknown else f"{len(args)} arguments"
-        raise ArgumentError(
-            f"numpy.{function.__name__} on a Tensor takes what ops.{name} takes ({', '.join(taken)}), found {found}"
-        ) from None
-    return counterpart(*args, **kwargs)
-
-
 def install() -> None:
     """Called once, when the ops are imported."""
     for name, primitive in _OPERATORS.items():
         setattr(Tensor, f"__{name}__", _binary(primitive))
         setattr(Tensor, f"__r{name}__", _reflected(primitive))
+    for name, (bits, logic) in _BITWISE.items():
+        setattr(Tensor, f"__{name}__", _bitwise(bits, logic))
+        setattr(Tensor, f"__r{name}__", _bitwise(bits, logic, swapped=True))
     comparisons = ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")
     for name, short in zip(comparisons, ("eq", "ne", "lt", "le", "gt", "ge"), strict=True):
         setattr(Tensor, f"__{short}__", _comparison(getattr(ops, name)))
@@ -97,15 +81,13 @@ def install() -> None:
         "__neg__": _unary(ops.negative),
         "__pos__": lambda self: self,
         "__abs__": _unary(ops.abs),
-        "__and__": _binary(ops.logical_and),
-        "__or__": _binary(ops.logical_or),
-        "__invert__": _unary(ops.logical_not),
+        "__invert__": _bitwise(ops.invert, ops.logical_not),
         "__matmul__": lambda self, other: ops.matmul(self, other),
         "__rmatmul__": lambda self, other: ops.matmul(other, self),
         "__getitem__": lambda self, index: ops.getitem(self, index),
         "__iter__": lambda self: (self[k] for k in range(len(self))),
-        "__array_ufunc__": _array_ufunc,
-        "__array_function__": _array_function,
+        "__array_ufunc__": array_ufunc,
+        "__array_function__": array_function,
         "reshape": _shape_argument(ops.reshape),
         "transpose": _shape_argument(ops.transpose),
         "T": property(lambda self: ops.transpose(self)),
@@ -118,7 +100,8 @@ def install() -> None:
 
 
 _METHODS = [
-    "sum", "mean", "var", "std", "max", "min", "prod", "argmax", "argmin", "cumsum", "norm", "logsumexp", "softmax",
-    "log_softmax", "swapaxes", "moveaxis", "expand_dims", "squeeze", "ravel", "broadcast_to", "repeat", "take", "clip",
-    "dot", "astype", "exp", "log", "sqrt", "square", "abs", "tanh", "sigmoid", "relu", "split", "chunk", "flip",
+    "all", "any", "sum", "mean", "var", "std", "max", "min", "prod", "argmax", "argmin", "cumsum", "norm", "logsumexp",
+    "softmax", "log_softmax", "swapaxes", "moveaxis", "expand_dims", "squeeze", "ravel", "broadcast_to", "repeat",
+    "take", "clip", "dot", "astype", "exp", "log", "sqrt", "square", "abs", "tanh", "sigmoid", "relu", "split", "chunk",
+    "flip",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.checks import check_probability
-from tinygrad_lstm.errors import TraceError
+from tinygrad_lstm.errors import DTypeError, TraceError
 from tinygrad_lstm.ops.elementwise import multiply
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.random import Generator, default_generator
@@ -32,9 +32,18 @@ def dropout(x: Any, p: float, generator: Generator | None = None, training: bool
     ------
     ArgumentError
         p outside of [0, 1].
+    DTypeError
+        x of integers or booleans (1 / (1 - p) is none), another kind of generator.
     """
+    if generator is not None and not isinstance(generator, Generator):
+        raise DTypeError(
+            f"dropout: generator is a tg.Generator, found one of {type(generator).__module__}; "
+            "make one with tg.Generator(seed)"
+        )
     check_probability("dropout", p)
     x = asarray(x)
+    if training and x.dtype.kind != "f":
+        raise DTypeError(f"dropout: x has a floating dtype, found {x.dtype}; convert it with astype(np.float32)")
     if not training or p == 0.0:
         return x
     return multiply(x, dropout_mask(x.shape, p, x.dtype, generator))

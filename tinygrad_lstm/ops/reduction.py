@@ -6,10 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.axes import every_axis, ndim_of, normal_axes, normal_axis
-from tinygrad_lstm.ops.elementwise import divide, equal, exp, maximum, sqrt, square, where
-from tinygrad_lstm.ops.shape import broadcast_to, expand_dims, flip, reshape, sum_to
+from tinygrad_lstm.ops.elementwise import (
+    divide,
+    equal,
+    exp,
+    isfinite,
+    logical_or,
+    maximum,
+    minimum,
+    not_equal,
+    sqrt,
+    square,
+)
+from tinygrad_lstm.ops.elementwise import where as select
+from tinygrad_lstm.ops.moving import flip
+from tinygrad_lstm.ops.shape import astype, broadcast_to, concatenate, expand_dims, reshape, sum_to
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.tensor import Tensor, asarray
 
@@ -36,16 +49,38 @@ _sum: Primitive = Primitive(
 )
 
 
-def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
+def sum(
+    a: Any, axis: Axis = None, keepdims: bool = False, *, dtype: Any = None, initial: Any = None, where: Any = None
+) -> Any:
     """Sum over axes, as numpy.sum.
+
+    ``dtype`` is that of the elements and the result, ``initial`` is added, ``where`` says which elements count.
 
     >>> from tinygrad_lstm import ops
     >>> ops.sum([[1.0, 2.0], [3.0, 4.0]], axis=0).tolist()
     [4.0, 6.0]
     """
-    if axis is None and x.__class__ is Tensor:
-        return _sum.bind((x,), {"axis": every_axis(x._data.ndim), "keepdims": bool(keepdims)})
-    return _sum(x, axis=normal_axes(axis, ndim_of(x), "sum"), keepdims=bool(keepdims))
+    if dtype is not None or where is not None:
+        a = _chosen(a, dtype, where, 0)
+    if axis is None and a.__class__ is Tensor:
+        out = _sum.bind((a,), {"axis": every_axis(a._data.ndim), "keepdims": bool(keepdims)})
+    else:
+        out = _sum(a, axis=normal_axes(axis, ndim_of(a), "sum"), keepdims=bool(keepdims))
+    return out if initial is None else out + initial
+
+
+def _chosen(a: Any, dtype: Any, where: Any, neutral: Any) -> Any:
+    """The elements in another dtype, those that do not count replaced."""
+    x = asarray(a)
+    x = x if dtype is None else astype(x, dtype)
+    return x if where is None else select(_mask(where), x, np.asarray(neutral, x.dtype))
+
+
+def _mask(where: Any) -> Any:
+    mask = asarray(where)
+    if mask.dtype.kind != "b":
+        raise DTypeError(f"where= is made of booleans, found {mask.dtype}")
+    return mask
 
 
 def _count(x: Any, axes: tuple[int, ...]) -> int:
@@ -56,48 +91,44 @@ def _count(x: Any, axes: tuple[int, ...]) -> int:
     return count
 
 
-def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
+def mean(a: Any, axis: Axis = None, keepdims: bool = False, *, dtype: Any = None, where: Any = None) -> Any:
     """Arithmetic mean over axes, as numpy.mean.  NaN for an empty axis."""
-    axes = normal_axes(axis, ndim_of(x), "mean")
-    if getattr(x, "dtype", None) == np.float16:  # the sum would overflow at 65504
-        return mean(asarray(x).astype(np.float32), axis, keepdims).astype(np.float16)
-    total = _sum(x, axis=axes, keepdims=bool(keepdims))
-    count = _count(x, axes)
+    if dtype is not None or where is not None:
+        return _mean_of_some(a, axis, keepdims, dtype, where)
+    axes = normal_axes(axis, ndim_of(a), "mean")
+    if getattr(a, "dtype", None) == np.float16:  # the sum would overflow at 65504
+        return mean(asarray(a).astype(np.float32), axis, keepdims).astype(np.float16)
+    total = _sum(a, axis=axes, keepdims=bool(keepdims))
+    count = _count(a, axes)
     return divide(total, count) if count else divide(total, np.nan)
 
 
-def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any:
-    """Variance over axes, divided by ``n - ddof``, as numpy.var."""
-    axes = normal_axes(axis, ndim_of(x), "var")
-    count = _count(x, axes) - ddof
-    if count <= 0:
-        raise ArgumentError(f"var of {_count(x, axes)} elements with ddof={ddof}: nothing left to divide by")
-    deviation = square(asarray(x) - mean(x, axes, True))
-    return divide(_sum(deviation, axis=axes, keepdims=bool(keepdims)), count)
+def _mean_of_some(a: Any, axis: Axis, keepdims: bool, dtype: Any, where: Any) -> Any:
+    x = asarray(a) if dtype is None else astype(a, dtype)
+    if where is None:
+        return mean(x, axis, keepdims)
+    total = sum(x, axis, keepdims, where=where)
+    count = sum(broadcast_to(_mask(where), x.shape), axis, keepdims)
+    return divide(total, select(equal(count, 0), np.nan, count).astype(divide(total, 1).dtype))
 
 
-def std(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any:
+def var(a: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any:
+    """Variance over axes, divided by ``n - ddof``, as numpy.var.  NaN or inf where that is not positive."""
+    axes = normal_axes(axis, ndim_of(a), "var")
+    count = _count(a, axes)
+    deviation = square(asarray(a) - mean(a, axes, True))
+    total = _sum(deviation, axis=axes, keepdims=bool(keepdims))
+    if count > ddof:
+        return divide(total, count - ddof)
+    if not count:
+        return divide(total, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return divide(total, 0)
+
+
+def std(a: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any:
     """Standard deviation over axes, as numpy.std."""
-    return sqrt(var(x, axis, keepdims, ddof))
-
-
-_norm: Primitive = Primitive(
-    "norm",
-    lambda x, *, axis, keepdims: np.sqrt(np.add.reduce(x * x, axis=axis, keepdims=keepdims)),
-    (lambda g, x, out, axis, keepdims: _open(g, axis, keepdims) * _direction(x, _open(out, axis, keepdims)),),
-    jvp=lambda t, x, out, *, axis, keepdims: _weighted(t[0], _direction(x, _open(out, axis, keepdims)), axis, keepdims),
-    batch="same",
-)
-
-
-def _direction(x: Any, length: Any) -> Any:
-    return x / where(equal(length, 0), 1.0, length)
-
-
-def norm(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Euclidean norm over axes (all of them by default); its derivative at 0 is 0."""
-    x = asarray(x)
-    return _norm(x, axis=normal_axes(axis, x.ndim, "norm"), keepdims=bool(keepdims))
+    return sqrt(var(a, axis, keepdims, ddof))
 
 
 def _cumsum_forward(x: np.ndarray, *, axis: int) -> np.ndarray:
@@ -113,11 +144,11 @@ _cumsum: Primitive = Primitive(
 )
 
 
-def cumsum(x: Any, axis: int | None = None) -> Any:
+def cumsum(a: Any, axis: int | None = None, *, dtype: Any = None) -> Any:
     """Cumulative sum along an axis; over the flattened array without one, as numpy.cumsum."""
-    x = asarray(x)
-    if axis is None:
-        x, axis = x.reshape(-1), -1
+    x = asarray(a) if dtype is None else astype(a, dtype)
+    if axis is None or not x.ndim:
+        x, axis = reshape(x, (x.size,)), -1 if axis is None else axis
     return _cumsum(x, axis=normal_axis(axis, x.ndim, "cumsum"))
 
 
@@ -125,17 +156,28 @@ def cumsum(x: Any, axis: int | None = None) -> Any:
 
 
 def _shares(x: Any, out: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
-    """1 / (number of ties) at every element that equals the extremum, else 0."""
-    mask = equal(x, _open(out, axis, keepdims))
-    hits = where(mask, asarray(np.ones((), x.dtype)), 0.0)
-    # An all-NaN slice equals nothing; 1 in place of its count keeps 0 / 0 away.
+    """1 / (number of ties) at every element that equals the extremum (at every NaN, where there is one), else 0."""
+    # NaN equals nothing, and where there is one it is the extremum.
+    mask = logical_or(equal(x, _open(out, axis, keepdims)), not_equal(x, x))
+    hits = select(mask, asarray(np.ones((), x.dtype)), 0.0)
+    # Where x was computed again in another order nothing may equal it: 1 in place of the count keeps 0 / 0 away.
     return hits / maximum(_sum(hits, axis=axis, keepdims=True), 1.0)
+
+
+def _extreme(name: str, ufunc: np.ufunc, x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> Any:
+    try:
+        return ufunc.reduce(x, axis=axis, keepdims=keepdims)
+    except ValueError:
+        axes = [a + x.ndim for a in axis if not x.shape[a]]
+        raise ShapeError(
+            f"{name} of no elements: axis {', '.join(map(str, axes))} of shape {x.shape} is empty; give initial="
+        ) from None
 
 
 def _extremum(name: str, ufunc: np.ufunc) -> Primitive:
     return Primitive(
         name,
-        lambda x, *, axis, keepdims: ufunc.reduce(x, axis=axis, keepdims=keepdims),
+        lambda x, *, axis, keepdims: _extreme(name, ufunc, x, axis, keepdims),
         (lambda g, x, out, axis, keepdims: _open(g, axis, keepdims) * _shares(x, out, axis, keepdims),),
         jvp=lambda t, x, out, *, axis, keepdims: _weighted(t[0], _shares(x, out, axis, keepdims), axis, keepdims),
         batch="same",
@@ -146,14 +188,35 @@ _max = _extremum("max", np.maximum)
 _min = _extremum("min", np.minimum)
 
 
-def max(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Largest element over axes, as numpy.max; ties share the gradient equally."""
-    return _max(x, axis=normal_axes(axis, ndim_of(x), "max"), keepdims=bool(keepdims))
+def max(a: Any, axis: Axis = None, keepdims: bool = False, *, initial: Any = None, where: Any = None) -> Any:
+    """Largest element over axes, as numpy.max; ties share the gradient equally, NaN takes all of it.
+
+    ``initial`` takes part, and is what an empty axis has; ``where`` says which elements count, and needs it.
+    """
+    if initial is None and where is None:
+        return _max(a, axis=normal_axes(axis, ndim_of(a), "max"), keepdims=bool(keepdims))
+    return _bounded(_max, maximum, a, axis, keepdims, initial, where)
 
 
-def min(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Smallest element over axes, as numpy.min; ties share the gradient equally."""
-    return _min(x, axis=normal_axes(axis, ndim_of(x), "min"), keepdims=bool(keepdims))
+def min(a: Any, axis: Axis = None, keepdims: bool = False, *, initial: Any = None, where: Any = None) -> Any:
+    """Smallest element over axes, as numpy.min; ties share the gradient equally, NaN takes all of it.
+
+    ``initial`` takes part, and is what an empty axis has; ``where`` says which elements count, and needs it.
+    """
+    if initial is None and where is None:
+        return _min(a, axis=normal_axes(axis, ndim_of(a), "min"), keepdims=bool(keepdims))
+    return _bounded(_min, minimum, a, axis, keepdims, initial, where)
+
+
+def _bounded(prim: Primitive, pair: Primitive, a: Any, axis: Axis, keepdims: bool, initial: Any, where: Any) -> Any:
+    """An extremum with a value that takes part everywhere."""
+    if initial is None:
+        raise ArgumentError(f"{prim.name}: where= needs initial=, for what no element counts in")
+    x = _chosen(a, None, where, initial)
+    axes = normal_axes(axis, x.ndim, prim.name)
+    if not _count(x, axes):
+        return _sum(x, axis=axes, keepdims=bool(keepdims)) + initial
+    return pair(prim(x, axis=axes, keepdims=bool(keepdims)), initial)
 
 
 def _flat_or_axis(function: Any) -> Any:
@@ -169,20 +232,22 @@ _argmin: Primitive = Primitive("argmin", _flat_or_axis(np.argmin), None, batch="
 
 def _arg_extremum(prim: Primitive, x: Any, axis: int | None, keepdims: bool, who: str) -> Any:
     x = asarray(x)
+    if not (x.size if axis is None else x.shape[normal_axis(axis, x.ndim, who)]):
+        raise ShapeError(f"{who} of no elements: the array has shape {x.shape}")
     if axis is not None:
         return prim(x, axis=normal_axis(axis, x.ndim, who), keepdims=bool(keepdims))
     found = prim(reshape(x, (x.size,)), axis=-1, keepdims=False)
     return reshape(found, (1,) * x.ndim) if keepdims else found
 
 
-def argmax(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
+def argmax(a: Any, axis: int | None = None, keepdims: bool = False) -> Any:
     """Index of the first largest element, as numpy.argmax (int64, no gradient)."""
-    return _arg_extremum(_argmax, x, axis, keepdims, "argmax")
+    return _arg_extremum(_argmax, a, axis, keepdims, "argmax")
 
 
-def argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
+def argmin(a: Any, axis: int | None = None, keepdims: bool = False) -> Any:
     """Index of the first smallest element, as numpy.argmin (int64, no gradient)."""
-    return _arg_extremum(_argmin, x, axis, keepdims, "argmin")
+    return _arg_extremum(_argmin, a, axis, keepdims, "argmin")
 
 
 # ---------------------------------------------------------------------------- products
@@ -190,8 +255,6 @@ def argmin(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
 
 def _others(x: Any, axis: int) -> Any:
     """The product of all other elements along an axis: no division, so zeros are no special case."""
-    from tinygrad_lstm.ops.shape import concatenate
-
     n = x.shape[axis]
     ones = asarray(np.ones((), x.dtype)) * broadcast_to(asarray(np.ones((), x.dtype)), (*x.shape[:-1], 1))
     before, after = [ones], [ones]
@@ -209,9 +272,16 @@ _prod: Primitive = Primitive(
 )
 
 
-def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
+def prod(
+    a: Any, axis: Axis = None, keepdims: bool = False, *, dtype: Any = None, initial: Any = None, where: Any = None
+) -> Any:
     """Product over axes, as numpy.prod; the gradient is right where factors are zero too."""
-    x = asarray(x)
+    x = _chosen(a, dtype, where, 1)
+    out = _product(x, axis, keepdims)
+    return out if initial is None else out * initial
+
+
+def _product(x: Tensor, axis: Axis, keepdims: bool) -> Any:
     axes = normal_axes(axis, x.ndim, "prod")
     if not axes:
         return x
@@ -219,11 +289,32 @@ def prod(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     lengths = [x.shape[a] for a in kept]
     count = _count(x, axes)
     if count == 0:
-        out = broadcast_to(asarray(np.ones((), x.dtype)), tuple(lengths))
+        out = _sum(x, axis=axes, keepdims=False) + 1  # of no elements, and still a function of x
     else:
         moved = x.transpose([a + x.ndim for a in (*kept, *axes)])
         out = _prod(moved.reshape((*lengths, count)))
     return expand_dims(out, axes) if keepdims else out
+
+
+# ---------------------------------------------------------------------------- logic
+
+
+_all: Primitive = Primitive(
+    "all", lambda x, *, axis, keepdims: np.logical_and.reduce(x, axis=axis, keepdims=keepdims), None, batch="same"
+)
+_any: Primitive = Primitive(
+    "any", lambda x, *, axis, keepdims: np.logical_or.reduce(x, axis=axis, keepdims=keepdims), None, batch="same"
+)
+
+
+def all(a: Any, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Whether all elements over axes are true (not zero), as numpy.all; boolean, no gradient."""
+    return _all(a, axis=normal_axes(axis, ndim_of(a), "all"), keepdims=bool(keepdims))
+
+
+def any(a: Any, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Whether any element over axes is true (not zero), as numpy.any; boolean, no gradient."""
+    return _any(a, axis=normal_axes(axis, ndim_of(a), "any"), keepdims=bool(keepdims))
 
 
 # ---------------------------------------------------------------------------- log-sum-exp and softmax
@@ -238,10 +329,8 @@ def _logsumexp_forward(x: np.ndarray, *, axis: tuple[int, ...], keepdims: bool) 
 
 
 def _probabilities(x: Any, out: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
-    from tinygrad_lstm.ops.elementwise import isfinite
-
     total = _open(out, axis, keepdims)
-    return exp(x - where(isfinite(total), total, 0.0))
+    return exp(x - select(isfinite(total), total, 0.0))
 
 
 _logsumexp: Primitive = Primitive(
@@ -320,6 +409,6 @@ def log_softmax(x: Any, axis: int = -1) -> Any:
 
 
 __all__ = [
-    "argmax", "argmin", "cumsum", "log_softmax", "logsumexp", "max", "mean", "min", "norm", "prod", "softmax",
+    "all", "any", "argmax", "argmin", "cumsum", "log_softmax", "logsumexp", "max", "mean", "min", "prod", "softmax",
     "std", "sum", "sum_to", "var",
 ]  # fmt: skip

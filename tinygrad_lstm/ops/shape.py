@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
-from tinygrad_lstm.ops.axes import normal_axes, normal_axis
+from tinygrad_lstm.ops.axes import as_integer, as_lengths, normal_axes, normal_axis
+from tinygrad_lstm.ops.elementwise import multiply, where
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor, as_dtype, asarray
-
-
-def _lengths(shape: Any, who: str) -> tuple[int, ...]:
-    try:
-        return (operator.index(shape),) if not isinstance(shape, (list, tuple)) else tuple(map(operator.index, shape))
-    except TypeError:
-        raise DTypeError(f"{who}: a shape is an int or a tuple of ints, found {shape!r}") from None
-
+from tinygrad_lstm.tensor import Tensor, as_dtype, asarray, together
 
 # ---------------------------------------------------------------------------- reshape, broadcast, their transposes
 
@@ -35,10 +27,11 @@ _reshape: Primitive = Primitive(
 )
 
 
-def reshape(x: Any, shape: Any) -> Any:
-    """The same elements in another shape (one length may be -1), as numpy.reshape."""
-    x = asarray(x)
-    lengths = list(_lengths(shape, "reshape"))
+def reshape(a: Any, shape: Any, order: str = "C") -> Any:
+    """The same elements in another shape (one length may be -1), as numpy.reshape (in C order only)."""
+    _check_order(order, "reshape")
+    x = asarray(a)
+    lengths = list(as_lengths(shape, "reshape"))
     known = 1
     for n in lengths:
         known *= n if n != -1 else 1
@@ -50,13 +43,20 @@ def reshape(x: Any, shape: Any) -> Any:
     for n in lengths:
         total *= n
     if total != x.size or -1 in lengths:
-        raise ShapeError(f"reshape of {x.shape} ({x.size} elements) to {tuple(_lengths(shape, 'reshape'))}")
+        raise ShapeError(f"reshape of {x.shape} ({x.size} elements) to {tuple(as_lengths(shape, 'reshape'))}")
     return _reshape(x, shape=tuple(lengths))
 
 
-def ravel(x: Any) -> Any:
-    """Flattened to one axis."""
-    return reshape(x, (-1,)) if asarray(x).size else reshape(x, (0,))
+def ravel(a: Any, order: str = "C") -> Any:
+    """Flattened to one axis, as numpy.ravel (in C order only)."""
+    _check_order(order, "ravel")
+    x = asarray(a)
+    return reshape(x, (x.size,))
+
+
+def _check_order(order: Any, who: str) -> None:
+    if order != "C":
+        raise ArgumentError(f"{who}: order is 'C' (the last axis changes fastest), found {order!r}; transpose first")
 
 
 def _sum_to_forward(x: np.ndarray, *, shape: tuple[int, ...]) -> np.ndarray:
@@ -95,9 +95,9 @@ _broadcast_to: Primitive = Primitive(
 )
 
 
-def broadcast_to(x: Any, shape: Any) -> Any:
-    """x repeated along new or length-1 axes, as numpy.broadcast_to (a read-only view)."""
-    return _broadcast_to(x, shape=_lengths(shape, "broadcast_to"))
+def broadcast_to(array: Any, shape: Any) -> Any:
+    """Repeated along new or length-1 axes, as numpy.broadcast_to (a read-only view)."""
+    return _broadcast_to(array, shape=as_lengths(shape, "broadcast_to"))
 
 
 # ---------------------------------------------------------------------------- order of the axes
@@ -131,30 +131,30 @@ _transpose: Primitive = Primitive(
 )
 
 
-def transpose(x: Any, axes: Any = None) -> Any:
+def transpose(a: Any, axes: Any = None) -> Any:
     """Axes in another order (reversed by default), as numpy.transpose; a view."""
-    x = asarray(x)
+    x = asarray(a)
     if axes is None:
         order = tuple(range(-1, -x.ndim - 1, -1))
     else:
-        order = tuple(normal_axis(a, x.ndim, "transpose") for a in axes)
+        order = tuple(normal_axis(a, x.ndim, "transpose") for a in as_lengths(axes, "transpose"))
         if sorted(order) != list(range(-x.ndim, 0)):
-            raise ShapeError(f"transpose: axes {tuple(axes)} are no permutation of the {x.ndim} axes of {x.shape}")
+            raise ShapeError(f"transpose: axes {axes} are no permutation of the {x.ndim} axes of {x.shape}")
     return _transpose(x, axes=order)
 
 
-def swapaxes(x: Any, axis1: int, axis2: int) -> Any:
+def swapaxes(a: Any, axis1: int, axis2: int) -> Any:
     """Two axes exchanged, as numpy.swapaxes; a view."""
-    x = asarray(x)
+    x = asarray(a)
     a, b = normal_axis(axis1, x.ndim, "swapaxes"), normal_axis(axis2, x.ndim, "swapaxes")
     order = list(range(-x.ndim, 0))
     order[a], order[b] = b, a
     return _transpose(x, axes=tuple(order))
 
 
-def moveaxis(x: Any, source: Any, destination: Any) -> Any:
+def moveaxis(a: Any, source: Any, destination: Any) -> Any:
     """Axes moved to new positions, as numpy.moveaxis; a view."""
-    x = asarray(x)
+    x = asarray(a)
     sources = [normal_axis(a, x.ndim, "moveaxis") for a in (source if isinstance(source, (list, tuple)) else [source])]
     targets = destination if isinstance(destination, (list, tuple)) else [destination]
     goals = [normal_axis(a, x.ndim, "moveaxis") for a in targets]
@@ -166,9 +166,9 @@ def moveaxis(x: Any, source: Any, destination: Any) -> Any:
     return _transpose(x, axes=tuple(order))
 
 
-def expand_dims(x: Any, axis: Any) -> Any:
+def expand_dims(a: Any, axis: Any) -> Any:
     """New axes of length 1, at positions in the result, as numpy.expand_dims; a view."""
-    x = asarray(x)
+    x = asarray(a)
     count = len(axis) if isinstance(axis, (list, tuple)) else 1
     axes = normal_axes(axis, x.ndim + count, "expand_dims")
     rest = iter(x.shape)
@@ -176,9 +176,9 @@ def expand_dims(x: Any, axis: Any) -> Any:
     return _reshape(x, shape=tuple(1 if k - ndim in axes else next(rest) for k in range(ndim)))
 
 
-def squeeze(x: Any, axis: Any = None) -> Any:
+def squeeze(a: Any, axis: Any = None) -> Any:
     """Axes of length 1 removed (all of them by default), as numpy.squeeze; a view."""
-    x = asarray(x)
+    x = asarray(a)
     if axis is None:
         return _reshape(x, shape=tuple(n for n in x.shape if n != 1))
     axes = normal_axes(axis, x.ndim, "squeeze")
@@ -224,11 +224,23 @@ _concatenate: Primitive = Primitive(
 )
 
 
-def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
-    """Arrays joined along an existing axis, as numpy.concatenate."""
-    tensors = [asarray(x) for x in xs]
+def _several(arrays: Any, who: str) -> list[Tensor]:
+    """What is to be joined, as tensors."""
+    if not isinstance(arrays, (list, tuple)):
+        ndim = getattr(arrays, "ndim", None)  # an array is joined along its first axis
+        if ndim == 0 or (ndim is None and not isinstance(arrays, Iterable)):
+            raise DTypeError(f"{who}: expected a list of arrays, found {arrays!r:.80}")
+    tensors = together(*arrays)
     if not tensors:
-        raise ArgumentError("concatenate of an empty list")
+        raise ArgumentError(f"{who} of an empty list")
+    return tensors
+
+
+def concatenate(arrays: Sequence[Any], axis: int | None = 0) -> Any:
+    """Arrays joined along an existing axis (flattened first for ``axis=None``), as numpy.concatenate."""
+    tensors = _several(arrays, "concatenate")
+    if axis is None:
+        tensors, axis = [ravel(t) for t in tensors], 0
     if len(tensors) == 1:
         return tensors[0]
     if tensors[0].ndim == 0:
@@ -236,11 +248,9 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
     return _concatenate(*tensors, axis=normal_axis(axis, tensors[0].ndim, "concatenate"))
 
 
-def stack(xs: Sequence[Any], axis: int = 0) -> Any:
+def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
     """Arrays of one shape joined along a new axis, as numpy.stack."""
-    tensors = [asarray(x) for x in xs]
-    if not tensors:
-        raise ArgumentError("stack of an empty list")
+    tensors = _several(arrays, "stack")
     shapes = {t.shape for t in tensors}
     if len(shapes) > 1:
         raise ShapeError(f"stack needs arrays of one shape, found {sorted(shapes)}")
@@ -279,19 +289,19 @@ _split: Primitive = Primitive(
 )
 
 
-def split(x: Any, indices_or_sections: Any, axis: int = 0) -> list[Any]:
+def split(ary: Any, indices_or_sections: Any, axis: int = 0) -> list[Any]:
     """A list of parts: equal ones for an int, else cut at the given indices, as numpy.split."""
-    x = asarray(x)
+    x = asarray(ary)
     place = normal_axis(axis, x.ndim, "split")
     length = x.shape[place]
     if isinstance(indices_or_sections, (list, tuple, np.ndarray)):
-        cuts = [0, *(int(i) for i in indices_or_sections), length]
+        cuts = [0, *(as_integer(i, "split", "an index") for i in indices_or_sections), length]
         cuts = [min(max(c + length if c < 0 else c, 0), length) for c in cuts[:-1]] + [length]
         sizes = tuple(max(b - a, 0) for a, b in itertools.pairwise(cuts))
         if sum(sizes) != length:
             raise ShapeError(f"split: indices {indices_or_sections} are not ascending")
     else:
-        sections = operator.index(indices_or_sections)
+        sections = as_integer(indices_or_sections, "split", "the number of parts")
         if sections < 1 or length % sections:
             raise ShapeError(f"split: axis {axis} of length {length} does not divide into {sections} equal parts")
         sizes = (length // sections,) * sections
@@ -303,102 +313,18 @@ def split(x: Any, indices_or_sections: Any, axis: int = 0) -> list[Any]:
 def chunk(x: Any, n: int, axis: int = -1) -> list[Any]:
     """A list of n equal parts along an axis.
 
+    Where the length does not divide, the last part is shorter, as in torch.chunk (and there may be fewer parts).
+
     >>> from tinygrad_lstm import ops
     >>> [part.tolist() for part in ops.chunk([1.0, 2.0, 3.0, 4.0], 2)]
     [[1.0, 2.0], [3.0, 4.0]]
     """
-    return split(x, n, axis)
-
-
-# ---------------------------------------------------------------------------- repeating and moving elements
-
-
-_flip: Primitive = Primitive(
-    "flip",
-    lambda x, *, axis: np.flip(x, axis),
-    (lambda g, axis: _flip(g, axis=axis),),
-    linear="each",
-    shape=lambda x, *, axis: x,
-    batch="same",
-    view=True,
-)
-
-
-def flip(x: Any, axis: Any = None) -> Any:
-    """Elements in reverse order along axes (all by default), as numpy.flip; a view."""
     x = asarray(x)
-    return _flip(x, axis=normal_axes(axis, x.ndim, "flip"))
-
-
-_roll: Primitive = Primitive(
-    "roll",
-    lambda x, *, shift, axis: np.roll(x, shift, axis),
-    (lambda g, shift, axis: _roll(g, shift=tuple(-s for s in shift), axis=axis),),
-    linear="each",
-    shape=lambda x, *, shift, axis: x,
-    batch="same",
-)
-
-
-def roll(x: Any, shift: Any, axis: Any = None) -> Any:
-    """Elements moved around cyclically, as numpy.roll."""
-    x = asarray(x)
-    if axis is None:
-        return reshape(roll(ravel(x), shift, 0), x.shape)
-    axes = [normal_axis(a, x.ndim, "roll") for a in (axis if isinstance(axis, (list, tuple)) else [axis])]
-    shifts = [int(s) for s in (shift if isinstance(shift, (list, tuple)) else [shift] * len(axes))]
-    if len(shifts) != len(axes):
-        raise ShapeError(f"roll: {len(shifts)} shifts for {len(axes)} axes")
-    return _roll(x, shift=tuple(shifts), axis=tuple(axes))
-
-
-def tile(x: Any, reps: Any) -> Any:
-    """x repeated as a whole along axes, as numpy.tile."""
-    x = asarray(x)
-    counts = _lengths(reps, "tile")
-    ndim = max(x.ndim, len(counts))
-    shape = (1,) * (ndim - x.ndim) + x.shape
-    counts = (1,) * (ndim - len(counts)) + counts
-    pairs = list(zip(shape, counts, strict=True))
-    opened = reshape(x, tuple(v for n, r in pairs for v in ((n,) if r == 1 else (1, n))))
-    spread = broadcast_to(opened, tuple(v for n, r in pairs for v in ((n,) if r == 1 else (r, n))))
-    return reshape(spread, tuple(n * r for n, r in pairs))
-
-
-def repeat(x: Any, repeats: Any, axis: int | None = None) -> Any:
-    """Each element repeated (a number, or one number per element), as numpy.repeat."""
-    from tinygrad_lstm.ops.indexing import take
-
-    x = asarray(x)
-    if axis is None:
-        x, axis = ravel(x), 0
-    length = x.shape[normal_axis(axis, x.ndim, "repeat")]
-    counts = np.asarray(repeats._data if isinstance(repeats, Tensor) else repeats)
-    if counts.ndim > 1 or (counts.ndim == 1 and len(counts) not in (1, length)) or (counts < 0).any():
-        raise ShapeError(f"repeat: {repeats!r} for an axis of length {length}; expected a count, or one per element")
-    return take(x, np.repeat(np.arange(length), counts), axis)
-
-
-def pad(x: Any, pad_width: Any, mode: str = "constant", constant_values: float = 0.0) -> Any:
-    """Constant values added at the edges; ``pad_width`` as in numpy.pad (only ``mode='constant'``)."""
-    x = asarray(x)
-    if mode != "constant":
-        raise ArgumentError(f"pad: mode {mode!r} has no gradient rule here, expected 'constant'")
-    try:
-        widths = np.broadcast_to(np.asarray(pad_width, int), (x.ndim, 2)).tolist()
-    except ValueError:
-        raise ShapeError(f"pad: pad_width {pad_width} does not fit the {x.ndim} axes of {x.shape}") from None
-    for axis, (before, after) in enumerate(widths):
-        if before < 0 or after < 0:
-            raise ArgumentError(f"pad: widths are not negative, found {(before, after)}")
-        parts = [x]
-        for width, place in ((before, 0), (after, len(parts))):
-            if width:
-                shape = (*x.shape[:axis], width, *x.shape[axis + 1 :])
-                block = broadcast_to(asarray(np.asarray(constant_values, x.dtype)), shape)
-                parts.insert(0 if place == 0 else len(parts), block)
-        x = concatenate(parts, axis)
-    return x
+    count, length = as_integer(n, "chunk", "the number of parts"), x.shape[normal_axis(axis, x.ndim, "chunk")]
+    if count < 1:
+        raise ArgumentError(f"chunk: the number of parts is at least 1, found {count}")
+    size = -(-length // count)
+    return split(x, count if size * count == length else list(range(size, length, size)), axis)
 
 
 # ---------------------------------------------------------------------------- dtype, identity, constants
@@ -418,8 +344,6 @@ def astype(x: Any, dtype: Any) -> Any:
     """Converted to another dtype; the gradient is converted back."""
     x = asarray(x)
     wanted = as_dtype(dtype)
-    if wanted.kind not in "fiub":
-        raise DTypeError(f"astype: a tensor holds real numbers, integers or booleans, found {wanted}")
     return x if x.dtype == wanted else _astype(x, dtype=wanted)
 
 
@@ -443,16 +367,28 @@ full: Primitive = Primitive(
 )
 
 
-def zeros_like(x: Any) -> Any:
-    """Zeros of x's shape and dtype, without a gradient."""
-    from tinygrad_lstm.primitive import zeros
+def zeros_like(a: Any, dtype: Any = None) -> Any:
+    """Zeros of the shape (and dtype) of an array, without a gradient, as numpy.zeros_like."""
+    return _filled_like(a, dtype, 0)
 
-    x = asarray(x)
-    return zeros(Aval(x.shape, x.dtype))
+
+def ones_like(a: Any, dtype: Any = None) -> Any:
+    """Ones of the shape (and dtype) of an array, without a gradient, as numpy.ones_like."""
+    return _filled_like(a, dtype, 1)
+
+
+def _filled_like(a: Any, dtype: Any, value: int) -> Any:
+    x = asarray(a)
+    return full(shape=x.shape, dtype=x.dtype if dtype is None else as_dtype(dtype), value=value)
+
+
+def copy(a: Any) -> Any:
+    """The same values in memory of their own; gradients flow through, as of numpy.copy."""
+    x = asarray(a)
+    return where(ones_like(x, bool), x, x) if x.dtype.kind == "b" else multiply(x, 1)
 
 
 __all__ = [
-    "alias", "astype", "broadcast_to", "chunk", "concatenate", "expand_dims", "flip", "moveaxis", "pad", "ravel",
-    "repeat", "reshape", "roll", "split", "squeeze", "stack", "stop_gradient", "sum_to", "swapaxes", "tile",
-    "transpose", "zeros_like",
+    "alias", "astype", "broadcast_to", "chunk", "concatenate", "copy", "expand_dims", "moveaxis", "ones_like", "ravel",
+    "reshape", "split", "squeeze", "stack", "stop_gradient", "sum_to", "swapaxes", "transpose", "zeros_like",
 ]  # fmt: skip

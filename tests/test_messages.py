@@ -1,0 +1,231 @@
+"""What wrong arguments are told: by which error, and in which words; never in NumPy's or Python's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinygrad_lstm as tg
+from tinygrad_lstm import ops
+
+X = np.ones((2, 3))
+RAGGED = [[1], [1, 2]]
+
+
+def t() -> tg.Tensor:
+    return tg.tensor(X, requires_grad=True)
+
+
+def assigned(name: str, value: Any) -> Any:
+    return lambda: setattr(t(), name, value)
+
+
+def step(c: Any, x: Any) -> Any:
+    return c, c
+
+
+WRONG: dict[str, tuple[Any, Any, str]] = {
+    "data_ragged": (assigned("data", RAGGED), tg.ShapeError, "unequal lengths"),
+    "data_text": (assigned("data", [["a"] * 3] * 2), tg.DTypeError, "<U1"),
+    "grad_text": (assigned("grad", "a"), tg.DTypeError, "real numbers"),
+    "grad_ragged": (assigned("grad", RAGGED), tg.ShapeError, "unequal lengths"),
+    "lengths": (lambda: ops.scan(step, X, np.ones((3, 2, 3)), lengths=RAGGED), tg.ShapeError, "unequal lengths"),
+    "repeat": (lambda: ops.repeat(t(), 1.5), tg.DTypeError, "repeat: counts are integers, found 1.5"),
+    "repeat_text": (lambda: ops.repeat(t(), "a"), tg.DTypeError, "found"),
+    "split": (lambda: ops.split(t(), 1.5), tg.DTypeError, "split: the number of parts is an integer, found 1.5"),
+    "split_index": (lambda: ops.split(t(), [1, "a"], 1), tg.DTypeError, "split: an index is an integer, found 'a'"),
+    "chunk": (lambda: ops.chunk(t(), 1.5), tg.DTypeError, "chunk: the number of parts is an integer, found 1.5"),
+    "chunk_0": (lambda: ops.chunk(t(), 0), tg.ArgumentError, "at least 1, found 0"),
+    "roll": (lambda: ops.roll(t(), "a"), tg.DTypeError, "roll: shift is an integer, found 'a'"),
+    "tril": (lambda: ops.tril(t(), None), tg.DTypeError, "tril: k is an integer, found None"),
+    "triu": (lambda: ops.triu(t(), None), tg.DTypeError, "triu: k is an integer"),
+    "diag": (lambda: ops.diag(t(), None), tg.DTypeError, "diag: k is an integer"),
+    "tensordot": (lambda: ops.tensordot(t(), t(), axes=1.5), tg.DTypeError, "axes is an int or a pair .* found 1.5"),
+    "concatenate": (lambda: ops.concatenate(3), tg.DTypeError, "expected a list of arrays, found 3"),
+    "transpose": (lambda: ops.transpose(t(), 3.5), tg.DTypeError, "transpose: .* found 3.5"),
+    "order": (lambda: ops.reshape(t(), (3, 2), order="F"), tg.ArgumentError, "order is 'C'.*found 'F'"),
+    "take_mode": (lambda: ops.take(t(), [0], mode="x"), tg.ArgumentError, "mode is 'raise', 'wrap' or 'clip'"),
+    "pad": (lambda: ops.pad(t(), 1.5), tg.DTypeError, "pad_width is made of integers, found 1.5"),
+    "pad_mode": (lambda: ops.pad(t(), 1, "mean"), tg.ArgumentError, "'mean'.*expected one of constant, edge, reflect"),
+    "pad_empty": (lambda: ops.pad(np.ones((0, 2)), 1, "edge"), tg.ShapeError, "is empty"),
+    "sum_where": (lambda: ops.sum(t(), where=[1, 0, 1]), tg.DTypeError, "where= is made of booleans, found int64"),
+    "max_where": (lambda: ops.max(t(), where=X > 0), tg.ArgumentError, "where= needs initial="),
+    "one_hot_dtype": (lambda: ops.one_hot([1], 3, dtype="zz"), tg.DTypeError, "'zz' is no dtype"),
+    "one_hot_n": (lambda: ops.one_hot([0], -1), tg.ArgumentError, "not negative, found -1"),
+    "asarray": (lambda: tg.asarray(t(), 1.5), tg.DTypeError, "1.5 is no dtype"),
+    "complex": (lambda: tg.tensor([1.0], dtype=complex), tg.DTypeError, "complex128"),
+    "str": (lambda: tg.tensor([1.0], dtype=str), tg.DTypeError, "real numbers"),
+    "object": (lambda: tg.tensor([1.0], dtype=object), tg.DTypeError, "object"),
+    "argnums": (lambda: tg.grad(ops.sum, argnums=None), tg.DTypeError, "int or a tuple of ints, found None"),
+    "argnums_twice": (
+        lambda: tg.grad(ops.sum, argnums=(0, -1))(X),
+        tg.ArgumentError,
+        r"\(0, -1\) names an argument twice",
+    ),
+    "grad": (lambda: tg.grad(3), tg.DTypeError, "grad: expected a function, found int"),
+    "vjp": (lambda: tg.vjp(3, X), tg.DTypeError, "vjp: expected a function"),
+    "jvp": (lambda: tg.jvp(3, (X,), (X,)), tg.DTypeError, "jvp: expected a function"),
+    "hvp": (lambda: tg.hvp(3, (X,), (X,)), tg.DTypeError, "hvp: expected a function"),
+    "jacobian": (lambda: tg.jacobian(3), tg.DTypeError, "jacobian: expected a function"),
+    "hessian": (lambda: tg.hessian(3), tg.DTypeError, "hessian: expected a function"),
+    "gradcheck": (lambda: tg.gradcheck(3, X), tg.DTypeError, "gradcheck: expected a function"),
+    "scan": (lambda: ops.scan(3, X, X), tg.DTypeError, "the body is a function"),
+    "scan_pair": (lambda: ops.scan(lambda c, x: c, X, X), tg.DTypeError, "pair .carry, y., found one Tensor of shape"),
+    "scan_three": (lambda: ops.scan(lambda c, x: (c, c, c), X, X), tg.DTypeError, "pair .carry, y., found 3 values"),
+    "no_grad": (lambda: tg.no_grad()(3), tg.DTypeError, "decorates a function, found int"),
+    "dropout": (
+        lambda: ops.dropout(t(), 0.5, np.random.default_rng(0)),
+        tg.DTypeError,
+        "tg.Generator, found one of numpy",
+    ),
+    "dropout_p": (lambda: ops.dropout(t(), "a"), tg.DTypeError, "p is a number, found 'a'"),
+    "dropout_int": (lambda: ops.dropout(tg.tensor([1, 2]), 0.5), tg.DTypeError, "floating dtype, found int64"),
+    "sources": (lambda: tg.Tape().gradient(t().sum(), X), tg.DTypeError, "sources are Tensors, found ndarray"),
+    "max_empty": (lambda: ops.max(X[:, :0], 1), tg.ShapeError, r"max of no elements: axis 1 of shape \(2, 0\)"),
+    "argmax_empty": (lambda: ops.argmax(X[:0]), tg.ShapeError, r"argmax of no elements: .*\(0, 3\)"),
+    "broadcast": (lambda: t() + np.ones((3, 1, 2)), tg.ShapeError, "do not broadcast: axis -1 has lengths 2 and 3"),
+    "slice_step": (lambda: t()[::0], tg.ArgumentError, "step of a slice is not 0"),
+    "slice_bound": (lambda: t()[1.5:], tg.DTypeError, "a bound of a slice is an integer, found 1.5"),
+    "ellipses": (lambda: t()[..., ...], tg.OutOfRangeError, "one ellipsis"),
+    "aux": (
+        lambda: tg.grad(ops.sum, has_aux=True)(X),
+        tg.DTypeError,
+        "has_aux the function returns a pair.*found Tensor",
+    ),
+    "aux_three": (lambda: tg.grad(lambda x: (x.sum(), 1, 2), has_aux=True)(X), tg.DTypeError, "found 3 values"),
+    "which": (
+        lambda: tg.grad(lambda x, y: y, 1)(X, {"a": 1}),
+        tg.DTypeError,
+        r"argument 1\['a'\]: requires_grad needs",
+    ),
+    "backward": (lambda: (t() * 2).backward(), tg.ShapeError, "pass grad="),
+    "pickle": (lambda: pickle.dumps(t() * 2), tg.GraphError, "detach"),
+    "deepcopy": (lambda: copy.deepcopy(t() * 2), tg.GraphError, "detach"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    call, error, text = WRONG[name]
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_copies_of_values_without_a_graph():
+    x = t()
+    for value in (x, tg.tensor(X) * 2, (x * 2).detach()):
+        for twin in (copy.deepcopy(value), pickle.loads(pickle.dumps(value)), copy.copy(value)):
+            np.testing.assert_array_equal(twin.numpy(), value.numpy())
+            assert twin.requires_grad is value.requires_grad and twin.is_leaf
+    with tg.Tape():
+        recorded = tg.tensor(X) * 2
+    assert copy.deepcopy(recorded).is_leaf
+    copy.copy(x * 2).sum().backward()  # a shallow copy is the same place in the graph
+    assert x.grad.tolist() == [[2.0] * 3] * 2
+
+
+def test_hooks_are_removed_as_in_torch_or_by_a_call():
+    for take_off in (lambda handle: handle.remove(), lambda handle: handle()):
+        x, seen = t(), []
+        handle = (x * 2).register_hook(seen.append)
+        kept = x.register_hook(seen.append)
+        take_off(handle)
+        take_off(handle)
+        (x * 2).sum().backward()
+        assert len(seen) == 1
+        take_off(kept)
+        (x * 2).sum().backward()
+        assert len(seen) == 1
+
+
+def test_jacobians_take_keywords():
+    f = lambda x, *, scale: x * x * scale
+    assert tg.jacobian(f)(np.array([1.0, 2.0]), scale=3.0).tolist() == [[6.0, 0.0], [0.0, 12.0]]
+    g = lambda x, *, scale=1.0: (x * x * x).sum() * scale
+    assert tg.hessian(g)(np.array([1.0, 2.0]), scale=2.0).tolist() == [[12.0, 0.0], [0.0, 24.0]]
+
+
+def test_an_inner_tape_is_as_if_it_were_alone():
+    x = tg.tensor(np.array([2.0]))
+    with tg.Tape() as outer:
+        y = x * x
+        with tg.Tape() as inner:
+            z = (y * x).sum()
+    assert inner.gradient(z, x).tolist() == [4.0]
+    assert [g.tolist() for g in inner.gradient(z, [x, y])] == [[4.0], [2.0]]
+    assert outer.gradient(z, x).tolist() == [12.0]
+    assert inner.gradient(y.sum(), x) is None
+    x = tg.tensor(np.array([2.0]), requires_grad=True)  # recorded whether there is a tape or not
+    for tapes in (1, 2):
+        with contextlib.ExitStack() as stack:
+            if tapes == 2:
+                stack.enter_context(tg.Tape())
+            y = x * x
+            with tg.Tape() as inner:
+                z = (y * x).sum()
+        assert inner.gradient(z, x).tolist() == [12.0]
+
+
+def test_results_of_compiled_functions_are_nobody_elses():
+    array, closed = np.zeros(2), tg.tensor(np.ones(2))
+    f = tg.compile(lambda x: (x * 2.0, tg.tensor(np.ones(2)), array, closed, x))
+    x = tg.tensor(np.ones(2))
+    for _ in range(3):
+        _, made, given, same, passed = f(x)
+        assert made.tolist() == [1.0, 1.0] and given.tolist() == [0.0, 0.0]
+        assert same is closed and passed is x
+        made.data[:] = 5.0
+        given[:] = 7.0
+    assert array.tolist() == [0.0, 0.0]
+
+
+def test_no_grad_on_generators_and_coroutines():
+    x = t()
+
+    @tg.no_grad()
+    def rows(n):
+        """Documented."""
+        got = []
+        try:
+            for k in range(n):
+                got.append((yield x * k))
+        except KeyError:
+            yield x * 10
+        return got
+
+    steps = rows(2)
+    assert rows.__doc__ == "Documented."
+    assert not next(steps).requires_grad and (x * 1).requires_grad  # the caller is not silenced
+    assert not steps.send("a").requires_grad
+    with pytest.raises(StopIteration) as stopped:
+        steps.send("b")
+    assert stopped.value.value == ["a", "b"]
+    steps = rows(2)
+    next(steps)
+    assert not steps.throw(KeyError()).requires_grad
+    steps.close()
+    with pytest.raises(StopIteration):
+        next(steps)
+
+    @tg.no_grad()
+    async def later():
+        await asyncio.sleep(0)
+        return x * 2
+
+    assert not asyncio.run(later()).requires_grad
+
+    async def endless():
+        yield x
+
+    with pytest.raises(tg.DTypeError, match="async generator"):
+        tg.no_grad()(endless)
+
+
+def test_dropout_of_integers_that_changes_nothing():
+    assert ops.dropout(tg.tensor([1, 2]), 0.5, training=False).tolist() == [1, 2]

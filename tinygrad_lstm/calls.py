@@ -1,0 +1,74 @@
+"""What a primitive may be called with: its operands by position (or by name), its parameters by keyword.
+
+A forward function may be one of NumPy's own, which takes more than a primitive does: a third operand of a binary ufunc
+is the array that it writes into.  So a call is checked before the forward sees it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinygrad_lstm.errors import ArgumentError
+
+__all__ = ["Takes"]
+
+_Kind = inspect.Parameter
+
+
+class Takes:
+    """The operands and parameters of a primitive.
+
+    Attributes
+    ----------
+    count : int
+        How many operands there are.
+    variadic : bool
+        Any number of them may follow in place of the last one.
+    parameters : frozenset
+        Names of the keyword-only parameters.
+    """
+
+    def __init__(
+        self, name: str, arguments: list[str], variadic: bool, parameters: list[str], function: Callable[..., Any]
+    ) -> None:
+        self.name, self.arguments, self.variadic = name, arguments, variadic
+        self.count = len(arguments)
+        self.parameters = frozenset(parameters)
+        known: Any = () if isinstance(function, np.ufunc) else inspect.signature(function).parameters.values()
+        self.defaults = {p.name: p.default for p in known if p.default is not _Kind.empty}
+        self.any_keyword = any(p.kind is _Kind.VAR_KEYWORD for p in known)
+
+    def __str__(self) -> str:
+        operands = [f"*{a}" if self.variadic and a == self.arguments[-1] else a for a in self.arguments]
+        return ", ".join([*operands, *(f"{p}=" for p in sorted(self.parameters))])
+
+    def matched(self, args: tuple[Any, ...], params: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with operands in their places and defaults filled in.
+
+        Raises ArgumentError for what the primitive does not take, and for what is missing.
+        """
+        operands, given = list(args), dict(params)
+        if not self.variadic:
+            if len(operands) > len(self.arguments):
+                raise ArgumentError(f"{self.name} takes ({self}), found {len(operands)} operands")
+            for name in self.arguments[len(operands) :]:
+                if name in given:
+                    operands.append(given.pop(name))
+                elif name in self.defaults:
+                    operands.append(self.defaults[name])
+                elif operands or given:
+                    raise ArgumentError(f"{self.name} takes ({self}): the operand {name} is missing")
+                else:
+                    raise ArgumentError(f"{self.name}() needs at least one operand: it takes ({self})")
+        unknown = [] if self.any_keyword else sorted(given.keys() - self.parameters)
+        if unknown:
+            raise ArgumentError(f"{self.name} takes ({self}), found the keyword {', '.join(unknown)}")
+        for name in sorted(self.parameters - given.keys()):
+            if name not in self.defaults:
+                raise ArgumentError(f"{self.name} takes ({self}): the parameter {name} is missing")
+            given[name] = self.defaults[name]
+        return tuple(operands), given
