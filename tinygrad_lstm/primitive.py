@@ -87,6 +87,7 @@ class Primitive(Differentiable):
         self.batch = batch  # "same": right with the same parameters when operands have one more leading axis
         self.explains = True  # say errors of the forward in terms of the operands; not those of a user's own function
         self.view = view  # the outputs share memory with the first operand
+        self.only_checks = False  # gives its first operand as it is: who prints or exports may look past it
         self.refuses_dtypes = ""  # what dtypes it takes, where that needs to be said
         self.refuses = ""  # of an elementwise primitive: what values it does not take, and what to do
         self.always_tuple = always_tuple  # the forward returns a tuple even for one output

@@ -90,7 +90,7 @@ def expression_of(equation: Equation, program: Program, read: Callable[[Any], No
         return [_arithmetic(name, args, shape)]
     if name == "square":
         return [_arithmetic("power", (args[0], number(2)), shape)]
-    if name == "alias":
+    if name == "alias" or equation.primitive.only_checks:
         return [args[0]]
     if name == "transpose" and len(shape) == 2 and params["axes"] == (-1, -2):
         return [Node("transpose", args, shape)]

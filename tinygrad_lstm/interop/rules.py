@@ -137,8 +137,7 @@ def _lengths_in_range(a: Applied) -> Value:
     return _as_value(a.b, a.b.cast(a.args[0], np.int64))
 
 
-# (Of ids and probabilities, a model says nothing when they are out of range.)
-@rule("alias", "stop_gradient", "embedding_ids", "probabilities")
+@rule("alias", "stop_gradient")
 def _same(a: Applied) -> Value:
     return a.args[0]
 
@@ -170,6 +169,31 @@ _reduction("sum", "ReduceSum")
 _reduction("max", "ReduceMax")
 _reduction("min", "ReduceMin")
 _reduction("logsumexp", "ReduceLogSumExp")
+
+
+def _truth(name: str, op: str) -> None:
+    @rule(name)
+    def _(a: Applied) -> Value:
+        flags = a.b.cast(_as_value(a.b, a.b.cast(a.args[0], np.bool_)), np.int32)
+        found = reduced(a.b, op, _as_value(a.b, flags), a.params["axis"], a.params["keepdims"], np.int32)
+        return _as_value(a.b, a.b.cast(found, np.bool_))
+
+
+_truth("all", "ReduceMin")
+_truth("any", "ReduceMax")
+
+
+def _bits(name: str, op: str, logic: str) -> None:
+    @rule(name)
+    def _(a: Applied) -> Value:
+        args = [a.b.cast(x, a.out.dtype) for x in a.args]
+        return a.b.one(logic if a.out.dtype == np.bool_ else op, args, a.out.dtype)
+
+
+_bits("bitwise_and", "BitwiseAnd", "And")
+_bits("bitwise_or", "BitwiseOr", "Or")
+_bits("bitwise_xor", "BitwiseXor", "Xor")
+_bits("invert", "BitwiseNot", "Not")
 
 
 @rule("prod")

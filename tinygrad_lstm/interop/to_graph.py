@@ -172,7 +172,9 @@ def _applied(
 ) -> list[Value]:
     primitive = equation.primitive
     shapes = [program.avals[o].shape if o.__class__ is int else () for o in equation.operands]
-    if primitive.is_elementwise:
+    if primitive.only_checks:  # a model says nothing where values are out of range
+        return [environment[equation.operands[0]]]
+    if primitive.is_elementwise and primitive.name not in RULES:
         weak = [environment[o] if o.__class__ is int else o for o in equation.operands]
         return [elementwise(b, primitive.name, primitive.expression, weak, equation.params, outs[0])]
     if primitive.name not in RULES:

@@ -98,6 +98,7 @@ _ids_in_loop: Primitive = Primitive(
     "embedding_ids_in_loop", _checked_ids, None, expression=lambda ids, *, rows: e.where(ids < 0, rows, ids),
     is_elementwise=True, differentiable=False, register=False,
 )  # fmt: skip
+_ids_in_range.only_checks = _ids_in_loop.only_checks = True
 
 
 class Embedding(Module):

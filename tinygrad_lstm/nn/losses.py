@@ -114,6 +114,7 @@ _probabilities: Primitive = Primitive(
     "probabilities", _checked_probabilities, (lambda g: g,), jvp=lambda t, p, out: t[0], shape=lambda p: p,
     register=False, doc="Numbers as they are; raises OutOfRangeError for one outside of [0, 1].",
 )  # fmt: skip
+_probabilities.only_checks = True
 
 
 def bce_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
