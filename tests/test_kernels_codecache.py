@@ -130,3 +130,21 @@ def test_an_error_in_the_source_is_raised(tmp_path: Path, monkeypatch: pytest.Mo
         codecache.load("1 / 0\n", stem="broken")
     assert not any(name.startswith("broken_") for name in sys.modules)
     assert not list((tmp_path / "own").iterdir())
+
+
+def test_another_cpu_named_by_the_program_itself_is_kept_out_of_the_folder(tmp_path: Path) -> None:
+    """The name of a file tells the CPU that the environment names."""
+    code = """if True:
+        import numba
+        from tinygrad_lstm.kernels import codecache
+        numba.config.CPU_NAME = {!r}
+        head = "from tinygrad_lstm.kernels.dialect import entry\\n"
+        program = codecache.load(head + "@entry\\ndef f():\\n    return 7\\n", stem="test")
+        print(program.function("f")(), program.compiled)"""
+    environment = os.environ | {"TINYGRAD_LSTM_CACHE_DIR": str(tmp_path)}
+    for name, files in (("generic", 0), (None, 1), ("generic", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(name)], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.split() == ["7", "True"], done.stderr
+        assert len(list(tmp_path.glob("*.code"))) == files

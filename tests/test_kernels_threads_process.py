@@ -16,7 +16,8 @@ import pytest
 from thread_parts import PATIENCE, Held, check, eventually, forked, gather, parked, restored, team_of
 
 import tinygrad_lstm as tg
-from tinygrad_lstm.kernels import codecache, threads
+from tinygrad_lstm.kernels import codecache, machine, threads
+from tinygrad_lstm.kernels.translate import translate
 
 __all__ = ["restored"]  # a fixture of every test here
 
@@ -210,3 +211,37 @@ def test_numpy_integers_and_no_change() -> None:
     team = threads._assemble()
     tg.set_num_threads(2)
     assert threads._assemble() is team and type(tg.get_num_threads()) is int
+
+
+@forks
+def test_a_fork_while_another_thread_compiles() -> None:
+    """The child can compile: no lock of the compiler is held in it by a thread that is not there."""
+    go, texts = threading.Event(), iter(range(1000))
+
+    def compile_many() -> None:
+        while not go.is_set():
+            machine.machine_code(translate(TEXT.format(next(texts)), "busy", "<busy>")[0])
+
+    def compile_one() -> None:
+        machine.machine_code(translate(TEXT.format(-1), "child", "<child>")[0])
+
+    machine.machine_code(translate(TEXT.format(-2), "first", "<first>")[0])  # imports Numba
+    thread = threading.Thread(target=compile_many)
+    thread.start()
+    try:
+        assert [forked(compile_one) for _ in range(4)] == [0] * 4
+    finally:
+        go.set()
+        thread.join()
+
+
+TEXT = """
+from tinygrad_lstm.kernels.dialect import entry
+
+@entry
+def f(n):
+    total = 0
+    for k in range(n):
+        total += k * {}
+    return total
+"""

@@ -413,12 +413,16 @@ def _one(dtype: np.dtype) -> np.ndarray:
 
 def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
     """Add a finished cotangent to ``leaf.grad``, in an array that nothing else refers to."""
+    if not leaf._rg:
+        return
     sole = is_sole(cotangent)
     _accumulate(leaf, cotangent._data, sole)
 
 
 def take_gradient(leaf: Tensor, array: np.ndarray) -> None:
     """:func:`accumulate_grad` for the array that a known replay found."""
+    if not leaf._rg:  # linked for a Tape only
+        return
     meta = leaf._meta or leaf._more()
     if meta.grad is None and is_sole_array(array) and _fits(array, leaf):
         meta.grad = array

@@ -39,13 +39,24 @@ def operands_of(lowered: Lowered) -> list[str]:
     # A carry that no operation touches is handed through, so it has its place all the same.
     names = sorted({*roots_of(lowered), *(f"i{k}" for k in carries)})
     names += [f"{kind}{k}" for k in carries for kind in "cf"]
-    # Whole matrices stand last: they may lie in any order.
-    return names + [f"q{k}" for k in sorted(range(len(lowered.packs)), key=lambda k: (_whole(lowered, k), k))]
+    loose = any_order(lowered)  # these stand last
+    packs = sorted(range(len(lowered.packs)), key=lambda k: (lowered.packs[k].invariant in loose, k))
+    return names + [f"q{k}" for k in packs]
 
 
 def in_order(lowered: Lowered) -> int:
     """How many of the first operands must be in C order."""
-    return len(operands_of(lowered)) - sum(_whole(lowered, k) for k in range(len(lowered.packs)))
+    loose = any_order(lowered)
+    return len(operands_of(lowered)) - sum(pack.invariant in loose for pack in lowered.packs)
+
+
+def any_order(lowered: Lowered) -> set[int]:
+    """The invariants that may lie in memory in any order: they are only read as whole matrices, with the strides that
+    they have."""
+    packs = lowered.packs
+    otherwise = {pack.invariant for k, pack in enumerate(packs) if not _whole(lowered, k)}
+    read = set(roots_of(lowered))
+    return {pack.invariant for pack in packs if f"v{pack.invariant}" not in read} - otherwise
 
 
 def _whole(lowered: Lowered, k: int) -> bool:

@@ -83,6 +83,20 @@ class LoopPlan:
         return found
 
     @functools.cached_property
+    def roots(self) -> list[Any]:
+        """For every result, what its memory belongs to, as far as programs tell: with equal ones, two results may have
+        the same."""
+        stacks: list[Any] = [("stack", k) for k in range(len(self.stacked))]
+        if self.compiled:  # a carry before every step, and behind it, are rows of one buffer
+            stacks = [("carry", k) if kind != "y" else ("stack", n)
+                      for n, (kind, k) in enumerate(self.native.lowered.stacked)]  # fmt: skip
+        stacks += [("sum", k) for k in range(len(self.sums))]
+        stacks += [_viewed(self.before, output) for output in self.before.outputs]
+        place = dict(zip(self.behind.inputs, stacks, strict=True))
+        found = [_viewed(self.behind, output) for output in self.behind.outputs]
+        return [place.get(root, ("behind", root)) if root.__class__ is int else root for root in found]
+
+    @functools.cached_property
     def compiled(self) -> bool:
         """Whether the loop runs as native code."""
         return isinstance(self.native, NativeLoop)
@@ -94,6 +108,14 @@ class LoopPlan:
     def __str__(self) -> str:
         parts = (("before the loop", self.before), ("in the loop", self.body), ("behind the loop", self.behind))
         return "\n".join(f"-- {title}\n{program}" for title, program in parts)
+
+
+def _viewed(program: Program, operand: Any) -> Any:
+    """The slot that an operand is a view of, or may be; a constant as itself."""
+    made = program.definitions()
+    while operand.__class__ is int and operand in made and made[operand].primitive.view:
+        operand = made[operand].operands[0]
+    return operand if operand.__class__ is int else ("constant", id(operand.value))
 
 
 # Elementwise operations of about one instruction an element.
@@ -117,7 +139,7 @@ class _Planner:
         self, body: Program, n_carry: int, n_ys: int, steps: int, native: bool, together: bool = False
     ) -> None:  # fmt: skip
         self.body = body
-        self.together = together  # in the loop stays what can
+        self.together = together  # one step, and in the loop stays what can
         self.native = native  # in native code what stays in the loop is free, and what leaves it goes through memory
         self.n_carry = n_carry
         self.n_ys = n_ys
@@ -252,7 +274,7 @@ class _Planner:
         loop_sums = [o for o in sums if self._kind(o) == LOOP and self._made_here(o)]
         summing = self._summing(behind)
         loop_sums += [s for s in summing.values() if s not in loop_sums]
-        if self.together and self.steps == 1:
+        if self.together:
             loop_sums = []  # there is nothing to add up: the value of the one step is written where it belongs
         stacked = sorted(
             {s for e in behind for s in e.reads() if kind[s] == LOOP and e.outputs[0] not in summing}

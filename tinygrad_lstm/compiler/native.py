@@ -15,7 +15,7 @@ import numpy as np
 
 from tinygrad_lstm.compiler.expand import expand
 from tinygrad_lstm.compiler.fuse import FUSED, fuse
-from tinygrad_lstm.compiler.generate import FIELDS, generate, in_order, operands_of, roots_of, scratch_bytes
+from tinygrad_lstm.compiler.generate import FIELDS, any_order, generate, in_order, operands_of, roots_of, scratch_bytes
 from tinygrad_lstm.compiler.lowering import Lowered, lower_body
 from tinygrad_lstm.compiler.narrow import narrow
 from tinygrad_lstm.compiler.rows import Mixing, row_values
@@ -174,15 +174,10 @@ class Frame:
 
     def tidied(self, carry: Any, sequence: Any, invariant: Any, buffers: Any, space: Workspace) -> tuple[Any, ...]:
         """The operands as arrays whose rows are in C order."""
-        low = self.loop.lowered
-        whole = {pack.invariant for pack in low.packs if pack.whole(tuple(np.shape(invariant[pack.invariant])))}
-        read = set(self.loop.roots)
+        loose = any_order(self.loop.lowered)
         found = [_plain(np.asarray(a), self.lead - 1) for a in carry]
         found += [_plain(np.asarray(a), min(self.lead, np.ndim(a))) for a in sequence]
-        # A whole matrix is packed with whatever strides it has, but other operations read it row by row.
-        for k, a in enumerate(invariant):
-            only_packed = k in whole and f"v{k}" not in read
-            found.append(np.asarray(a) if only_packed else _plain(np.asarray(a), 0))
+        found += [np.asarray(a) if k in loose else _plain(np.asarray(a), 0) for k, a in enumerate(invariant)]
         found += [*buffers, *space.turns]
         return tuple([found[place] for place in self.order])
 

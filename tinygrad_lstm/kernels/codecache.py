@@ -170,7 +170,9 @@ def _program(source: str, stem: str) -> Program:
     digest = hashlib.sha256(f"{_environment()}\0{source}".encode()).hexdigest()[:32]
     name = f"{stem}_{digest}"
     limit = limit_bytes()
-    directory = cache_directory()
+    from .machine import overridden
+
+    directory = None if overridden() else cache_directory()
     if directory is None:
         return _compiled(source, name, None)
     touch(directory, name)  # first, so that no other process deletes it now
@@ -215,7 +217,10 @@ def _read(file: Path) -> tuple[dict[str, bool], bytes] | None:
     if hashlib.sha256(content).hexdigest().encode() != seal:
         return None
     head, _, code = content.partition(b"\n")
-    return json.loads(head), code
+    try:
+        return json.loads(head), code
+    except ValueError:
+        return None
 
 
 def _keep_within(limit: int, file: Path) -> None:

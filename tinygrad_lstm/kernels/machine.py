@@ -10,13 +10,15 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import llvmlite
 import llvmlite.binding as llvm
 
-__all__ = ["Target", "compiler", "load", "machine_code", "python_function", "target"]
+__all__ = ["Target", "compiler", "load", "machine_code", "overridden", "python_function", "target"]
 
 
 class Target(NamedTuple):
@@ -51,6 +53,16 @@ def compiler() -> str:
     return f"{versions} {llvm.get_process_triple()} {llvm.get_host_cpu_name()} {features} {named}"
 
 
+def overridden() -> bool:
+    """Whether the program itself (or a file of Numba's settings) names another CPU than the environment does, which
+    :func:`compiler` does not know."""
+    config: Any = sys.modules.get("numba.core.config")
+    if config is None:
+        return False
+    named = [os.environ.get(name) for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    return named != [config.CPU_NAME, config.CPU_FEATURES]
+
+
 _DECISIVE = {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX", "NUMBA_OPT", "NUMBA_LOOP_VECTORIZE"}
 
 
@@ -72,8 +84,31 @@ def _engine() -> Any:
     return llvm.create_mcjit_compiler(empty, llvm.Target.from_triple(empty.triple).create_target_machine(jit=True))
 
 
+# A fork waits for what another thread does with LLVM: else the child would inherit the locks of Numba and llvmlite,
+# held by nobody.  What is freed at the end of a call takes llvmlite's too, so the lock is held around whole calls.
+_lock = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _lock.acquire(),
+        after_in_parent=lambda: _lock.release(),
+        after_in_child=_after_fork_in_child,
+    )
+
+
 def machine_code(text: str) -> bytes:
     """The object code of a module of LLVM IR, optimised."""
+    with _lock:
+        return _machine_code(text)
+
+
+def _machine_code(text: str) -> bytes:
     from numba.core.compiler_lock import global_compiler_lock
 
     with global_compiler_lock:
@@ -82,14 +117,16 @@ def machine_code(text: str) -> bytes:
         library.add_llvm_module(llvm.parse_assembly(text))
         library.finalize()
         _, _, (code, _) = library.serialize_using_object_code()
-    return bytes(code)
+        return bytes(code)
 
 
 def load(code: bytes, names: Sequence[str]) -> list[int]:
-    """The addresses of these functions of an object, which stays in memory for as long as the process lives.
+    """The addresses of these functions of an object, which stays in memory for as long as the process lives."""
+    with _lock:
+        return _load(code, names)
 
-    One thread at a time: :func:`.codecache.load` sees to that.
-    """
+
+def _load(code: bytes, names: Sequence[str]) -> list[int]:
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()

@@ -114,6 +114,8 @@ class _Function:
             raise self.error(node, "an expression without effect")
 
     def on_Assign(self, node: ast.Assign) -> None:
+        if len(node.targets) > 1:
+            raise self.error(node, "an assignment to several targets")
         (target,) = node.targets
         if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
             values = [self.value(item) for item in node.value.elts]

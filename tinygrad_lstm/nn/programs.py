@@ -137,16 +137,17 @@ def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Cal
     ``places`` are all (holder, key) of every capture: a shared parameter has several.  A list or dict of Parameters may
     be changed without the module knowing, also to other shapes.
     """
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"Tensor": Tensor}
     lines = []
     for k, ((first, *others), aval) in enumerate(zip(places, avals, strict=True)):
         for j, (holder, key) in enumerate((first, *others)):
             names.update({f"h{k}_{j}": holder, f"k{k}_{j}": key})
         names.update({f"s{k}": aval.shape, f"d{k}": np.dtype(aval.dtype)})
         lines.append(f"t{k} = h{k}_0[k{k}_0]")
-        unlike = [f"h{k}_{j + 1}[k{k}_{j + 1}] is not t{k}" for j in range(len(others))]
-        lines.append(f"if {' or '.join([f't{k}.shape != s{k} or t{k}.dtype != d{k}', *unlike])}: return None")
-    body = "\n        ".join([*lines, f"return [{', '.join(f't{k}' for k in range(len(lines) // 2))}]"])
+        unlike = [f"not isinstance(t{k}, Tensor) or t{k}.shape != s{k} or t{k}.dtype != d{k}"]
+        unlike += [f"h{k}_{j + 1}[k{k}_{j + 1}] is not t{k}" for j in range(len(others))]
+        lines.append(f"if {' or '.join(unlike)}: return None")
+    body = "\n        ".join([*lines, f"return [{', '.join(f't{k}' for k in range(len(places)))}]"])
     text = f"def captures():\n    try:\n        {body}\n    except (LookupError, AttributeError):\n        return None"
     exec(compile(text, "<captures>", "exec"), names)
     function: Callable[[], list[Any] | None] = names.pop("captures")

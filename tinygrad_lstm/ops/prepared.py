@@ -127,8 +127,7 @@ class Site:
         )
         self.led_params = {**self.params, "lead": True}
         self.led_avals = tuple(Aval((1, *a.shape), a.dtype) if k < n_carry else a for k, a in enumerate(self.avals))
-        # Seen at the first call: outputs that lie where residuals do, and ys that lie where earlier ones do.
-        self.shared: frozenset[int] | None = None
+        self.shared: frozenset[int] | None = None  # outputs that lie where residuals do; seen at the first call
         self._twins: Sequence[int] | None = None
         self._forward: Any = None
         self._pair: Any = None
@@ -178,9 +177,9 @@ class Site:
         residuals = outs[head:tail]
         del outs[head:tail]
         if self._twins is None:
-            self._twins = twins(outs)
-        for k in self._twins:
-            outs[k] = outs[k].copy()
+            self._twins = twins([*plan.roots[:head], *plan.roots[tail:]])
+        if self._twins:
+            apart(outs, self._twins)
         return final + outs, residuals
 
     def backward(self, present: tuple[bool, ...], asked: tuple[bool, ...]) -> Backward | None:
@@ -241,9 +240,9 @@ class Backward:
             }  # fmt: skip
             raise REGISTRY["scan"]._explained(error, [Tensor(array) for array in operands], params) from None
         if self._twins is None:
-            self._twins = twins(outs)
-        for k in self._twins:
-            outs[k] = outs[k].copy()
+            self._twins = twins(self.plan.roots)
+        if self._twins:
+            apart(outs, self._twins)
         return final + outs
 
     def _picked(self, count: int) -> Callable[..., tuple[np.ndarray, ...]]:
@@ -288,19 +287,22 @@ def _owner(array: np.ndarray) -> Any:
     return array if array.base is None else array.base
 
 
-def twins(arrays: Sequence[np.ndarray]) -> list[int]:
-    """Which arrays share their memory with an earlier one.
+def twins(roots: Sequence[Any]) -> list[int]:
+    """Which results of a loop may share memory with another one (see :attr:`.LoopPlan.roots`).
 
-    For the results of a loop this is a matter of its plan: it is the same at every call.
+    Whether they do depends on the operands too: a reshape is a view of some, and a copy of others.
     """
-    owners = [id(_owner(array)) for array in arrays]
-    return [k for k, owner in enumerate(owners) if owner in owners[:k]]
+    return [k for k, root in enumerate(roots) if roots.count(root) > 1]
 
 
-def apart(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """The arrays, with copies in place of those that share their memory with an earlier one."""
-    for k in twins(arrays):
-        arrays[k] = arrays[k].copy()
+def apart(arrays: list[np.ndarray], among: Sequence[int] | None = None) -> list[np.ndarray]:
+    """The arrays, with copies in place of those that share their memory with an earlier one (``among``: of these)."""
+    owners: set[int] = set()
+    for k in range(len(arrays)) if among is None else among:
+        owner = id(_owner(arrays[k]))
+        if owner in owners:
+            arrays[k] = arrays[k].copy()
+        owners.add(owner)
     return arrays
 
 
