@@ -99,8 +99,8 @@ def replay(
         if record.parents is None:
             raise GraphError(
                 f"the graph behind {record.describe()} was freed by an earlier backward; "
-                "pass retain_graph=True to the first backward to go through it again (or detach() what was carried over "
-                "from there, such as the state of a recurrent layer)"
+                "pass retain_graph=True to the first backward to go through it again (or detach() what was carried "
+                "over from there, such as the state of a recurrent layer)"
             )
         if not record.parents:  # a constant, as what only a Tape recorded is when that has died
             continue

@@ -486,7 +486,10 @@ def as_dtype(dtype: Any) -> np.dtype:
 def _read(value: Any) -> np.ndarray:
     """Numbers, nested lists of them, or what else NumPy reads, in the dtype that NumPy gives."""
     if _holds_tensors(value):
-        raise DTypeError("a list of tensors; join them with ops.stack or ops.concatenate, which keep the graph")
+        raise DTypeError(
+            f"a {type(value).__name__} of tensors where one array is expected: join them with ops.stack or "
+            "ops.concatenate, which keep the graph, or pick one (recurrent layers return a pair (output, state))"
+        )
     try:
         return np.asarray(value)
     except ValueError:

@@ -130,8 +130,8 @@ def check_input(x: Tensor, size: int, dtype: Any, who: str, expected: str) -> No
         )
     if x.dtype != dtype:
         raise DTypeError(
-            f"{who}: x is {x.dtype}, the parameters are {dtype}; convert one of them with astype (x.astype(np.{dtype}) "
-            f"or layer.astype(np.{x.dtype if x.dtype.kind == 'f' else dtype}))"
+            f"{who}: x is {x.dtype}, the parameters are {dtype}; convert x with x.astype(np.{dtype})"
+            + (f", or the layer with layer.astype(np.{x.dtype.name})" if x.dtype.kind == "f" else "")
         )
 
 
