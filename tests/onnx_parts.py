@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from interop_parts import Function as Function
 from onnx import helper
 
 import tinygrad_lstm as tg
@@ -15,17 +16,6 @@ from tinygrad_lstm import interop, nn
 from tinygrad_lstm.tree import flatten
 
 onnxruntime.set_default_logger_severity(3)
-
-
-class Function(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
 
 
 def session(path: Path) -> Any:

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from interop_parts import Function
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import interop, nn, ops
@@ -215,17 +216,6 @@ def test_constants_that_grow() -> None:
 
 
 # ---------------------------------------------------------------------------- recording a module
-
-
-class Function(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
 
 
 def symbols(module: nn.Module, example: Any) -> list[str]:

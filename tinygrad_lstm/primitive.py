@@ -26,9 +26,10 @@ from tinygrad_lstm.calls import Takes
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GraphError, OutOfRangeError, ShapeError
 from tinygrad_lstm.kernels.expression import Expr
 from tinygrad_lstm.kernels.pool import SMALLEST, applied
+from tinygrad_lstm.operands import as_operands
 from tinygrad_lstm.pullback import REGISTRY, Differentiable, Rule, signature_of, sum_to, zeros
 from tinygrad_lstm.record import _STATE, Aval
-from tinygrad_lstm.tensor import Tensor, as_operands, asarray
+from tinygrad_lstm.tensor import Tensor, asarray
 
 __all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tinygrad_lstm.replays import known_replay
 from tinygrad_lstm.storage import Storage, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
 
-__all__ = ["Tensor", "as_like", "as_operands", "asarray", "tensor", "together"]
+__all__ = ["Tensor", "as_like", "asarray", "is_weak", "read", "tensor"]
 
 
 class Meta:
@@ -105,7 +105,7 @@ class Tensor:
 
     @data.setter
     def data(self, value: Any) -> None:
-        array = value._data if isinstance(value, Tensor) else _read(value)
+        array = value._data if isinstance(value, Tensor) else read(value)
         if array.shape != self._data.shape:
             raise ShapeError(f"data of shape {array.shape} for a tensor of shape {self._data.shape}; make a new tensor")
         if array.dtype != self._data.dtype:
@@ -461,7 +461,7 @@ def _only_python_numbers(value: Any) -> bool:
     return not isinstance(value, (np.generic, np.ndarray))
 
 
-def _is_weak(array: np.ndarray, value: Any) -> bool:
+def is_weak(array: np.ndarray, value: Any) -> bool:
     """Whether an array was read from Python floats: its dtype is for others to say."""
     return array.dtype == np.float64 and _only_python_numbers(value)
 
@@ -483,7 +483,7 @@ def as_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def _read(value: Any) -> np.ndarray:
+def read(value: Any) -> np.ndarray:
     """Numbers, nested lists of them, or what else NumPy reads, in the dtype that NumPy gives."""
     if _holds_tensors(value):
         raise DTypeError(
@@ -503,8 +503,8 @@ def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
     elif isinstance(value, np.ndarray):
         array = value
     else:
-        array = _read(value)
-        if dtype is None and _is_weak(array, value):
+        array = read(value)
+        if dtype is None and is_weak(array, value):
             array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise DTypeError(
@@ -556,55 +556,3 @@ def as_like(value: Any, dtype: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value if value.dtype == dtype else value.astype(dtype)
     return asarray(value, dtype)
-
-
-def _as_operand(value: Any) -> Any:
-    """An operand of a primitive: a Tensor as it is, a number as a (weak) Python number, the rest as an array.
-
-    NumPy scalars count as Python numbers: ``x32 * np.sqrt(64)`` stays float32 (the one deviation from NEP 50).
-    """
-    if isinstance(value, Tensor) or value.__class__ is float or value.__class__ is int:
-        return value
-    if isinstance(value, np.generic) and value.dtype.kind in "fiub":
-        number = value.item()
-        if isinstance(number, (int, float)) and number.__class__ is not bool:
-            return number  # a long double stays one
-    return asarray(value)
-
-
-def as_operands(values: Sequence[Any]) -> tuple[Any, ...]:
-    """The operands of a primitive: tensors, and (weak) Python numbers where a tensor is beside them.
-
-    A list of Python floats takes the floating dtype of the tensors beside it, float32 where there is none.
-    """
-    lists = [k for k, value in enumerate(values) if isinstance(value, (list, tuple))]
-    found = [None if k in lists else _as_operand(value) for k, value in enumerate(values)]
-    for k in lists:
-        found[k] = _read_beside(values[k], found)
-    if any(isinstance(operand, Tensor) for operand in found):
-        return tuple(found)
-    return tuple(asarray(operand) for operand in found)
-
-
-def together(*values: Any) -> list[Any]:
-    """All values as tensors; Python floats take the floating dtype of the tensors and arrays beside them."""
-    for value in values:
-        if not isinstance(value, Tensor):
-            break
-    else:
-        return list(values)
-    weak = [k for k, value in enumerate(values) if value.__class__ is float or isinstance(value, (list, tuple))]
-    found = [None if k in weak else asarray(value) for k, value in enumerate(values)]
-    for k in weak:
-        found[k] = _read_beside(values[k], found)
-    return found
-
-
-def _read_beside(value: Any, others: Sequence[Any]) -> Tensor:
-    """A Python float, or lists of numbers, as a tensor beside others."""
-    array = _read(value)
-    if not _is_weak(array, value):
-        return Tensor(to_array(array))
-    dtypes = [other.dtype for other in others if isinstance(other, Tensor)]
-    floats = [dtype for dtype in dtypes if dtype.kind == "f"]
-    return Tensor(array.astype(np.result_type(np.float32, *(floats or dtypes))))

@@ -11,10 +11,11 @@ import numpy as np
 from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import GraphError, TraceError
 from tinygrad_lstm.kernels.expression import Expr
+from tinygrad_lstm.operands import as_operands
 from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program, lower
 from tinygrad_lstm.record import _STATE, Record, recording
-from tinygrad_lstm.tensor import Tensor, as_operands, asarray
+from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import TreeDef, flatten, unflatten
 
 __all__ = ["Trace", "Traced", "TracedTensor", "trace"]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_lstm.interop.library import onnx_library
+from tinygrad_lstm.interop.package import onnx_library
 from tinygrad_lstm.interop.sizes import Size, Varying
 
 __all__ = ["Builder", "Length", "Shape", "Value"]

@@ -13,8 +13,8 @@ import numpy as np
 from tinygrad_lstm import serialization
 from tinygrad_lstm.errors import ArgumentError, CheckpointError, DTypeError, Error, ShapeError, UnsupportedError
 from tinygrad_lstm.interop import operators_loops, operators_shape
-from tinygrad_lstm.interop.library import onnx_library
 from tinygrad_lstm.interop.operators import OPERATORS, Call, Value
+from tinygrad_lstm.interop.package import onnx_library
 from tinygrad_lstm.interop.to_graph import PARAMETERS
 from tinygrad_lstm.nn.module import Module, Parameter, Place
 from tinygrad_lstm.tape import recording

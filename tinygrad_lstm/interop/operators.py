@@ -214,7 +214,7 @@ def _dropout(call: Call) -> list[Any]:
 
 @operator("Cast")
 def _cast(call: Call) -> Any:
-    from tinygrad_lstm.interop.library import onnx_library
+    from tinygrad_lstm.interop.package import onnx_library
 
     helper = onnx_library("from_onnx").helper
     try:

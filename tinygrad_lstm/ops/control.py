@@ -12,6 +12,7 @@ import numpy as np
 from tinygrad_lstm.compiler.report import op_by_op, publish, stepwise
 from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError, TraceError
+from tinygrad_lstm.operands import together
 from tinygrad_lstm.ops.elementwise import equal, where
 from tinygrad_lstm.ops.indexing import take
 from tinygrad_lstm.ops.lengths import check_lengths, valid_steps
@@ -21,7 +22,7 @@ from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.tape import recording, state
-from tinygrad_lstm.tensor import Tensor, asarray, tensor, together
+from tinygrad_lstm.tensor import Tensor, asarray, tensor
 from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
 
 __all__ = ["memory_plan", "scan", "stop_gradient"]

@@ -8,12 +8,13 @@ import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.kernels.pool import taken
+from tinygrad_lstm.operands import together
 from tinygrad_lstm.ops.axes import as_integer, normal_axis
 from tinygrad_lstm.ops.elementwise import maximum, minimum, multiply, where
 from tinygrad_lstm.ops.shape import broadcast_to, reshape
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.record import state
-from tinygrad_lstm.tensor import Tensor, as_dtype, asarray, together
+from tinygrad_lstm.tensor import Tensor, as_dtype, asarray
 
 # ---------------------------------------------------------------------------- getitem in all NumPy forms
 

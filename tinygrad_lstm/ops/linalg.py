@@ -12,11 +12,11 @@ import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.kernels import matmul as kernel
+from tinygrad_lstm.operands import together
 from tinygrad_lstm.ops.axes import normal_axis
 from tinygrad_lstm.ops.indexing import getitem
 from tinygrad_lstm.ops.shape import broadcast_to, expand_dims, reshape, squeeze, swapaxes, transpose
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import together
 
 
 def _matmul_aval(a: Aval, b: Aval) -> Aval:

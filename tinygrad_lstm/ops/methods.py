@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.operands import as_operands
 from tinygrad_lstm.ops.dispatch import array_function, array_ufunc
-from tinygrad_lstm.tensor import Tensor, as_operands
+from tinygrad_lstm.tensor import Tensor
 
 
 def _reflected(primitive: Any) -> Any:
