@@ -27,7 +27,9 @@ BOUND = 2e-5
 #: Losses of training steps drift apart as the weights do.
 TRAINING_BOUND = 1e-3
 SILENCE = 900.0  # seconds without an answer
-SETTLE = 0.04  # seconds between two contenders: their threads look for work 10 (OpenMP) to 30 ms before they sleep
+# Seconds between two contenders: threads look for work before they sleep, those of OpenMP for 10 ms, those of OpenBLAS
+# for 100 ms (as long as a batch: whoever came next would share a CPU with them all the while).
+SETTLE = 0.15
 SLOW = 5.0  # who takes so many times the fastest's time, is measured in every third round
 FEWEST = 5  # rounds, however long they take
 IDLE = 0.05  # cores that a waiting worker may use before it is reported
