@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.compiler import runner
+from tinygrad_lstm.compiler import native, runner
 from tinygrad_lstm.compiler.loop import LoopPlan, plan_loop
 from tinygrad_lstm.compiler.straight import straight
 from tinygrad_lstm.primitive import Aval
@@ -40,9 +40,9 @@ def operands(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def check(plan: LoopPlan, reverse: bool, arrays: list[np.ndarray]) -> None:
-    found = straight(plan, plan.native, reverse)(*arrays)
-    assert found is not None
-    expected = runner._over_numpy(plan, reverse)(*arrays)
+    otherwise = runner._over_numpy(plan, reverse)
+    found = straight(plan, plan.native, reverse, otherwise)(*arrays)
+    expected = otherwise(*arrays)
     for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
@@ -71,3 +71,30 @@ def test_arrays_in_any_order(plan: LoopPlan, rng: np.random.Generator) -> None:
     arrays = [np.asfortranarray(a) for a in operands(rng)]
     arrays[1] = arrays[1][::-1]
     check(plan, False, arrays)
+
+
+def test_rows_that_stand_apart(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """What only a product behind the loop reads is spread in memory; what the caller gets is not."""
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    rows, width = 32, 512
+    avals = [Aval((rows, width), np.dtype("f4")), *[Aval((width, width), np.dtype("f4"))] * 2]
+
+    def body(h: Any, w: Any, v: Any) -> list[Any]:
+        h = ops.tanh(h @ w)
+        return [h, h, ops.sin(h) @ v]
+
+    program = trace(body, avals, flat=True).program
+    plan = plan_loop(program.replaced(inputs=program.inputs[:1], captures=program.inputs[1:]), 1, 2, STEPS)
+    arrays = [rng.standard_normal(a.shape).astype("f4") / 16 for a in avals]
+    made: list[np.ndarray] = []
+    spread = native.spread_rows
+    monkeypatch.setattr(native, "spread_rows", lambda *given: made.append(spread(*given)) or made[-1])
+    otherwise = runner._over_numpy(plan, False)
+    found = straight(plan, plan.native, False, otherwise)(*arrays)
+    assert [a.shape for a in made] == [(STEPS, rows, width)] and not made[0].flags.c_contiguous
+    assert all(a.flags.c_contiguous for part in found for a in part)
+    monkeypatch.setattr(native, "ALIASED", 1 << 40)
+    close = straight(plan, plan.native, False, otherwise)(*arrays)
+    assert len(made) == 1
+    for a, b in zip((*found[0], *found[1]), (*close[0], *close[1]), strict=True):
+        np.testing.assert_array_equal(a, b)

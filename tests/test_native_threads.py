@@ -105,13 +105,15 @@ def test_a_launch_in_slices(work: float, layer: Any, runs: Runs, monkeypatch: py
     """Native code returns now and then, for signals: nothing changes."""
     expected = everything(layer)
     launches = []
-    entry = native.NativeLoop.entry
+    find = native.Frame.find_launch
 
     def watched(self: Any) -> Any:
-        loop, prepare, plain, advance = entry(self)
-        return loop, prepare, plain, lambda *given: launches.append(given) or advance(*given)
+        advance, *addresses = find(self)
+        return (lambda *given: launches.append(given) or advance(*given)), *addresses
 
-    monkeypatch.setattr(native.NativeLoop, "entry", watched)
+    monkeypatch.setattr(native.Frame, "find_launch", watched)
+    forgotten = property(lambda self: None, lambda self, found: None)
+    monkeypatch.setattr(native.Frame, "launch", forgotten, raising=False)
     monkeypatch.setattr(native, "SLICE", work)
     assert_bits(everything(layer), expected)
     assert len(launches) >= 6 and runs == [True] * 4

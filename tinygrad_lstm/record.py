@@ -52,7 +52,7 @@ class Place(NamedTuple):
 class State:
     """The recording state: immutable, replaced as a whole, one per thread and async task (a context variable)."""
 
-    __slots__ = ("eager", "enabled", "names", "place", "step", "tapes", "trace", "where")
+    __slots__ = ("_silent", "eager", "enabled", "names", "place", "plain", "step", "tapes", "trace", "where")
 
     def __init__(
         self,
@@ -72,6 +72,16 @@ class State:
         self.names = names  # collects the values named with tg.name, or None
         self.eager = eager  # True under tg.eager(): scan runs its body step by step, op by op
         self.place = Place(where, step)
+        # Whether nobody looks at single operations.
+        self.plain = trace is None and names is None and not tapes and not eager
+        self._silent: State | None = None
+
+    def silent(self) -> State:
+        """This state with nothing recorded; made once."""
+        found = self._silent
+        if found is None:
+            found = self._silent = self.replaced(enabled=False)
+        return found
 
     def replaced(self, **changes: Any) -> State:
         """This state with some fields changed."""
@@ -276,14 +286,16 @@ class no_grad(ContextDecorator):
             return functools.wraps(function)(lambda *args, **kwargs: _silent_steps(function(*args, **kwargs)))
         return super().__call__(function)
 
+    _entered: tuple[Any, Any] | None = None  # (token, what was entered before): one object may be entered again
+
     def __enter__(self) -> no_grad:
-        current = _STATE.get()
-        silenced = State(False, current.tapes, current.trace, current.where, current.step, current.names, current.eager)
-        self._tokens = [*getattr(self, "_tokens", ()), _STATE.set(silenced)]
+        self._entered = (_STATE.set(_STATE.get().silent()), self._entered)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _STATE.reset(self._tokens.pop())
+        assert self._entered is not None
+        token, self._entered = self._entered
+        _STATE.reset(token)
 
     def _recreate_cm(self) -> no_grad:
         return no_grad()  # a decorated function may recurse or run in several threads

@@ -34,20 +34,26 @@ def roots_of(lowered: Lowered) -> list[str]:
 
 def operands_of(lowered: Lowered) -> list[str]:
     """The arrays that a call hands over in a tuple: buffers by name, the carry before the first step (``c0``) and
-    behind the last one (``f0``), and the matrices that are packed (``q0``)."""
-    carries = range(len(lowered.kept))
+    behind the last one (``f0``), and the matrices that are packed (``q0``).  What must be in C order stands first."""
+    carries, packs = range(len(lowered.kept)), lowered.packs
     # A carry that no operation touches is handed through, so it has its place all the same.
     names = sorted({*roots_of(lowered), *(f"i{k}" for k in carries)})
-    names += [f"{kind}{k}" for k in carries for kind in "cf"]
-    loose = any_order(lowered)  # these stand last
-    packs = sorted(range(len(lowered.packs)), key=lambda k: (lowered.packs[k].invariant in loose, k))
-    return names + [f"q{k}" for k in packs]
+    names += [f"{kind}{k}" for k in carries for kind in "cf"] + [f"q{k}" for k in range(len(packs))]
+    loose = any_order(lowered)
+    return sorted(names, key=lambda name: not _in_order(name, lowered, loose))
 
 
 def in_order(lowered: Lowered) -> int:
     """How many of the first operands must be in C order."""
     loose = any_order(lowered)
-    return len(operands_of(lowered)) - sum(pack.invariant in loose for pack in lowered.packs)
+    return sum(_in_order(name, lowered, loose) for name in operands_of(lowered))
+
+
+def _in_order(name: str, lowered: Lowered, loose: set[int]) -> bool:
+    """Whether this operand must be in C order: what the caller gives, but for matrices that are packed.  The buffers
+    are our own; their rows are."""
+    kind, k = name[0], int(name[1:])
+    return kind in "cxv" or (kind == "q" and lowered.packs[k].invariant not in loose)
 
 
 def any_order(lowered: Lowered) -> set[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from tinygrad_lstm.compiler.views import Unsupported
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.kernels import codecache, threads
 from tinygrad_lstm.kernels.locks import Lock
-from tinygrad_lstm.kernels.pool import SMALLEST, empty
+from tinygrad_lstm.kernels.pool import ALIASED, SMALLEST, empty, spread_rows
 from tinygrad_lstm.program import Program
 
 __all__ = ["FEW", "Frame", "NativeLoop", "Workspace", "native_loop", "shares", "switched_off", "wanted", "work_of"]
@@ -105,10 +105,10 @@ class NativeLoop:
 
     def run(self, frame: Frame, space: Workspace, operands: tuple[np.ndarray, ...], parts: int) -> int:
         """All steps on these operands, in so many parts; not 0 where an index was out of range."""
-        loop, prepare, _, advance = self.entry()
-        team = threads.team_for(parts)
-        control = 0 if team is None else team.control
-        pack, steps, address = prepare if frame.packs else 0, frame.steps, id(operands)
+        advance, pack, loop = frame.launch or frame.find_launch()
+        steps, address, control = frame.steps, id(operands), 0
+        if parts > 1 and (team := threads.team_for(parts)) is not None:
+            control = team.control
         if frame.work <= SLICE:
             return advance(control, pack, loop, space.address, address, 0, steps, parts)
         status = start = 0
@@ -127,7 +127,8 @@ class NativeLoop:
 class Frame:
     """What the calls of a loop over so many steps in one direction have in common."""
 
-    def __init__(self, loop: NativeLoop, steps: int, reverse: bool) -> None:
+    def __init__(self, loop: NativeLoop, steps: int, reverse: bool, private: Collection[int] = ()) -> None:
+        """``private``: stacks that only programs of ours read."""
         low, program = loop.lowered, loop.program
         n_carry, n_stacked = loop.n_carry, loop.n_stacked
         self.loop, self.steps, self.lead = loop, steps, 2 if loop.split else 1
@@ -139,10 +140,12 @@ class Frame:
         for kind, count in (("c", n_carry), ("x", n_x), ("v", n_v)):
             places.update({f"{kind}{k}": len(places) + k for k in range(count)})
 
-        def buffer(name: str, aval: Any, lead: tuple[int, ...] = (), zero: bool = False) -> int:
+        def buffer(name: str, aval: Any, lead: tuple[int, ...] = (), zero: bool = False, padded: bool = False) -> int:
             shape, dtype = (*lead, *aval.shape), np.dtype(aval.dtype)
             large = dtype.itemsize * int(np.prod(shape, dtype=np.int64)) >= SMALLEST
-            self.makers.append((np.zeros if zero else empty if large else np.empty, shape, dtype))
+            spread = large and padded and len(shape) > 1 and shape[-1] * dtype.itemsize % ALIASED == 0
+            make = np.zeros if zero else spread_rows if spread else empty if large else np.empty
+            self.makers.append((make, shape, dtype))
             places[name] = n_carry + n_x + n_v + len(self.makers) - 1
             return len(self.makers) - 1
 
@@ -151,7 +154,7 @@ class Frame:
         self.stacks: list[tuple[int, slice | None]] = []
         for k, (kind, index) in enumerate(low.stacked):
             if kind == "y":
-                self.stacks.append((buffer(f"y{k}", outputs[n_carry + k], (steps,)), None))
+                self.stacks.append((buffer(f"y{k}", outputs[n_carry + k], (steps,), padded=k in private), None))
             else:  # the carry before or after every step: rows of one buffer
                 shifted = (kind == "o") != reverse
                 self.stacks.append((at[index], slice(shifted, steps + shifted)))
@@ -171,6 +174,13 @@ class Frame:
         self.packed = steps * loop.rows > FEW
         self.packs = bool(low.packs) and self.packed
         self.work = steps * loop.flops * loop.rows
+        self.launch: tuple[Any, int, int] | None = None
+
+    def find_launch(self) -> tuple[Any, int, int]:
+        """What runs the loop, and the addresses of what packs its matrices (0: nothing to pack) and of itself."""
+        loop, prepare, _, advance = self.loop.entry()
+        self.launch = found = advance, prepare if self.packs else 0, loop
+        return found
 
     def tidied(self, carry: Any, sequence: Any, invariant: Any, buffers: Any, space: Workspace) -> tuple[Any, ...]:
         """The operands as arrays whose rows are in C order."""

@@ -13,7 +13,7 @@ from tinygrad_lstm.compiler.report import publish
 from tinygrad_lstm.compiler.straight import Results, Straight, owned, straight
 from tinygrad_lstm.kernels.pool import empty
 
-__all__ = ["run_loop"]
+__all__ = ["loop_call", "run_loop"]
 
 
 def run_loop(plan: LoopPlan, operands: Sequence[np.ndarray], reverse: bool) -> Results:
@@ -21,24 +21,26 @@ def run_loop(plan: LoopPlan, operands: Sequence[np.ndarray], reverse: bool) -> R
 
     Nothing that is returned shares memory with the operands.
     """
-    if plan.steps == 0:
-        return [np.array(c) for c in operands[: plan.n_carry]], _empty(plan)
-    publish(plan.report)
+    return (plan.calls.get(reverse) or loop_call(plan, reverse))(*operands)
+
+
+def loop_call(plan: LoopPlan, reverse: bool) -> Straight:
+    """The loop with what runs before and behind it, as a function of all arrays; compiles it."""
     call: Straight | None = plan.calls.get(reverse)
     if call is None:
-        call = plan.calls[reverse] = _call(plan, reverse)
-    done = call(*operands)
-    if done is not None:
-        return done
-    over_numpy = _over_numpy(plan, reverse)  # says which index was out of range
-    return over_numpy(*operands)
+        if plan.steps == 0:
+            call = _nothing(plan)
+        elif plan.compiled and plan.native.rows:
+            call = straight(plan, plan.native, reverse, lambda *operands: _over_numpy(plan, reverse)(*operands))
+        else:
+            call = _over_numpy(plan, reverse)
+        plan.calls[reverse] = call
+    return call
 
 
-def _call(plan: LoopPlan, reverse: bool) -> Straight:
-    """The loop with what runs before and behind it, as a function of all arrays."""
-    if plan.compiled and plan.native.rows:
-        return straight(plan, plan.native, reverse)
-    return _over_numpy(plan, reverse)
+def _nothing(plan: LoopPlan) -> Straight:
+    """A loop of no steps."""
+    return lambda *operands: ([np.array(c) for c in operands[: plan.n_carry]], _empty(plan))
 
 
 def _over_numpy(plan: LoopPlan, reverse: bool) -> Callable[..., Results]:
@@ -48,6 +50,7 @@ def _over_numpy(plan: LoopPlan, reverse: bool) -> Callable[..., Results]:
     steps, borrowed = plan.steps, plan.borrowed
 
     def call(*arguments: np.ndarray) -> Results:
+        publish(plan.report)
         values = before(*arguments[n:])
         sequence = [values[k] for k in plan.loop_sequence]
         invariant = [values[plan.n_sequence + k] for k in plan.loop_invariant]

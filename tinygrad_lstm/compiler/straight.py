@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.compiler.native import Frame, NativeLoop, shares
+from tinygrad_lstm.compiler.report import publish
 
 if TYPE_CHECKING:
     from tinygrad_lstm.compiler.loop import LoopPlan
@@ -20,20 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["Results", "Straight", "owned", "straight"]
 
 Results = tuple[list[np.ndarray], list[np.ndarray]]  # final carry; ys and sums
-Straight = Callable[..., Results | None]
+Straight = Callable[..., Results]
 
 
-def straight(plan: LoopPlan, native: NativeLoop, reverse: bool) -> Straight:
-    """``call(*carry, *xs, *captures)``: (final carry, [ys..., sums...]), or None where native code met an index out of
-    range.  Compiles the loop."""
-    frame = Frame(native, plan.steps, reverse)
+def straight(plan: LoopPlan, native: NativeLoop, reverse: bool, otherwise: Straight) -> Straight:
+    """``call(*carry, *xs, *captures)``: (final carry, [ys..., sums...]).  Compiles the loop.
+
+    ``otherwise`` is called where native code met an index out of range: it says which one.
+    """
+    private = [k for k in range(len(plan.stacked)) if ("stack", k) not in plan.roots]
+    frame = Frame(native, plan.steps, reverse, private)
     names: dict[str, Any] = {
         "frame": frame, "native": native, "plain": native.entry()[2], "spaces": native.spaces,
-        "ndarray": id(np.ndarray), "shares": shares, "owned": owned,
+        "ndarray": id(np.ndarray), "shares": shares, "owned": owned, "publish": publish, "report": plan.report,
+        "otherwise": otherwise,
     }  # fmt: skip
     carry = [f"c{k}" for k in range(plan.n_carry)]
     given = [f"x{k}" for k in range(len(plan.before.inputs))] + [f"w{k}" for k in range(len(plan.before.captures))]
     lines, values, constants = plan.before.text(given, "_", given)
+    lines.insert(0, "publish(report)")
     names.update(constants)
     sequence = [values[k] for k in plan.loop_sequence]
     invariant = [values[plan.n_sequence + k] for k in plan.loop_invariant]
@@ -61,7 +67,11 @@ def straight(plan: LoopPlan, native: NativeLoop, reverse: bool) -> Straight:
         f"if not plain(id(operands), 0, {frame.checked}, ndarray):",
         f"    operands = frame.tidied({parts_of}, space)",
     ]
-    lines += [f"if native.run(frame, space, operands, {parts}): return None", "spaces.append(space)", "del operands"]
+    lines += [
+        f"if native.run(frame, space, operands, {parts}): return otherwise({', '.join([*carry, *given])})",
+        "spaces.append(space)",
+        "del operands",
+    ]  # fmt: skip
 
     stacks = []
     for k, (buffer, rows) in enumerate(frame.stacks):

@@ -17,7 +17,7 @@ import numpy as np
 
 from .locks import Lock
 
-__all__ = ["applied", "block_size", "clear", "copied", "empty", "has_own_memory", "idle_bytes", "taken"]
+__all__ = ["applied", "block_size", "clear", "copied", "empty", "has_own_memory", "idle_bytes", "spread_rows", "taken"]
 
 SMALLEST = 5 << 15  # bytes; below, the allocator's own free lists serve
 LARGE = 1 << 20
@@ -25,6 +25,7 @@ LINE = 64  # bytes of a line of the cache, and of the widest vector: one that cr
 # Arrays of one size start at different places of a page: rows of many of them that are used together would
 # otherwise compete for the same few places of the first cache.
 STAGGER, PLACES = 7 * LINE, 9
+ALIASED, APART = 2048, 2 * LINE  # bytes: see spread_rows
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
 
 _lock = Lock()
@@ -53,6 +54,16 @@ def empty(shape: Any, dtype: Any) -> np.ndarray:
     finally:
         lock.release()
     return np.ndarray(shape, dtype, block, start)
+
+
+def spread_rows(shape: Any, dtype: Any) -> np.ndarray:
+    """As :func:`empty`, but its rows (along the last axis) stand a little apart.
+
+    Rows whose distance is a multiple of a page's half all want the same few places of the first and second cache: a
+    product that reads such a matrix by columns (the gradient of a weight) is up to 9 % slower.
+    """
+    apart = empty((*shape[:-1], shape[-1] + APART // np.dtype(dtype).itemsize), dtype)
+    return apart[..., : shape[-1]]
 
 
 def block_size(nbytes: int) -> int:

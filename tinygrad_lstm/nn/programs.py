@@ -137,14 +137,15 @@ def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Cal
     ``places`` are all (holder, key) of every capture: a shared parameter has several.  A list or dict of Parameters may
     be changed without the module knowing, also to other shapes.
     """
-    names: dict[str, Any] = {"Tensor": Tensor}
+    names: dict[str, Any] = {"Tensor": Tensor, "Parameter": Parameter}
     lines = []
     for k, ((first, *others), aval) in enumerate(zip(places, avals, strict=True)):
         for j, (holder, key) in enumerate((first, *others)):
             names.update({f"h{k}_{j}": holder, f"k{k}_{j}": key})
         names.update({f"s{k}": aval.shape, f"d{k}": np.dtype(aval.dtype)})
-        lines.append(f"t{k} = h{k}_0[k{k}_0]")
-        unlike = [f"not isinstance(t{k}, Tensor) or t{k}.shape != s{k} or t{k}.dtype != d{k}"]
+        # Its array answers sooner; what stands in for a parameter while something is recorded has none.
+        lines.append(f"t{k} = h{k}_0[k{k}_0]; a = t{k}._data if t{k}.__class__ is Parameter else t{k}")
+        unlike = [f"not isinstance(t{k}, Tensor) or a.shape != s{k} or (a.dtype is not d{k} and a.dtype != d{k})"]
         unlike += [f"h{k}_{j + 1}[k{k}_{j + 1}] is not t{k}" for j in range(len(others))]
         lines.append(f"if {' or '.join(unlike)}: return None")
     body = "\n        ".join([*lines, f"return [{', '.join(f't{k}' for k in range(len(places)))}]"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.compiler.runner import run_loop
+from tinygrad_lstm.compiler.runner import loop_call
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.nn.cells import GatedCell
 from tinygrad_lstm.nn.module import Module, changes
@@ -49,7 +49,7 @@ class _Run:
         self.n_carry, self.steps, self.reverse = recorded.n_carry, steps, reverse
         self.n_ys = len(recorded.program.outputs) - self.n_carry
         self.sites: dict[tuple[bool, ...], Site] = {}
-        self.plan: Any = None  # of calls that nobody differentiates
+        self.silent: dict[bool, Any] = {}  # calls that nobody differentiates, by ``lead``
 
     def stands(self, cell: Any) -> bool:
         """Whether this is the cell, with the equations that were recorded."""
@@ -79,12 +79,27 @@ class _Run:
                     site = site_of(self.program, self.n_carry, self.n_ys, self.steps, self.reverse, linked)
                     self.sites[linked] = site
                 return bind_site(site, operands, True, current, lead=lead)
-        if self.plan is None:
-            self.plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
-        final, ys = run_loop(self.plan, [t._data for t in (*carry, x, *captures)], self.reverse)
-        if len(ys) > 1:
-            ys = apart(ys)
-        return tuple([Tensor(a[None] if lead else a) for a in final] + [Tensor(a) for a in ys])
+        call = self.silent.get(lead)
+        if call is None:
+            call = self.silent[lead] = self._silent(len(captures), lead)
+        outs: tuple[Tensor, ...] = call(*carry, x, *captures)
+        return outs
+
+    def _silent(self, n_captures: int, lead: bool) -> Any:
+        """The loop on tensors, none of which is differentiated, as one expression."""
+        plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
+        names = [f"t{k}" for k in range(self.n_carry + 1 + n_captures)]
+        final = [f"Tensor(final[{k}]{'[None]' if lead else ''})" for k in range(self.n_carry)]
+        ys = "ys" if self.n_ys < 2 else "apart(ys)"
+        lines = [
+            f"def call({', '.join(names)}):",
+            f"    final, ys = loop({', '.join(f'{name}._data' for name in names)})",
+            f"    ys = {ys}",
+            f"    return {', '.join([*final, *(f'Tensor(ys[{k}])' for k in range(self.n_ys))])},",
+        ]
+        found = {"loop": loop_call(plan, self.reverse), "Tensor": Tensor, "apart": apart}
+        exec(compile("\n".join(lines), "<layer call>", "exec"), found)
+        return found.pop("call")
 
 
 class _Ready:
@@ -97,19 +112,16 @@ class _Ready:
     def captures(self, cells: Sequence[Any], current: State) -> list[list[Tensor]] | None:
         """What the runs capture; None where something was changed since, or somebody looks at single operations."""
         if (
-            self.changes != changes()
+            not current.plain
+            or self.changes != changes()
             or self.generation != Primitive.generation
             or self.mode != compile_mode()
-            or current.trace is not None
-            or current.eager
-            or current.tapes
-            or current.names is not None
             or len(cells) != len(self.runs)
         ):
             return None
         found = []
-        for run, cell in zip(self.runs, cells, strict=True):
-            captures = run.captures() if run.stands(cell) else None
+        for k, run in enumerate(self.runs):
+            captures = run.captures() if run.stands(cells[k]) else None
             if captures is None:
                 return None
             found.append(captures)
@@ -126,8 +138,8 @@ class ReadyLayers(_Ready):
     def __call__(self, x: Tensor, captures: list[list[Tensor]], current: State) -> tuple[Tensor, Any]:
         """Outputs of the last layer, and the state in PyTorch's form."""
         if len(self.runs) == 1:
-            *state, y = self.runs[0](x, captures[0], current, lead=True)
-            return y, state[0] if self.parts == 1 else tuple(state)
+            outs = self.runs[0](x, captures[0], current, lead=True)
+            return outs[-1], outs[0] if self.parts == 1 else outs[:-1]
         finals = []
         for first in range(0, len(self.runs), self.directions):
             outputs = []
