@@ -14,7 +14,7 @@ from samples import SAMPLES, Sample
 from test_graphs import BINARY, SHAPES, UNARY
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import nn, replays
+from tinygrad_lstm import nn, ops, replays
 
 TENSORS: Any = sys.modules["tinygrad_lstm.tensor"]
 
@@ -184,3 +184,38 @@ def test_training_with_an_embedding(counter: Counter, rng: Any) -> None:
         optimizer.step()
     assert counter.general == before
     assert all((t.numpy() != p.numpy()).any() for t, p in zip(twins, parameters, strict=True))
+
+
+TWICE: dict[str, Callable[..., Any]] = {
+    "x * x": lambda x, y: (x * x).sum(),
+    "first of several": lambda x, y: ((x * x) + ops.sin(x) + y).sum(),
+    "last of several": lambda x, y: (ops.sin(x) + x * x * 0.3).sum(),
+    "computed": lambda x, y: (ops.tanh(x) * ops.tanh(x)).sum() + ((z := x * y) * z).sum(),
+    "of several outputs": lambda x, y: ((z := ops.split(x, 2, axis=0)[1]) * z).sum(),
+    "no sum of its own": lambda x, y: (x + x).sum() + ops.maximum(y, y).sum(),
+    "0-d": lambda x, y: (z := x.sum()) * z,
+    "a quotient": lambda x, y: (y / y).sum(),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_both_operands_are_one(name: str, counter: Counter, rng: np.random.Generator) -> None:
+    leaves = [tg.tensor(rng.standard_normal((4, 3)), requires_grad=True) for _ in range(2)]
+    check(TWICE[name], leaves, counter)
+
+
+def test_operands_that_were_one(counter: Counter, rng: np.random.Generator) -> None:
+    """The form with one share is not taken for two tensors with the same past."""
+    x, values = tg.tensor(rng.standard_normal(5), requires_grad=True), rng.standard_normal(5)
+
+    def loss(x: tg.Tensor, other: bool = False) -> tg.Tensor:
+        y = ops.sin(x)
+        z = y
+        if other:
+            z = tg.tensor(values)
+            z._node, z._rg = y._node, True  # another value of the same node
+        return (y * z).sum()
+
+    check(loss, [x], counter)
+    check(lambda x: loss(x, True), [x], counter)
+    check(loss, [x], counter, times=2)

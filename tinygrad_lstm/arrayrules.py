@@ -25,6 +25,8 @@ class KnownRule(NamedTuple):
     aval: Aval
     reads: list[str]
     conditions: list[tuple[str, dict[str, Any]]]
+    content: str  # of the rule's program: rules of one content are the same function
+    places: list[int]  # of what it reads of ``saved``
 
 
 class ArrayRule:
@@ -46,6 +48,7 @@ class ArrayRule:
         self.any_shape = prim.is_elementwise and not self.params and not self.shapes
         self.functions: dict[Any, Any] = {}  # by kind of the operands: a function, or how often the kind was met
         self.avals: dict[Any, Aval] = {}  # of what the functions give
+        self.contents: dict[Any, str] = {}  # of their programs
 
     def share(self, record: Any, cotangent: Any) -> Tensor | None:
         """The share of the rule's input; None where the rule itself must run."""
@@ -129,7 +132,7 @@ class ArrayRule:
             aval = Aval(np.broadcast_shapes(*[array.shape for array in arrays]), aval.dtype)
             if aval.shape != record.shape:
                 return None
-        return KnownRule(function, aval, reads, conditions)
+        return KnownRule(function, aval, reads, conditions, self.contents[key], self.places)
 
     def _met(self, key: Any, times: int, record: Any, arrays: list[np.ndarray]) -> Any:
         """The function for a kind of operands, or None as long as (or where) there is none."""
@@ -144,7 +147,7 @@ class ArrayRule:
         if found is None:
             self._give_up()
             return None
-        function, self.avals[key] = found
+        function, self.avals[key], self.contents[key] = found
         self.functions[key] = function
         return function
 
@@ -184,7 +187,7 @@ class ArrayRule:
         )
         if not program.equations or not arithmetic or traced.captures:
             return None
-        return program.function(), program.aval(program.outputs[0])
+        return program.function(), program.aval(program.outputs[0]), program.key
 
 
 def _is_static(value: Any) -> bool:

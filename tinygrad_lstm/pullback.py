@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.arrayrules import ArrayRule, Rule
+from tinygrad_lstm.arrayrules import ArrayRule, KnownRule, Rule
 from tinygrad_lstm.errors import ArgumentError, GraphError
 from tinygrad_lstm.kernels import expression as _expressions
 from tinygrad_lstm.kernels.table import LEAVES
@@ -191,6 +191,8 @@ class Differentiable:
         conditions: list[tuple[str, dict[str, Any]]] = []
         lines: list[tuple[tuple[int, ...], str]] = []
         constants: dict[str, Any] = {}
+        rules: dict[int, KnownRule] = {}
+        same: dict[int, tuple[int, list[tuple[str, dict[str, Any]]]]] = {}
         for j, (on_arrays, yes) in enumerate(zip(self._on_arrays, asked, strict=True)):
             if not yes:
                 continue
@@ -204,7 +206,13 @@ class Differentiable:
                 constants["asarray"], line = np.asarray, f"({{asarray}}({line}[0]),)"
             lines.append(((j,), line))
             conditions += found.conditions
-        return Offer(conditions, lines, constants)
+            for k, other in rules.items():
+                pairs = list(zip(found.places, other.places, strict=False))
+                if found.content == other.content and all(record.saved[a] is record.saved[b] for a, b in pairs):
+                    same[j] = k, [(f"{{r}}.saved[{a}] is {{r}}.saved[{b}]", {}) for a, b in pairs if a != b]
+                    break
+            rules[j] = found
+        return Offer(conditions, lines, constants, same)
 
     def _array_rule(self, rule: Rule) -> ArrayRule | None:
         """The rule as a function on arrays, where it reads values (and static properties) alone."""

@@ -42,6 +42,8 @@ class Offer(NamedTuple):
     conditions: list[tuple[str, dict[str, Any]]]  # what else must hold of a record for it to be pulled in this way
     lines: list[tuple[tuple[int, ...], str]]  # inputs, and what gives their shares (a tuple or list of arrays)
     constants: dict[str, Any]  # for the lines
+    # Inputs whose shares are the same values as those of an earlier input, that one, and where that is so.
+    same: dict[int, tuple[int, list[tuple[str, dict[str, Any]]]]] = {}  # noqa: RUF012 - never changed
 
 
 class _Place:
@@ -109,6 +111,25 @@ def _summed(present: np.ndarray, share: np.ndarray) -> np.ndarray:
     return total if total.__class__ is np.ndarray else np.asarray(total)  # NumPy gives numbers for 0-d arrays
 
 
+def _doubled(share: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
+    """The sum of a share and the same once more, in place where it is an array of its own."""
+    if share is not cotangent and share.base is not cotangent and is_array_alone(share):
+        share += share
+        return share
+    total = share + share
+    return total if total.__class__ is np.ndarray else np.asarray(total)
+
+
+def _node(parent: Any) -> Any:
+    """What cotangents are kept by."""
+    return (parent.record, parent.index) if parent.__class__ is Output else parent
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two inputs of a record are one node."""
+    return a is b or (a.__class__ is b.__class__ is Output and a.record is b.record and a.index == b.index)
+
+
 class _Unknown(Exception):
     """This tape is left to the general replay."""
 
@@ -119,7 +140,8 @@ class _Builder:
     def __init__(self, root: Record) -> None:
         self.root = root
         self.names: dict[str, Any] = {
-            "Record": Record, "Output": Output, "is_plain": _is_plain, "summed": _summed, "data": _data,
+            "Record": Record, "Output": Output, "is_plain": _is_plain, "summed": _summed, "doubled": _doubled,
+            "data": _data,
             "last": last_change, "verify": verify, "zeros": np.zeros, "copy": np.array,
         }  # fmt: skip
         self.checks: list[str] = []
@@ -282,18 +304,37 @@ class _Builder:
         offer = record.primitive.prepared(record, [name is not None for name in given], asked)
         if offer is None:
             return None
-        for condition, constants in offer.conditions:
+        twice = self._twice(record, offer)
+        conditions = [*offer.conditions, *(c for j in twice for c in offer.same[j][1])]
+        for condition, constants in conditions:
             names = {key: self._constant(value) for key, value in constants.items()}
             self.checks.append(f"if not ({condition.format(r=f'r{k}', **names)}): return False")
         names = {key: self._constant(value) for key, value in offer.constants.items()}
         cotangents = [name if name is not None else "None" for name in given]
         shares: list[str | None] = [None] * len(asked)
         for inputs, line in offer.lines:
+            if inputs[0] in twice:
+                first = shares[twice[inputs[0]]]
+                self.lines.append(f"{first} = doubled({first}, {given[0]})")
+                continue
             targets = ", ".join(f"s{k}_{j}" for j in inputs)
             for j in inputs:
                 shares[j] = f"s{k}_{j}"
             self.lines.append(f"({targets},) = {line.format(r=f'r{k}', g=', '.join(cotangents), **names)}")
         return shares
+
+    def _twice(self, record: Record, offer: Offer) -> dict[int, int]:
+        """The inputs that need no share of their own, since it is the share of another one with the same node (x * x).
+
+        Only where these two are the first cotangents of the node: the general replay adds one after the other.
+        """
+        parents = record.parents or ()
+        found: dict[int, int] = {}
+        for j, (first, _) in offer.same.items():
+            here = [k for k, parent in enumerate(parents) if _is_same(parent, parents[j])]
+            if here == [first, j] and _node(parents[j]) not in self.cotangent:
+                found[j] = first
+        return found
 
     def _pulled(self, record: Record, k: int, given: list[str | None], several: bool) -> list[str | None]:
         """Shares by ``pull``, the general way."""
@@ -317,7 +358,7 @@ class _Builder:
 
     def _add(self, parent: Any, share: str) -> None:
         """Add a share to the cotangent of a node."""
-        node = (parent.record, parent.index) if parent.__class__ is Output else parent
+        node = _node(parent)
         present = self.cotangent.get(node)
         if present is None:
             self.cotangent[node] = share

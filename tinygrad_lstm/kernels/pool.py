@@ -25,7 +25,7 @@ LINE = 64  # bytes of a line of the cache, and of the widest vector: one that cr
 # Arrays of one size start at different places of a page: rows of many of them that are used together would
 # otherwise compete for the same few places of the first cache.
 STAGGER, PLACES = 7 * LINE, 9
-ALIASED, APART = 2048, 2 * LINE  # bytes: see spread_rows
+ALIASED, APART = 2048, LINE  # bytes: see spread_rows
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
 
 _lock = Lock()
@@ -60,7 +60,8 @@ def spread_rows(shape: Any, dtype: Any) -> np.ndarray:
     """As :func:`empty`, but its rows (along the last axis) stand a little apart.
 
     Rows whose distance is a multiple of a page's half all want the same few places of the first and second cache: a
-    product that reads such a matrix by columns (the gradient of a weight) is up to 9 % slower.
+    product that reads such a matrix by columns (the gradient of a weight) is up to 9 % slower.  They stand so little
+    apart that the block is, as a rule, of the size that arrays without gaps take turns in: it is in the cache already.
     """
     apart = empty((*shape[:-1], shape[-1] + APART // np.dtype(dtype).itemsize), dtype)
     return apart[..., : shape[-1]]
