@@ -100,6 +100,97 @@ def test_without_gradients(name: str, used: list[bool]) -> None:
     assert not any(part.requires_grad for part in parts(layer, tg.tensor(sequence())))
 
 
+def given_state(layer: Any, seed: int = 0) -> Any:
+    """A state in PyTorch's form, as tensors."""
+    rng = np.random.default_rng(seed)
+    _, like = layer(sequence(seed))
+    made = [tg.tensor(rng.standard_normal(part.shape)) for part in (like if isinstance(like, tuple) else (like,))]
+    return tuple(made) if isinstance(like, tuple) else made[0]
+
+
+def from_state(layer: Any, state: Any, wanted: bool = True) -> list[np.ndarray]:
+    """Everything of a call from a state, and the gradients of its parts."""
+    leaves = list(state) if isinstance(state, tuple) else [state]
+    x = tg.tensor(sequence(1), requires_grad=wanted)
+    layer.zero_grad()
+    for leaf in leaves:
+        leaf.grad = None
+        leaf.requires_grad = wanted
+    y, final = layer(x, state)
+    found = [y, *(final if isinstance(final, tuple) else (final,))]
+    sum((ops.square(part) * (k + 1.0)).sum() for k, part in enumerate(found)).backward()
+    return [*(p.numpy() for p in found), *(t.grad for t in [x, *leaves, *layer.parameters()] if t.grad is not None)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_given_state(name: str, wanted: bool, used: list[bool]) -> None:
+    layer, state = LAYERS[name](), given_state(LAYERS[name]())
+    used.clear()
+    first = from_state(layer, state, wanted)
+    assert used == []
+    again = from_state(layer, state, wanted)
+    assert used == [True]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with tg.eager():
+        agree(again, from_state(layer, state, wanted))
+    # Without a state it is the same known call.
+    used.clear()
+    found = everything(layer)
+    assert used == [True]
+    agree(found, plainly(layer))
+    with tg.no_grad():
+        y, final = layer(tg.tensor(sequence(1)), state)
+    agree([y.numpy()], again[:1])
+    assert not y.requires_grad and all(not part.requires_grad for part in (final if name != "gru" else [final]))
+
+
+def test_states_that_do_not_fit() -> None:
+    """What a known call does not take is what any other call says of it."""
+    layer = LAYERS["lstm"]()
+    h, c = given_state(layer)
+    x = tg.tensor(sequence())
+    layer(x)
+    for wrong in ((h,), h, (h, c, c), (h, tg.tensor(np.zeros((1, B + 1, H)))), (h, tg.tensor(c.numpy()[0]))):
+        with pytest.raises(tg.ShapeError, match=r"state|initial"):
+            layer(x, wrong)
+    with pytest.raises(tg.DTypeError, match="initial c is float32"):
+        layer(x, (h, c.astype(np.float32)))
+    agree([layer(x, [h, c])[0].numpy()], [layer(x, (h.numpy(), c.numpy()))[0].numpy()])
+    assert np.isfinite(layer(x, (nn.Parameter(h.numpy()), c))[0].numpy()).all()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_write_to_a_given_state_is_noticed(known: bool) -> None:
+    """A gradient that is itself differentiated runs the forward again, from the state."""
+    layer = LAYERS["lstm"]()
+    h, c = given_state(layer)
+    x = tg.tensor(sequence(), requires_grad=True)
+    if known:
+        layer(x)
+    with tg.Tape() as tape:
+        loss = ops.square(layer(x, (h, c))[0]).sum()
+    h.data[...] = 0.0
+    with pytest.raises(tg.GraphError, match="changed in place"):
+        tape.gradient(loss, x)
+    loss = ops.square(layer(x, (h, c))[0]).sum()
+    c.data[...] = 0.0
+    with pytest.raises(tg.GraphError, match="changed in place"):
+        loss.backward()
+
+
+def test_a_layer_is_recorded_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinygrad_lstm.nn import programs
+
+    layer, recorded = LAYERS["two of both"](), []
+    record = programs.record_body
+    monkeypatch.setattr(programs, "record_body", lambda *given: recorded.append(given) or record(*given))
+    for lengths in ([4, 2, 0], [1, 1, 3]):
+        layer(sequence(), lengths=lengths)
+    assert len(recorded) == 4
+
+
 def changed_data(layer: Any) -> None:
     layer.weight_hh_l0.data = 0.5 * layer.weight_hh_l0.data
 

@@ -269,6 +269,49 @@ def parts_of(layer: Any, seed: int) -> list[Any]:
     return [y.numpy(), h.numpy(), c.numpy(), x.grad, *(p.grad for p in layer.parameters())]
 
 
+class Pair(nn.Module):
+    """A user's cell whose state is a pair of arrays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(np.random.default_rng(2).standard_normal((F, H)))
+
+    def initial_state(self, batch: int) -> Any:
+        return np.zeros((batch, H)), np.ones((batch, H))
+
+    def forward(self, x: Any, state: Any) -> Any:
+        a, b = state
+        a = ops.tanh(x @ self.w + a * b)
+        return a, (a, 0.5 * b + a)
+
+
+@pytest.mark.parametrize("make", [Pair, lambda: nn.LSTMCell(F, H, dtype=np.float64)])
+def test_a_given_state(make: Any, used: list[bool]) -> None:
+    layer = nn.Recurrent(make())
+    state = tuple(tg.tensor(np.random.default_rng(k).standard_normal((B, H)), requires_grad=True) for k in range(2))
+
+    def found() -> list[np.ndarray]:
+        layer.zero_grad()
+        for part in state:
+            part.grad = None
+        y, (a, b) = layer(tg.tensor(sequence()), state)
+        (ops.square(y) + a * b).sum().backward()
+        parameters = [p.grad for p in layer.parameters()]
+        return [y.numpy(), a.numpy(), b.numpy(), *(part.grad for part in state), *parameters]
+
+    first, again = found(), found()
+    assert used == [True]
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    with tg.eager():
+        agree(again, found())
+    with pytest.raises(tg.ShapeError, match="state"):
+        layer(tg.tensor(sequence()), state[:1])
+    with pytest.raises(tg.DTypeError, match="float32"):
+        layer(tg.tensor(sequence()), tuple(part.astype(np.float32) for part in state))
+    agree([layer(tg.tensor(sequence()))[0].numpy()], [layer(sequence())[0].numpy()])
+
+
 def test_an_array_to_start_from_is_the_callers(used: list[bool]) -> None:
     class Kept(nn.Module):
         def __init__(self) -> None:

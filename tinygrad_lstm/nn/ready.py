@@ -24,6 +24,7 @@ from tinygrad_lstm.ops.loop import bind_site
 from tinygrad_lstm.ops.prepared import Site, apart, compile_mode, plan_of, site_of
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.record import State
+from tinygrad_lstm.storage import share
 from tinygrad_lstm.tensor import Tensor
 from tinygrad_lstm.tree import LEAF, TreeDef
 
@@ -134,17 +135,31 @@ class ReadyLayers(_Ready):
     def __init__(self, runs: Sequence[_Run], directions: int, parts: int) -> None:
         super().__init__(runs)
         self.directions, self.parts = directions, parts
+        self.avals = [((len(runs), *t.shape), t.dtype) for t in runs[0].carry or []]
 
-    def __call__(self, x: Tensor, captures: list[list[Tensor]], current: State) -> tuple[Tensor, Any]:
+    def starts(self, state: Any, current: State) -> list[list[Tensor]] | None:
+        """The state of every cell from one in PyTorch's form; None where it is not as it should be."""
+        parts = (state,) if self.parts == 1 else state
+        if parts.__class__ not in (tuple, list) or len(parts) != self.parts:
+            return None
+        for part, (shape, dtype) in zip(parts, self.avals, strict=True):
+            if not isinstance(part, Tensor) or part._data.shape != shape or part._data.dtype != dtype:
+                return None
+        return [[_row(part, k, current) for part in parts] for k in range(len(self.runs))]
+
+    def __call__(
+        self, x: Tensor, captures: list[list[Tensor]], current: State, starts: list[list[Tensor]] | None = None
+    ) -> tuple[Tensor, Any]:
         """Outputs of the last layer, and the state in PyTorch's form."""
+        carries: list[Any] = starts or [None] * len(self.runs)
         if len(self.runs) == 1:
-            outs = self.runs[0](x, captures[0], current, lead=True)
+            outs = self.runs[0](x, captures[0], current, lead=True, carry=carries[0])
             return outs[-1], outs[0] if self.parts == 1 else outs[:-1]
         finals = []
         for first in range(0, len(self.runs), self.directions):
             outputs = []
             for k in range(first, first + self.directions):
-                *final, y = self.runs[k](x, captures[k], current)
+                *final, y = self.runs[k](x, captures[k], current, carry=carries[k])
                 finals.append(final)
                 outputs.append(y)
             x = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=-1)
@@ -166,15 +181,25 @@ class ReadyRecurrent(_Ready):
         return None if self.ours else self.run.cell.initial_state(batch)
 
     def __call__(self, x: Tensor, start: Any, captures: list[list[Tensor]], current: State) -> tuple[Any, Any] | None:
-        """Outputs and the final state; None where the cell starts from another kind of state than it did."""
+        """Outputs and the final state; None where the loop starts from another kind of state than it did."""
         carry = None
-        if not self.ours:
+        if start is not None:
             carry, tree = leaves_of(start, "init")
             if tree != self.carry_tree or [(t.shape, t.dtype) for t in carry] != self.avals:
                 return None
         outs = list(self.run(x, captures[0], current, carry=carry))
         n_carry = self.run.n_carry
         return rebuilt(self.y_tree, outs[n_carry:]), rebuilt(self.carry_tree, outs[:n_carry])
+
+
+def _row(part: Tensor, k: int, current: State) -> Tensor:
+    """``part[k]``; without a record where there would be none."""
+    if current.enabled and part._rg:
+        return part[k]
+    row = Tensor(part._data[k])
+    if current.enabled:
+        share(part, (row,))  # it may be saved: a write to the whole is a write to it
+    return row
 
 
 def find(layer: Any, x: Tensor) -> Any:
@@ -216,8 +241,12 @@ def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor, start: Any) 
         return
     if recorded is None or recorded.entry is None or not recorded.program.outputs or not carry:
         return
-    # What a user's cell starts from is the user's (and may have a past): it must not live on here.
-    run = _Run(cell, recorded, carry if _is_ours(cell) else None, x.shape[0], reverse)
+    # What a user's cell starts from, or a user gave, is the user's (and may have a past): it must not live on here.
+    zeros = None
+    if _is_ours(cell):
+        made: Any = cell
+        zeros, _ = leaves_of(made.initial_state(x.shape[1]), "init")
+    run = _Run(cell, recorded, zeros, x.shape[0], reverse)
     _put(layer, x, ReadyRecurrent(run, carry, tree, recorded.y_tree))
 
 

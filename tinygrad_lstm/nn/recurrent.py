@@ -127,6 +127,13 @@ def flipped(tree: Any) -> Any:
     return tree_map(lambda leaf: ops.swapaxes(leaf, 0, 1), tree)
 
 
+def _is_of_tensors(state: Any) -> bool:
+    """Whether a state is a tensor, or a tuple of them."""
+    if state.__class__ is tuple:
+        return all(part.__class__ is Tensor for part in state)
+    return state.__class__ is Tensor
+
+
 def check_cell(cell: Any, who: str) -> None:
     """Raise unless the object has a cell's two methods."""
     if isinstance(cell, type) or not callable(cell) or not hasattr(cell, "initial_state"):
@@ -221,13 +228,14 @@ class Recurrent(Budgeted):
         -------
         (outputs, final state), or (outputs, final state, trajectories)
         """
-        plain = x.__class__ is Tensor and state is None and lengths is None and memory is None
+        plain = x.__class__ is Tensor and lengths is None and memory is None
         start = None
-        if plain and not return_states and not return_gates:
+        if plain and not return_states and not return_gates and (state is None or _is_of_tensors(state)):
             ready, current = find(self, x), recording_state()
             if ready is not None and (captures := ready.captures((self.cell,), current)) is not None:
-                start = ready.start(x._data.shape[1])
-                result = ready(x, start, captures, current)
+                if state is None:
+                    start = ready.start(x._data.shape[1])
+                result = ready(x, start if state is None else state, captures, current)
                 if result is not None:
                     return result
         who = describe(self)

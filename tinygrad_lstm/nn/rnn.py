@@ -152,11 +152,14 @@ class RecurrentLayers(Budgeted):
         ShapeError, DTypeError
             With the shapes or dtypes found and expected.
         """
-        plain = state is None and lengths is None and not return_states and not return_gates and memory is None
+        plain = lengths is None and not return_states and not return_gates and memory is None
         if plain and x.__class__ is Tensor:
             ready, current = find(self, x), _STATE.get()
             if ready is not None and (captures := ready.captures(self._cells, current)) is not None:
-                return ready(x, captures, current)
+                if state is None:
+                    return ready(x, captures, current)
+                if (starts := ready.starts(state, current)) is not None:
+                    return ready(x, captures, current, starts)
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates

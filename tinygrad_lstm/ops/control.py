@@ -240,10 +240,14 @@ def _masked(body: Body) -> Body:
                 raise ShapeError(
                     f"scan: with lengths, y has the batch ({valid.shape[0]}) as axis 0, found {leaf.shape}"
                 )
-            shown.append(where(_rows(valid, leaf), leaf, np.zeros((), leaf.dtype)))
+            # A number takes the dtype of the leaf; an array would be a capture, made anew at every call of a layer.
+            shown.append(where(_rows(valid, leaf), leaf, _ZERO.get(leaf.dtype.kind, 0)))
         return unflatten(carry_tree, kept), unflatten(y_tree, shown)
 
     return masked
+
+
+_ZERO: dict[str, Any] = {"b": False, "f": 0.0}
 
 
 # ---------------------------------------------------------------------------- recorded once
