@@ -13,11 +13,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, ShapeError
+from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tensor import Tensor
 
@@ -185,3 +186,9 @@ def torch_default(module: Any, generator: Generator | None = None) -> Any:
     for parameter in parameters:
         uniform(parameter, -bound, bound, generator)
     return module
+
+
+if not TYPE_CHECKING:  # a type checker is to find names that do not exist
+
+    def __getattr__(name: str) -> None:
+        raise MissingNameError(__name__, name)
