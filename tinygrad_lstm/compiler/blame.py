@@ -11,7 +11,7 @@ from typing import Any
 from tinygrad_lstm.autodiff.standins import lock_of
 from tinygrad_lstm.errors import Error, GraphError, TraceError
 
-__all__ = ["explained", "is_ours", "line_where", "locked", "user_line", "within"]
+__all__ = ["explained", "is_ours", "line_where", "locked", "user_line", "users_level", "within"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -32,6 +32,15 @@ def user_line() -> str:
     while frame is not None and is_ours(frame):
         frame = frame.f_back
     return "<unknown>" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def users_level() -> int:
+    """The ``stacklevel`` with which a warning of the caller names the user's line."""
+    level = 0
+    frame: Any = sys._getframe(1)
+    while frame is not None and (is_ours(frame) or _home(frame) == "contextlib"):
+        level, frame = level + 1, frame.f_back
+    return level if frame is None else level + 1
 
 
 def within(modules: frozenset[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.compiler.blame import is_ours, user_line
+from tinygrad_lstm.compiler.blame import user_line, users_level
 from tinygrad_lstm.compiler.reach import global_names, is_foreign
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.random import _WITNESS
@@ -60,7 +59,7 @@ def drawn_once(f: Any, name: str, later: str, instead: str) -> Iterator[None]:
             f"{name}: numbers were drawn with numpy.random or random while it was recorded; if it draws them itself, "
             f"{later} sees the same ones: {instead}",
             CompileWarning,
-            stacklevel=_users_level(),
+            stacklevel=users_level(),
         )
 
 
@@ -109,12 +108,3 @@ def _generators_of(f: Any) -> list[Any]:
         elif isinstance(value, dict) and len(value) < _MOST:
             pending += value.values()
     return found
-
-
-def _users_level() -> int:
-    """The ``stacklevel`` with which a warning of the caller names the user's line."""
-    level = 0
-    frame: Any = sys._getframe(1)
-    while frame is not None and (is_ours(frame) or frame.f_globals.get("__name__") == "contextlib"):
-        level, frame = level + 1, frame.f_back
-    return level if frame is None else level + 1
