@@ -74,6 +74,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "hvp": (lambda: tg.hvp(3, (X,), (X,)), tg.DTypeError, "hvp: expected a function"),
     "jacobian": (lambda: tg.jacobian(3), tg.DTypeError, "jacobian: expected a function"),
     "hessian": (lambda: tg.hessian(3), tg.DTypeError, "hessian: expected a function"),
+    "a gradient with respect to nothing": (lambda: tg.grad(lambda x: x)(None), tg.DTypeError, "argument 0 is None"),
     "gradcheck": (lambda: tg.gradcheck(3, X), tg.DTypeError, "gradcheck: expected a function"),
     "scan": (lambda: ops.scan(3, X, X), tg.DTypeError, "the body is a function"),
     "scan_pair": (lambda: ops.scan(lambda c, x: c, X, X), tg.DTypeError, "pair .carry, y., found one Tensor of shape"),
