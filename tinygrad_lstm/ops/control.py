@@ -226,12 +226,16 @@ def _of_empty_too(first: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _masked(body: Body) -> Body:
-    """The body with the results of padded rows selected away: the carry stays, y is zero."""
+    """The body with the results of padded rows selected away: the carry stays, y is zero.
+
+    So are the cotangents of the carry that it reads there: of a derivative that is infinite, zero times it is NaN.
+    """
 
     def masked(carry: Any, x_and_valid: Any) -> tuple[Any, Any]:
         x, valid = x_and_valid
-        new_carry, y = body(carry, x)
-        old, _ = flatten(carry)
+        old, old_tree = flatten(carry)
+        read = [where(_rows(valid, o), o, stop_gradient(o)) if o.dtype.kind == "f" else o for o in old]
+        new_carry, y = body(unflatten(old_tree, read), x)
         new, carry_tree = flatten(new_carry)
         y_leaves, y_tree = flatten(y)
         tensors = together(*old, *new, *y_leaves)[len(old) :]
