@@ -12,7 +12,7 @@ from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import LBFGS, ReduceLROnPlateau
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["check_batches", "check_fit", "check_parts", "scalar_loss"]
+__all__ = ["check_batches", "check_fit", "check_iterable", "check_parts", "scalar_loss"]
 
 
 def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm: Any, callbacks: Any) -> None:
@@ -74,10 +74,15 @@ def scalar_loss(value: Any) -> Tensor:
     return value
 
 
+def check_iterable(batches: Any, what: str = "Trainer: batches") -> None:
+    """Raise unless the batches can be gone through."""
+    if not hasattr(batches, "__iter__"):
+        raise DTypeError(f"{what} are an iterable of batches, found a {type(batches).__name__}")
+
+
 def check_batches(batches: Any, what: str) -> None:
     """Raise unless the batches can be gone through more than once."""
-    if not hasattr(batches, "__iter__"):
-        raise DTypeError(f"Trainer.fit: {what} are an iterable of batches, found a {type(batches).__name__}")
+    check_iterable(batches, f"Trainer.fit: {what}")
     if hasattr(batches, "__next__"):
         raise DTypeError(
             f"Trainer.fit: {what} are a {type(batches).__name__}, which can be gone through only once; an epoch is one "

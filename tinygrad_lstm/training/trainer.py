@@ -17,7 +17,7 @@ from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import ReduceLROnPlateau, clip_grad_norm
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.training.arguments import check_fit, check_parts, scalar_loss
+from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, scalar_loss
 from tinygrad_lstm.training.batches import Batches, count_targets, unpack
 from tinygrad_lstm.training.callbacks import Callback, ProgressBar
 from tinygrad_lstm.training.state import detached, restore, snapshot
@@ -343,6 +343,7 @@ class Trainer:
         return [tree_map(_array, output) for output, _, _ in self._outputs(batches)]
 
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any, Any]]:
+        check_iterable(batches)
         training = self.model.training
         self.model.eval()
         state = None
