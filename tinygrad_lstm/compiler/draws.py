@@ -19,7 +19,7 @@ from tinygrad_lstm.random import _WITNESS
 __all__ = ["CompileWarning", "drawn_once"]
 
 _FOREIGN_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
-_MOST = 1_000  # objects looked at
+_MOST = 200  # objects looked at
 
 
 class CompileWarning(UserWarning):
