@@ -380,7 +380,7 @@ def test_a_function_that_raises_leaves_the_modules_parameters() -> None:
         assert all(a is b for a, b in zip(layer.parameters(), own, strict=True))
     with pytest.raises(tg.ShapeError, match="another structure"):
         tg.jvp(lambda m: m(x)[0].sum(), (layer,), ({"weight_ih_l0": v["weight_ih_l0"]},))
-    with pytest.raises(tg.DTypeError, match="found a Module"):
+    with pytest.raises(tg.DTypeError, match="is a Module"):
         tg.hessian(lambda m: m(x)[0].sum())(layer)
 
 
@@ -463,3 +463,47 @@ def test_a_module_that_is_in_the_arguments_twice_is_refused() -> None:
     both = tg.grad(lambda pair: pair[0](x).sum() + 2.0 * pair[1](x).sum())([a, b])
     assert both[1]["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
     assert both[0]["weight"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("which", ["jacobian", "hessian"])
+def test_a_jacobian_is_of_one_array(which):
+    transform, pair = getattr(tg, which), (np.ones(2), np.ones(2))
+    f = lambda x: (x[0] * x[1]).sum()
+    for argument, found in (
+        (pair, "a tuple"), ([tg.tensor(p) for p in pair], "a list"), ({0: pair[0], 1: pair[1]}, "a dict"),
+        ({0: 1.0, 1: 2.0}, "a dict"), (nn.Linear(2, 1), "a Module"), (None, "None"), ([], r"\[\]"),
+    ):  # fmt: skip
+        with pytest.raises(tg.DTypeError, match=f"^{which}: argument 0 is {found}, expected one array.*take grad, vjp"):
+            transform(f)(argument)
+    with pytest.raises(tg.DTypeError, match=f"^{which}: argument 1: .* int64; convert"):
+        transform(lambda x, y: (x * y).sum(), 1)(np.ones(2), np.arange(2))
+    with pytest.raises(tg.ArgumentError, match=f"^{which}: argnums is one int"):
+        transform(f, (0, 1))
+    expected = transform(f)(np.array([2.0, 3.0])).numpy()
+    for numbers in ([2.0, 3.0], (2.0, 3.0)):  # one array, as in tg.tensor
+        np.testing.assert_array_equal(transform(f)(numbers).numpy(), expected)
+
+
+def test_results_are_plain_where_nobody_can_differentiate_them_again():
+    """As those of grad and vjp: a graph behind them would only hold memory."""
+    f, x, v = (lambda t: (t**3).sum()), np.array([1.0, 2.0]), np.array([1.0, -1.0])
+    value, (product,) = tg.hvp(f, (x,), (v,))
+    out, slope = tg.jvp(f, (x,), (v,))
+    assert [t.requires_grad or t._node is not None for t in (value, product, out, slope)] == [False] * 4
+    for t, expected in ((value, 9.0), (product, 6 * x * v), (out, 9.0), (slope, (3 * x**2 * v).sum())):
+        np.testing.assert_allclose(t.numpy(), expected)
+    # Whoever can, still can: with respect to the point, the direction, and what the function closes over.
+    w = tg.tensor(x, requires_grad=True)
+    tg.hvp(f, (w,), (v,))[1][0].sum().backward()
+    np.testing.assert_allclose(w.grad, 6 * v)
+    np.testing.assert_allclose(tg.grad(lambda d: tg.jvp(f, (x,), (d,))[1])(v).numpy(), 3 * x**2)
+    d = tg.tensor(v, requires_grad=True)
+    tg.jvp(f, (x,), (d,))[1].backward()
+    np.testing.assert_allclose(d.grad, 3 * x**2)
+    scale = tg.tensor(2.0, dtype=np.float64, requires_grad=True)
+    tg.hvp(lambda t: f(t) * scale, (x,), (v,))[1][0].sum().backward()
+    np.testing.assert_allclose(scale.grad, (6 * x * v).sum())
+    with tg.Tape() as tape:
+        y = tg.tensor(x)
+        product = tg.hvp(f, (y,), (v,))[1][0].sum()
+    np.testing.assert_allclose(tape.gradient(product, y).numpy(), 6 * v)

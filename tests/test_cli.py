@@ -16,7 +16,7 @@ import pytest
 
 import tinygrad_lstm as tg
 from tinygrad_lstm.cli import main
-from tinygrad_lstm.cli.options import duration
+from tinygrad_lstm.cli.options import duration, program
 
 TEXT = "".join(f"{n} green bottles hanging on the wall, number {n * n}.\n" for n in range(60))
 SMALL = ["--hidden", "8", "--embedding", "4", "--batch", "4", "--seq-len", "10", "--eval-every", "20"]
@@ -252,7 +252,31 @@ def test_evaluate(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith(f"{stored:.4f} bits per character on the held-out part of ")
     Path("other.txt").write_text(TEXT[:300])
     assert main(["evaluate", run, "--text", "other.txt"]) == 0
-    assert "on other.txt (300 characters)" in capsys.readouterr().out
+    plain = capsys.readouterr().out
+    assert "on other.txt (300 characters)" in plain
+    assert main(["evaluate", run, "--text", "other.txt", "--skip-unknown"]) == 0
+    assert capsys.readouterr().out == plain
+    Path("other.txt").write_text(f"{TEXT[:100]}☃{TEXT[100:200]}üü{TEXT[200:300]}☃☃☃")
+    assert main(["evaluate", run, "--text", "other.txt", "--skip-unknown"]) == 0
+    skipped = capsys.readouterr().out
+    assert skipped == plain.replace("rs)", "rs; 6 unknown ones were skipped: '☃' (4), 'ü' (2))")
+
+
+def test_hints_name_the_program_as_it_was_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "with a blank" / "tinygrad-lstm"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-X", "dev", "-m", "tinygrad_lstm", "train"])
+    assert program() == "python3 -X dev -m tinygrad_lstm"
+    monkeypatch.setattr(sys, "orig_argv", ["python3", str(script), "train", "-m", "pytest"])
+    monkeypatch.setattr(sys, "argv", [str(script), "train"])
+    monkeypatch.setenv("PATH", "")
+    assert program() == f"'{script}'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "tinygrad-lstm"
+    monkeypatch.setattr(sys, "argv", ["notebook.py"])
+    assert program() == "tinygrad-lstm"
 
 
 # -- the program --------------------------------------------------------------------------------------------------

@@ -44,6 +44,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
+        (["trian"], "did you mean 'train'?"),
+        (["train", "--cell", "lsmt"], "did you mean 'lstm'?"),
+        (["cache", "clean"], "did you mean 'clear'?"),
+        (["train", "--hiden", "3"], "tinygrad-lstm train: unrecognized arguments: --hiden 3; did you mean '--hidden'?"),
+        (["evaluate", "x", "--txt=f"], "did you mean '--text'?"),
+        (["evaluate", "x", "--skip-unknown"], "--skip-unknown is for another text"),
         (["train", "--cell", "transformer"], "invalid choice: 'transformer'"),
         (["train", "--hidden", "0"], "0 is less than 1"),
         (["train", "--hidden", "many"], "'many' is not a whole number"),
@@ -149,7 +155,9 @@ def test_a_prompt_with_unknown_characters(run: str, capsys: pytest.CaptureFixtur
     assert "unknown characters 'X', 'Ä'" in one_line(capsys)
     Path("other.txt").write_text("ÄX")
     assert main(["evaluate", run, "--text", "other.txt"]) == 1
-    one_line(capsys)
+    assert "other.txt has 2 characters, of 2, that the model does not know: 'Ä' (1), 'X' (1); " in one_line(capsys)
+    assert main(["evaluate", run, "--text", "other.txt", "--skip-unknown"]) == 1
+    assert "has 0 characters: at least 2" in one_line(capsys)
 
 
 def test_a_full_disk_while_training(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

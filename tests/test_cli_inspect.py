@@ -131,6 +131,11 @@ def test_of_a_run(run: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_drawings_and_pages_of_cells_and_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    equation = printed(capsys, "inspect", "own.py:Cell")
+    assert printed(capsys, "inspect", "own.py:Cell", "--draw", "a.svg") == f"wrote a.svg\n{equation}"
+    renamed = printed(capsys, "inspect", "own.py:Cell", "--draw", "a.svg", "--rename", "h=s", "--latex")
+    assert renamed == "wrote a.svg\n" + printed(capsys, "inspect", "own.py:Cell", "--rename", "h=s", "--latex")
+    assert printed(capsys, "inspect", "own.py:Wrong", "--draw", "w.svg") == "wrote w.svg\n"  # no cell, no equations
     printed(capsys, "inspect", "own.py:Cell", "--draw", "c.svg", "--player", "c.html", "--steps", "4")
     assert data_of("c.html")["steps"] == 4
     printed(capsys, "inspect", "lstm-layers", "--draw", "l.dot", "--flow")
@@ -202,6 +207,11 @@ def test_bench_of_a_run(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["inspect"], "required: WHAT"),
         (["inspect", "lstmm"], "'lstmm' is none of lstm, gru"),
+        (["inspect", "layernorm"], "not FILE.py:NAME; did you mean 'layer-norm'?"),
+        (
+            ["inspect", "own.py"],
+            "own.py is Python; name one of its modules: own.py:Cell, own.py:Raises, own.py:Three, ",
+        ),
         (["inspect", "lstm", "--rename", "g"], "'g' is not OLD=NEW"),
         (["inspect", "lstm", "--rename", "q=a"], "rename has 'q'; the names are"),
         (["inspect", "lstm", "--rename", "g=i"], "two values would be called 'i'"),
@@ -231,7 +241,7 @@ def test_wrong_arguments(arguments: list[str], reason: str, capsys: pytest.Captu
         (["inspect", "no.py:Cell"], "no.py: No such file"),
         (["inspect", "no/folder"], "no/folder: No such file"),
         (["inspect", "."], "a folder without best.safetensors"),
-        (["inspect", "own.py"], "no checkpoint"),
+        (["inspect", "text.txt"], "no checkpoint"),
         (["inspect", "bad.py:Cell"], "bad.py cannot be imported: SyntaxError"),
         (["inspect", "own.py:Raises", "--flow"], "KeyError: 'what'"),
         (["bench", "own.py:Raises"], "own.py:Raises failed (own.py:"),
@@ -243,6 +253,7 @@ def test_wrong_arguments(arguments: list[str], reason: str, capsys: pytest.Captu
 )
 def test_what_fails(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.py").write_text("class Cell(:\n")
+    Path("text.txt").write_text("some text")
     assert main(arguments) == 1
     assert reason in one_line(capsys)
 

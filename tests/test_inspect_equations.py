@@ -318,3 +318,17 @@ def test_constants_and_repeated_values() -> None:
     assert re.fullmatch(r"u1_t = tanh\(x_t W\[0:3\]\^T \+ h_\{t-1\} K\d+ \+ h_\{t-1\} U\[0\]\)", lines[0]), text
     assert lines[1] == "h_t = u1_t * 0.25 + u1_t / (u1_t + 2)"
     assert re.fullmatch(r"  K\d+ is a constant float64\[3,3\]", lines[-1])
+
+
+def test_a_cell_that_branches_on_values_has_no_equations():
+    class Branching(MinimalGated):
+        def forward(self, x: Any, h: Any) -> Any:
+            if x.sum() > 0:
+                return super().forward(x, h)
+            return h, h
+
+    for show in (inspect.equations, lambda cell: inspect.equations(cell, x=np.zeros((1, 2), np.float32))):
+        with pytest.raises(
+            tg.TraceError, match=rf"^Branching cannot be recorded: .*needed.*\({re.escape(__file__)}:\d+\).*ops.where"
+        ):
+            show(Branching())

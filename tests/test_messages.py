@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import ops
+from tinygrad_lstm import data, nn, ops, optim, training
 
 X = np.ones((2, 3))
 RAGGED = [[1], [1, 2]]
@@ -24,6 +24,11 @@ def t() -> tg.Tensor:
 
 def assigned(name: str, value: Any) -> Any:
     return lambda: setattr(t(), name, value)
+
+
+def trainer() -> training.Trainer:
+    model = nn.Linear(3, 1)
+    return training.Trainer(model, optim.SGD(model, lr=0.1), nn.mse_loss)
 
 
 def step(c: Any, x: Any) -> Any:
@@ -74,6 +79,48 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "hvp": (lambda: tg.hvp(3, (X,), (X,)), tg.DTypeError, "hvp: expected a function"),
     "jacobian": (lambda: tg.jacobian(3), tg.DTypeError, "jacobian: expected a function"),
     "hessian": (lambda: tg.hessian(3), tg.DTypeError, "hessian: expected a function"),
+    "a checkpoint of no function": (lambda: tg.checkpoint(3), tg.DTypeError, "checkpoint: expected a function"),
+    "initial values of a name": (lambda: nn.init.zeros("w"), tg.DTypeError, "zeros: a Parameter or a shape .* 'w'"),
+    "initial values of nothing": (lambda: nn.init.orthogonal(None), tg.DTypeError, "orthogonal: a Parameter or a sh"),
+    "a negative length": (lambda: nn.init.zeros((-1, 2)), tg.ArgumentError, "zeros: every length .* at least 0"),
+    "a broken length": (lambda: nn.init.normal((1.5, 2)), tg.DTypeError, "normal: every length .* an int, found 1.5"),
+    "bounds the wrong way round": (lambda: nn.init.uniform((2,), 1, 0), tg.ArgumentError, "low=1, high=0"),
+    "a negative deviation": (lambda: nn.init.normal((2,), std=-1), tg.ArgumentError, "std is not negative, found -1"),
+    "a constant in words": (lambda: nn.init.constant((2,), "a"), tg.DTypeError, "value is a number, found 'a'"),
+    "values that do not fit": (
+        lambda: nn.init.copy(nn.init.zeros((3, 2)), np.ones(3)),
+        tg.ShapeError,
+        r"shape \(3,\) for a parameter of shape \(3, 2\)",
+    ),
+    "weights of no module": (lambda: nn.init.lstm_default(3), tg.DTypeError, "lstm_default: a Module is needed"),
+    "weights of nothing": (lambda: nn.init.torch_default(None), tg.DTypeError, "torch_default: a Module is needed"),
+    "dropout on no module": (lambda: nn.WeightDrop(3), tg.DTypeError, "WeightDrop: the layer is a Module, found 3"),
+    "a rate's factor in words": (
+        lambda: optim.ExponentialLR(optim.SGD([nn.Parameter([1.0])], lr=1.0), "a"),
+        tg.DTypeError,
+        "gamma is a number",
+    ),
+    "a period in words": (
+        lambda: optim.CosineAnnealingLR(optim.SGD([nn.Parameter([1.0])], lr=1.0), "a"),
+        tg.DTypeError,
+        "T_max is a n",
+    ),
+    "a fraction in words": (lambda: data.TextCorpus("abcdef", "a"), tg.DTypeError, "held_out is a number, found 'a'"),
+    "text that is none": (lambda: data.TextCorpus("abcdef" * 9).encode(3), tg.DTypeError, "are str, found int"),
+    "a size in words": (lambda: training.CharLM("a", 8), tg.DTypeError, "vocabulary_size is an int, found 'a'"),
+    "a sample of no model": (lambda: training.sample(3, "abc", "a"), tg.DTypeError, "sample: the model is a Module"),
+    "a warmup in words": (lambda: training.WarmupCosine("a"), tg.DTypeError, "warmup is an int, found 'a'"),
+    "an evaluation of nothing": (
+        lambda: trainer().evaluate(None),
+        tg.DTypeError,
+        "batches are an iterable of batches, found a NoneType",
+    ),
+    "a prediction of nothing": (
+        lambda: trainer().predict(3),
+        tg.DTypeError,
+        "batches are an iterable of batches, found a int",
+    ),
+    "a gradient with respect to nothing": (lambda: tg.grad(lambda x: x)(None), tg.DTypeError, "argument 0 is None"),
     "gradcheck": (lambda: tg.gradcheck(3, X), tg.DTypeError, "gradcheck: expected a function"),
     "scan": (lambda: ops.scan(3, X, X), tg.DTypeError, "the body is a function"),
     "scan_pair": (lambda: ops.scan(lambda c, x: c, X, X), tg.DTypeError, "pair .carry, y., found one Tensor of shape"),

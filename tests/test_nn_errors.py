@@ -146,3 +146,47 @@ def test_a_cell_without_a_state_is_none_that_fails() -> None:
     outputs, state = nn.Recurrent(Stateless())(x)
     assert state is None
     np.testing.assert_array_equal(outputs.numpy(), 2.0 * x)
+
+
+class Pair(nn.Module):
+    def forward(self, x: Any, y: Any) -> Any:
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: nn.LSTM(4, 3)(x, length=[1, 2]), r"^LSTM.forward takes \(x, state=, lengths=, .* mean 'lengths'"),
+        (lambda x: nn.Recurrent(nn.GRUCell(4, 3))(x, reutrn_states=True), "did you mean 'return_states'"),
+        (lambda x: nn.Sequential(nn.Linear(4, 3))(x, foo=1), r"^Sequential.forward takes \(x\): .*'foo'$"),
+        (lambda x: nn.Linear(4, 3)(), r"^Linear.forward takes \(x\): missing .*'x'$"),
+        (lambda x: nn.Sequential(nn.Linear(4, 3), Pair())(x), r"^Pair.forward takes \(x, y\): missing .*'y'$"),
+    ],
+)  # fmt: skip
+def test_calls_with_arguments_that_do_not_fit(call: Any, message: str) -> None:
+    with pytest.raises(tg.DTypeError, match=message):
+        call(np.ones((5, 2, 4), np.float32))
+
+
+def test_errors_of_a_forward_stay_as_they_are() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return (lambda: None)(x)  # type: ignore[call-arg]
+
+    for module in (Own(), nn.Sequential(Own())):
+        with pytest.raises(TypeError, match="takes 0 positional arguments but 1 was given") as caught:
+            module(1.0)
+        assert not isinstance(caught.value, tg.Error)
+
+
+def test_dropout_without_a_layer_to_act_between() -> None:
+    for make in (
+        lambda: nn.LSTM(3, 4, dropout=0.5),
+        lambda: nn.GRU(3, 4, 1, bidirectional=True, dropout=0.5),
+        lambda: nn.RNN(3, 4, dropout=0.5),
+        lambda: nn.Stack([nn.LSTMCell(3, 4)], dropout=0.5),
+    ):
+        with pytest.warns(UserWarning, match=r"dropout=0\.5 acts between layers, and there is one layer") as caught:
+            make()
+        assert caught[0].filename == __file__
+    nn.LSTM(3, 4, 2, dropout=0.5), nn.LSTM(3, 4, dropout=0.0)

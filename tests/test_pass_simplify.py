@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import ops
-from tinygrad_lstm.compiler.simplify import simplify
+from tinygrad_lstm.compiler.simplify import dead_code, simplify, unguarded
 from tinygrad_lstm.ops.indexing import put
 from tinygrad_lstm.primitive import REGISTRY, Aval
 from tinygrad_lstm.program import Equation, Literal, Program
@@ -283,3 +283,19 @@ def test_random_programs_keep_every_bit(recipe: Any) -> None:
     after = assert_exact(program)
     assert len(after) <= len(program)
     assert simplify(after).key == after.key
+
+
+def test_what_selects_only_the_gradient_is_read_through():
+    def f(x: Any, y: Any) -> list[Any]:
+        guarded = ops.where(ops.greater(y, 0.0), x, ops.stop_gradient(x, guard=True))
+        kept = ops.where(ops.greater(y, 0.0), x, ops.stop_gradient(y, guard=True))
+        of_a_user = ops.where(ops.greater(y, 0.0), x, ops.stop_gradient(x))
+        return [ops.exp(guarded) * guarded, kept, guarded, of_a_user]
+
+    program = program_of(f)
+    found = dead_code(unguarded(program))
+    assert [e.primitive.name for e in found.equations].count("where") == 2 and found.outputs[2] == found.inputs[0]
+    arrays = [np.random.default_rng(k).normal(size=(R, C)) for k in range(2)]
+    for a, b in zip(program.apply(arrays, []), found.apply(arrays, []), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert unguarded(found) is found

@@ -275,3 +275,64 @@ def test_names_and_forwards_of_another_kind():
         tg.primitive(3, forward=np.tanh, vjp=lambda g: g)  # type: ignore[arg-type]
     with pytest.raises(tg.DTypeError, match="forward is a function"):
         tg.primitive("test_no_forward", forward=3, vjp=lambda g: g)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("vjp", "error", "message"),
+    [
+        (lambda g, x, y: (g.sum(), g), tg.ShapeError, r"VJP of .* cotangent of shape \(\) for x, expected \(3,\)"),
+        (lambda g, x, y: (g, ops.stack([g, g])[:, :2]), tg.ShapeError, r"shape \(2, 2\) for y, expected \(3,\)"),
+        ((lambda g, y: g * y, lambda g, x: g[:2]), tg.ShapeError, r"shape \(2,\) for y, expected \(3,\)"),
+        (lambda g, x, y: (g * y,), tg.GraphError, r"a tuple of 1, expected a tuple of 2 .* \(x, y\); None for"),
+        (lambda g, x, y: g * y, tg.GraphError, r"one Tensor of shape \(3,\), expected a tuple of 2"),
+        (lambda g, x, y: None, tg.GraphError, "returned None, expected a tuple of 2"),
+        (lambda g, x, y: ("no", g), tg.DTypeError, r"returned a str for x, expected one Tensor of shape \(3,\)"),
+        ((lambda g: (g, g), lambda g: g), tg.DTypeError, "returned a tuple of 2 for x, expected one Tensor"),
+    ],
+)
+def test_vjp_rules_that_return_something_else(declare, vjp, error, message):
+    prim = declare(lambda x, y: x * y, vjp)
+    with pytest.raises(error, match=message):
+        prim(tg.tensor(X, requires_grad=True), tg.tensor(Y, requires_grad=True)).sum().backward()
+
+
+def test_a_pair_of_cotangents_for_one_argument(declare):
+    prim = declare(lambda x: 2 * x, lambda g: (2.0 * g, g))
+    with pytest.raises(tg.GraphError, match="returned a tuple of 2, expected one cotangent"):
+        tg.grad(lambda x: prim(x).sum())(X)
+
+
+def test_cotangents_and_tangents_are_converted(declare):
+    prim = declare(
+        lambda x: 2 * x, lambda g: (2 * g).astype(np.float64), jvp=lambda t, x, out: (2 * t[0]).astype(np.float64)
+    )
+    x = tg.tensor(X, dtype=np.float32)
+    assert tg.grad(lambda x: prim(x).sum())(x).dtype == tg.jvp(prim, (x,), (x,))[1].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("jvp", "error", "message"),
+    [
+        (lambda t, x, out: t[0].sum(), tg.ShapeError, r"jvp of .* of shape \(\) for the output, expected \(3,\)"),
+        (lambda t, x, out: (t[0], t[0]), tg.GraphError, "jvp of .* returned 2 tangents, expected 1"),
+        (lambda t, x, out: "no", tg.DTypeError, r"jvp of .* returned a str for the output, expected a Tensor"),
+    ],
+)
+def test_jvp_rules_that_return_something_else(declare, jvp, error, message):
+    with pytest.raises(error, match=message):
+        tg.jvp(declare(lambda x: 2 * x, lambda g: 2 * g, jvp=jvp), (X,), (X,))
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (lambda x: None, "None"),
+        (lambda x: "no", "a str"),
+        (lambda x: [x, x], "a list of 2"),
+        (lambda x: x + 1j, "an array of complex128"),
+        (lambda x: (x, None), "None as output 1"),
+    ],
+)
+def test_forwards_that_return_something_else(declare, forward, found):
+    with pytest.raises(tg.DTypeError, match=f"the forward of .* returned {found}, expected an array of real numbers"):
+        declare(forward, lambda g: g)(X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,56 @@ def test_bodies_that_are_singular_in_the_padding(name, lengths, reverse, compile
     close(masked(init, xs, w, given), rows(init, xs, w))
     found = tg.grad(lambda *args: projected(masked)(*args, given), (0, 1, 2))(init, xs, w)
     close(found, tg.grad(projected(rows), (0, 1, 2))(init, xs, w))
+
+
+@pytest.mark.parametrize("how", ["eager", "scan", "native", "memory", "compiled", "pushed"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_bodies_that_are_singular_in_padding_and_carry_together(reverse, how, monkeypatch):
+    """The carry that a sequence ends with, beside its first step, may be where no step of it has been: here at 0, 0."""
+
+    def body(h: Any, x: Any) -> Any:
+        return x, ops.sqrt(h * h + x * x)
+
+    xs, init, lengths = spread((T, B, N), 1.0, 2.0), spread((B, N), 1.0, 2.0), np.array([T, 1, 0])
+    xs[0, 1] = 0.0  # its only step, which is run from init, and is the carry afterwards
+    init[2] = 0.0
+    if how == "native":
+        monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    memory = 0.5 if how == "memory" else None
+    masked = lambda init, xs, n: ops.scan(body, init, xs, lengths=n, reverse=reverse, memory=memory)
+    masked = tg.compile(masked) if how == "compiled" else masked
+    rows = lambda init, xs: row_by_row(body, init, xs, lengths, reverse)
+    if how == "pushed":
+        at, along = (init, xs), (np.cos(init), np.cos(xs))
+        close(tg.jvp(lambda *a: masked(*a, lengths), at, along)[1], tg.jvp(rows, at, along)[1])
+        return
+    with tg.eager() if how == "eager" else contextlib.nullcontext():
+        found = tg.grad(lambda *args: projected(masked)(*args, lengths), (0, 1))(init, xs)
+    close(found, tg.grad(projected(rows), (0, 1))(init, xs))
+    assert not found[1].numpy()[1:, 1].any() and not found[1].numpy()[:, 2].any()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_selection_of_the_users_own_keeps_its_second_derivative(native, monkeypatch):
+    """Where the gradient of a value is stopped now and then, so is that of what is multiplied with it."""
+    if native:
+        monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    cut = np.arange(T * B).reshape(T, B, 1) % 2 == 0
+
+    def loss(init: Any, xs: Any, w: Any) -> Any:
+        def body(h: Any, x_and_cut: Any) -> Any:
+            x, here = x_and_cut
+            h = ops.where(here, h, ops.stop_gradient(h)) * w + x
+            return h, h * h
+
+        return ops.scan(body, init, (xs, cut))[1].sum()
+
+    arrays = spread((B, N), 0.3, 0.9), spread((T, B, N), 0.2, 0.8), spread((N,), 0.5, 1.5)
+    second = lambda *args: sum((g * g).sum() for g in tg.grad(loss, (0, 1, 2))(*args))
+    found = tg.grad(second, (0, 1, 2))(*arrays)
+    with tg.eager():
+        expected = tg.grad(second, (0, 1, 2))(*arrays)
+    close(found, expected)
 
 
 def test_padded_token_ids_are_not_looked_at():

@@ -190,6 +190,41 @@ def test_what_a_trainer_is_not_made_of() -> None:
             make()
 
 
+def test_an_optimizer_or_a_schedule_of_something_else() -> None:
+    model, other = nn.Linear(1, 2), Linear()
+    with pytest.raises(ArgumentError, match=r"none of the 1 parameters of the SGD .*Linear: weight, bias.*model.param"):
+        Trainer(model, optim.SGD(other, lr=0.1), nn.mse_loss)
+    model.bias = nn.Parameter(np.zeros(2))  # some of them suffice: the others are frozen, or of the loss
+    Trainer(model, optim.SGD([model.weight, *other.parameters()], lr=0.1), nn.mse_loss)
+    mine, another = (optim.SGD(other, lr=0.1) for _ in range(2))
+    with pytest.raises(ArgumentError, match="the StepLR was made for another optimizer"):
+        Trainer(other, mine, nn.mse_loss, schedule=optim.StepLR(another, 1))
+
+    class WithWeight(Linear):
+        def forward(self, output: Any, target: Any) -> Any:
+            return nn.mse_loss(output, target) * self.w
+
+    Trainer(other, optim.SGD(loss := WithWeight(), lr=0.1), loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda out, y: None, tg.DTypeError, "the loss is a NoneType, expected a scalar Tensor; it returned nothing"),
+        (lambda out, y: 0.5, tg.DTypeError, "the loss is a float, .*with ops"),
+        (lambda out, y: np.mean(out.numpy()), tg.DTypeError, "the loss is a float64, .*without .numpy"),
+        (lambda out, y: (out.sum(), 1), tg.DTypeError, "the loss is a tuple"),
+        (lambda out, y: ops.stack([out, out]), tg.ShapeError, r"the loss has shape \(2, 1\), .*reduce"),
+    ],
+)
+def test_losses_that_are_no_scalar(loss: Any, error: type[Exception], message: str) -> None:
+    model = Linear()
+    trainer = Trainer(model, optim.SGD(model, lr=0.1), loss)
+    for run in (lambda: trainer.fit(line(), steps=1), lambda: trainer.evaluate(line())):
+        with pytest.raises(error, match=message):
+            run()
+
+
 def test_a_plateau_is_stepped_with_the_validation_loss() -> None:
     class Still(Linear):
         def forward(self, x: Any) -> Any:

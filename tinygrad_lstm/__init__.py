@@ -43,6 +43,7 @@ from tinygrad_lstm.errors import (
     TraceError,
     UnsupportedError,
 )
+from tinygrad_lstm.hints import MissingNameError as _MissingNameError
 from tinygrad_lstm.kernels.threads import get_num_threads, set_num_threads
 from tinygrad_lstm.primitive import REGISTRY, Primitive
 from tinygrad_lstm.program import Program
@@ -69,4 +70,4 @@ def __getattr__(name: str) -> Any:
     # ``tg.nn`` without an import of its own; importing the engine alone stays quick.
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise _MissingNameError(__name__, name)

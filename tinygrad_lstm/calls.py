@@ -1,4 +1,6 @@
-"""What a primitive may be called with: its operands by position (or by name), its parameters by keyword.
+"""What a primitive, or a module, may be called with.
+
+A primitive: its operands by position (or by name), its parameters by keyword.
 
 A forward function may be one of NumPy's own, which takes more than a primitive does: a third operand of a binary ufunc
 is the array that it writes into.  So a call is checked before the forward sees it.
@@ -12,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError
+from tinygrad_lstm.errors import ArgumentError, DTypeError
+from tinygrad_lstm.hints import did_you_mean
 
-__all__ = ["Takes"]
+__all__ = ["Takes", "misfit"]
 
 _Kind = inspect.Parameter
 
@@ -72,3 +75,19 @@ class Takes:
                 raise ArgumentError(f"{self.name} takes ({self}): the parameter {name} is missing")
             given[name] = self.defaults[name]
         return tuple(operands), given
+
+
+def misfit(error: TypeError, who: str, function: Callable[..., Any], args: tuple[Any, ...], given: Any) -> TypeError:
+    """The error of a call whose arguments do not fit the function, with those that it takes."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return error
+    try:
+        signature.bind(*args, **given)
+    except TypeError as reason:
+        known = signature.parameters
+        shown = ", ".join(name if p.default is _Kind.empty else f"{name}=" for name, p in known.items())
+        hints = (did_you_mean(name, known) for name in given if name not in known)
+        return DTypeError(f"{who} takes ({shown}): {reason}{next(hints, '')}")
+    return error

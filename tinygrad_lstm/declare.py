@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, DTypeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError
 from tinygrad_lstm.kernels import build, evaluate
 from tinygrad_lstm.primitive import Primitive, Rule, signature_of
+from tinygrad_lstm.pullback import described
 
 __all__ = ["elementwise", "forward_of", "primitive"]
 
@@ -87,10 +89,14 @@ def primitive(
 
     Raises
     ------
+    GraphError, ShapeError
+        When it is differentiated: a rule that returns another number of results than there are arguments (of ``jvp``:
+        outputs), or one of another shape.  Dtypes are converted.
     ArgumentError
         A name that is taken, rules that do not fit the arguments, an expression that differs from ``forward``.
     DTypeError
-        A name that is no string, an expression of something that native code does not have.
+        A name that is no string, an expression of something that native code does not have; when it is called: a
+        forward that returns no array.
 
     Examples
     --------
@@ -111,10 +117,11 @@ def primitive(
     joint = callable(vjp) and (len(arguments) > 1 or variadic)
     rule = vjp
     if callable(vjp) and not joint:
-        rule = (_single(vjp),)
+        rule = (_single(name, vjp),)
     prim = Primitive(
-        name, forward, rule, jvp=jvp, joint=joint, expression=expression, saves=saves,
-        is_elementwise=expression is not None, doc=getattr(forward, "__doc__", None),
+        name, forward if isinstance(forward, np.ufunc) else _checked(name, forward), rule, jvp=jvp, joint=joint,
+        expression=expression, saves=saves, is_elementwise=expression is not None,
+        doc=getattr(forward, "__doc__", None),
     )  # fmt: skip
     prim.explains = False
     return prim
@@ -152,12 +159,40 @@ def _check_expression(name: str, expression: Callable[..., Any], forward: Callab
         )
 
 
-def _single(rule: Rule) -> Rule:
+def _checked(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a user; raises where it returns something else than an array, a number or a tuple of these."""
+
+    @functools.wraps(forward)
+    def checked(*args: Any, **params: Any) -> Any:
+        out = forward(*args, **params)
+        for k, part in enumerate(out if isinstance(out, tuple) else (out,)):
+            several = isinstance(part, (list, tuple)) and any(isinstance(item, np.ndarray) for item in part)
+            dtype = part.dtype if hasattr(part, "dtype") else None if several else np.asarray(part).dtype
+            if dtype is None or dtype.kind not in "fiub":
+                which = f" as output {k}" if isinstance(out, tuple) else ""
+                found = f"an array of {part.dtype}" if isinstance(part, np.ndarray) else described(part)
+                raise DTypeError(
+                    f"the forward of {name} returned {found}{which}, expected an array of real numbers, or a tuple of "
+                    "arrays for several outputs"
+                )
+        return out
+
+    checked.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return checked
+
+
+def _single(name: str, rule: Rule) -> Rule:
     """A rule for one argument that may return its cotangent in a tuple."""
 
     def unwrapped(*args: Any) -> Any:
         result = rule(*args)
-        return result[0] if isinstance(result, (tuple, list)) else result
+        if not isinstance(result, (tuple, list)):
+            return result
+        if len(result) != 1:
+            raise GraphError(
+                f"the VJP of {name} returned {described(result)}, expected one cotangent, for one argument"
+            )
+        return result[0]
 
     unwrapped.__signature__ = inspect.signature(rule)  # type: ignore[attr-defined]
     return unwrapped

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.arrayrules import ArrayRule, KnownRule, Rule
-from tinygrad_lstm.errors import ArgumentError, GraphError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError
 from tinygrad_lstm.kernels import expression as _expressions
 from tinygrad_lstm.kernels.table import LEAVES
 from tinygrad_lstm.record import _STATE, Output
@@ -24,7 +24,7 @@ from tinygrad_lstm.tensor import Tensor, asarray
 if TYPE_CHECKING:
     from tinygrad_lstm.primitive import Primitive
 
-__all__ = ["REGISTRY", "Differentiable", "Rule", "signature_of", "sum_to", "zeros"]
+__all__ = ["REGISTRY", "Differentiable", "Rule", "described", "signature_of", "sum_to", "zeros"]
 
 REGISTRY: dict[str, Primitive] = {}
 
@@ -162,9 +162,13 @@ class Differentiable:
         if self.joint:
             if cotangent.__class__ is list and not self.always_tuple:  # scan and checkpoint look at what is absent
                 cotangent = self._complete(record, cotangent)
-            shares = list(self._fetch[0](record, wanted, cotangent))  # type: ignore[misc]
-            if len(shares) != len(parents):
-                raise GraphError(f"the VJP of {self.name} returned {len(shares)} cotangents for {len(parents)} inputs")
+            shares = self._fetch[0](record, wanted, cotangent)  # type: ignore[misc]
+            if not isinstance(shares, (list, tuple)) or len(shares) != len(parents):
+                raise GraphError(
+                    f"the VJP of {self.name} returned {described(shares)}, expected a tuple of {len(parents)} "
+                    f"cotangents, one per argument ({', '.join(map(self._argument, range(len(parents))))}); None for "
+                    "an argument without a gradient"
+                )
             shares = [share if want else None for share, want in zip(shares, wanted, strict=True)]
         elif cotangent is None:
             return [None] * len(parents)
@@ -243,16 +247,36 @@ class Differentiable:
                 if data.dtype is parent.dtype and data.shape == parent.shape:
                     continue
             elif not isinstance(share, Tensor):
-                share = shares[i] = self._from_array(share, record, cotangent)
+                share = shares[i] = self._from_array(share, record, cotangent, i)
             if share.shape != parent.shape:
+                if not _extends(share.shape, parent.shape):
+                    raise ShapeError(
+                        f"the VJP of {self.name} returned a cotangent of shape {share.shape} for {self._argument(i)}, "
+                        f"expected {parent.shape} as that argument (or what it was broadcast to)"
+                    )
                 shares[i] = share = sum_to(share, parent.shape)
             if share.dtype != parent.dtype:
                 shares[i] = share.astype(parent.dtype)
         return shares
 
-    def _from_array(self, share: Any, record: Any, cotangent: Any) -> Tensor:
+    def _argument(self, position: int) -> str:
+        """What the argument at a position is called."""
+        names = self.argument_names
+        if self.variadic and position >= len(names) - 1:
+            return f"{names[-1]}[{position - len(names) + 1}]"
+        return names[position]
+
+    def _from_array(self, share: Any, record: Any, cotangent: Any, position: int) -> Tensor:
         """What a rule that left the tape returned: a value whose own derivative is unknown, not zero."""
-        value = asarray(share)
+        try:
+            if isinstance(share, (list, tuple)) and any(isinstance(part, (Tensor, np.ndarray)) for part in share):
+                raise DTypeError
+            value = asarray(share)
+        except DTypeError:
+            raise DTypeError(
+                f"the VJP of {self.name} returned {described(share)} for {self._argument(position)}, expected one "
+                f"Tensor of shape {record.parents[position].shape}"
+            ) from None
         if not isinstance(share, np.ndarray) or not _STATE.get().enabled:
             return value
         candidates = [*(cotangent if cotangent.__class__ is list else [cotangent]), *record.saved[:-1]]
@@ -266,6 +290,21 @@ class Differentiable:
             zeros(aval) if cotangent is None else cotangent
             for cotangent, aval in zip(cotangents, record.output_avals, strict=True)
         ]
+
+
+def described(result: Any) -> str:
+    """What a rule returned, for messages."""
+    if isinstance(result, (Tensor, np.ndarray)):
+        return f"one {type(result).__name__} of shape {result.shape}"
+    if isinstance(result, (list, tuple)):
+        return f"a {type(result).__name__} of {len(result)}"
+    return "None" if result is None else f"a {type(result).__name__}"
+
+
+def _extends(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
+    """Whether an array of the shape ``of`` broadcasts to ``shape``."""
+    behind = shape[len(shape) - len(of) :] if len(of) <= len(shape) else None
+    return behind is not None and all(n in (m, 1) for m, n in zip(behind, of, strict=True))
 
 
 def signature_of(function: Callable[..., Any]) -> tuple[list[str], bool, list[str]]:

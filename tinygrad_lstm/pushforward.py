@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
 from tinygrad_lstm.primitive import REGISTRY, Primitive, aval_of, zeros
+from tinygrad_lstm.pullback import described
 from tinygrad_lstm.record import recording
 from tinygrad_lstm.tape import differentiate
-from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.tensor import Tensor, asarray
 
 __all__ = ["push"]
 
@@ -52,7 +54,7 @@ def push(
         return [None] * len(outputs)
     if prim._jvp is not None:
         result = prim._jvp(list(tangents), *inputs, outputs[0] if len(outputs) == 1 else list(outputs), **params)
-        return list(result) if isinstance(result, (list, tuple)) else [result]
+        return _checked(prim, list(result) if isinstance(result, (list, tuple)) else [result], outputs)
     if prim.is_elementwise:
         values = Values((*inputs, outputs[0]), params, shapes, prim)
         terms = [
@@ -73,6 +75,33 @@ def push(
             return [_total(terms)]
         return [_total([term[k] for term in terms]) for k in range(len(outputs))]
     return _push_by_double_vjp(prim, inputs, outputs, params, shapes, tangents)
+
+
+def _checked(prim: Primitive, found: list[Any], outputs: Sequence[Tensor]) -> list[Any]:
+    """The tangents that a ``jvp`` returned, one per output and in its dtype."""
+    if len(found) != len(outputs):
+        raise GraphError(
+            f"the jvp of {prim.name} returned {len(found)} tangents, expected {len(outputs)}: one per output, None "
+            "for zero"
+        )
+    for k, (tangent, out) in enumerate(zip(found, outputs, strict=True)):
+        if tangent is None:
+            continue
+        which = f"output {k}" if len(outputs) > 1 else "the output"
+        try:
+            tangent = found[k] = asarray(tangent)
+        except DTypeError:
+            raise DTypeError(
+                f"the jvp of {prim.name} returned {described(tangent)} for {which}, expected a Tensor of shape "
+                f"{out.shape}"
+            ) from None
+        if tangent.shape != out.shape:
+            raise ShapeError(
+                f"the jvp of {prim.name} returned a tangent of shape {tangent.shape} for {which}, expected {out.shape}"
+            )
+        if tangent.dtype != out.dtype and out.dtype.kind == "f":
+            found[k] = tangent.astype(out.dtype)
+    return found
 
 
 def _push_by_double_vjp(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from tinygrad_lstm.autodiff.reverse import check_callable
 from tinygrad_lstm.autodiff.standins import filled_now, standing
 from tinygrad_lstm.errors import DTypeError
 from tinygrad_lstm.ops.shape import alias
@@ -105,6 +106,7 @@ def checkpoint(f: Callable[..., Any]) -> Callable[..., Any]:
     >>> round(x.grad.item(), 4)
     0.2268
     """
+    check_callable(f, "checkpoint")
 
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.autodiff.reverse import check_callable, opened, unlinked, variables
+from tinygrad_lstm.autodiff.reverse import check_callable, foreign, opened, unlinked, variables
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.pushforward import push
-from tinygrad_lstm.tape import Output, Tape, recording, state
+from tinygrad_lstm.record import now
+from tinygrad_lstm.tape import Output, Tape, observed, recording, state
 from tinygrad_lstm.tensor import Tensor, as_like
 from tinygrad_lstm.tree import flatten, leaf_paths, unflatten
 
@@ -59,6 +60,8 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
     check_callable(f, "jvp")
     f, primals = opened(f, primals)
     enabled = state().enabled
+    since = now()
+    sources: list[Tensor] = []
     with recording(enabled=True):
         seeds: dict[Any, Tensor] = {}
         arguments = []
@@ -76,6 +79,7 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                 if t.shape != v.shape:
                     raise ShapeError(f"jvp: tangent of shape {t.shape} for a primal of shape {v.shape}")
                 seeds[v._node or v] = t
+            sources += fresh
             arguments.append(rebuilt)
         recorder = Tape()
         with recorder:
@@ -89,6 +93,6 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                 raise DTypeError(f"jvp: the function returned a {type(out).__name__}, expected Tensors")
             tangent = tangent_of(out, seeds)
             moved.append(zeros(Aval(out.shape, out.dtype)) if tangent is None else tangent)
-    if not enabled:
+    if not (enabled and (observed(sources) or foreign([*outs, *moved], sources, since))):
         moved, result = unlinked(moved), unlinked(result)
     return result, unflatten(out_tree, moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from tinygrad_lstm.autodiff.reverse import check_callable, grad, opened, value_a
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import reshape, stack
 from tinygrad_lstm.primitive import Aval, zeros
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, asarray, check_differentiable
+from tinygrad_lstm.tree import flatten
 
 __all__ = ["hessian", "hvp", "jacobian"]
 
@@ -21,8 +23,9 @@ __all__ = ["hessian", "hvp", "jacobian"]
 def hvp(f: Callable[..., Any], primals: Sequence[Any], vectors: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
     """``(f(*primals), H v)`` by forward over reverse (Pearlmutter 1994), without building the Hessian.
 
-    ``primals`` and ``vectors`` are tuples of one structure; ``H v`` is a tuple like ``primals``.  In place of a Module
-    the vector and its product are dicts by parameter name.
+    ``primals`` and ``vectors`` are tuples of one structure; ``H v`` is a tuple like ``primals``.  An entry is an array,
+    a tree of them, or a list of numbers, which is one array.  In place of a Module the vector and its product are dicts
+    by parameter name.
 
     >>> import tinygrad_lstm as tg
     >>> value, (product,) = tg.hvp(lambda x: (x * x * x).sum(), ([1.0, 2.0],), ([1.0, 1.0],))
@@ -51,7 +54,8 @@ def _is_numbers(value: Any) -> bool:
 def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     """A function that returns the Jacobian of ``f``: a Tensor of shape ``out.shape + in.shape``.
 
-    Keyword arguments of the call are handed to ``f``.
+    The argument is one array (or a number, or nested lists of numbers), which ``f`` gets as a Tensor; trees of arrays
+    and Modules are refused.  Keyword arguments of the call are handed to ``f``.
 
     One reverse replay per output element, or one forward replay per input element where there are fewer.
 
@@ -59,29 +63,28 @@ def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     >>> tg.jacobian(lambda x: x * x)(tg.tensor([1.0, 2.0])).tolist()
     [[2.0, 0.0], [0.0, 4.0]]
     """
-
     check_callable(f, "jacobian")
-    if not isinstance(argnums, int):
-        raise ArgumentError(f"jacobian: argnums is one int, found {argnums!r}; call it once per argument")
+    return _jacobian(f, argnums, "jacobian")
+
+
+def _jacobian(f: Callable[..., Any], argnums: Any, who: str) -> Callable[..., Any]:
+    position = _position(argnums, who)
 
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not -len(args) <= argnums < len(args):
-            raise ArgumentError(f"jacobian: argnums={argnums} for a call with {len(args)} arguments")
-        number = argnums % len(args)
-        if hasattr(args[number], "__tree_swap__"):
-            raise DTypeError(
-                "jacobian and hessian are of one array, found a Module; take jvp, vjp or hvp with respect to its "
-                "parameters, or differentiate a function of one of them"
-            )
-        x = asarray(args[number])
+        if not -len(args) <= position < len(args):
+            raise ArgumentError(f"{who}: argnums={argnums} for a call with {len(args)} positional arguments")
+        number = position % len(args)
+        x = _one_array(args[number], f"{who}: argument {number}")
 
         def of_one(value: Any) -> Any:
             return f(*args[:number], value, *args[number + 1 :], **kwargs)
 
         out, pullback = vjp(of_one, x)
         if not isinstance(out, Tensor):
-            raise DTypeError(f"jacobian: the function returned {type(out).__name__}, expected one Tensor")
+            raise DTypeError(
+                f"{who}: the function returned {type(out).__name__}, expected one Tensor; vjp and jvp take trees"
+            )
         shape = out.shape + x.shape
         if not out.size or not x.size:
             return zeros(Aval(shape, x.dtype))
@@ -94,6 +97,32 @@ def jacobian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     return wrapped
 
 
+def _position(argnums: Any, who: str) -> int:
+    try:
+        return operator.index(argnums)
+    except TypeError:
+        raise ArgumentError(f"{who}: argnums is one int, found {argnums!r}; call it once per argument") from None
+
+
+def _one_array(value: Any, who: str) -> Tensor:
+    """The argument as a Tensor of a floating dtype; raises where it is several arrays, or none."""
+    leaves, treedef = flatten(value, open_modules=False)
+    inside = treedef.kind != "leaf" and not all(isinstance(leaf, (bool, int, float, np.generic)) for leaf in leaves)
+    if inside or not leaves or isinstance(value, dict) or hasattr(type(value), "__tree_swap__"):
+        found = type(value).__name__
+        kind = "a Module" if hasattr(type(value), "__tree_swap__") else f"a {found}" if leaves else f"{value!r}"
+        raise DTypeError(
+            f"{who} is {kind}, expected one array, whose shape becomes a part of the result's; take grad, vjp, jvp or "
+            "hvp for trees and Modules, or differentiate a function of one of the arrays"
+        )
+    try:
+        x = asarray(value)
+        check_differentiable(x.dtype)
+    except DTypeError as error:
+        raise DTypeError(f"{who}: {error}") from None
+    return x
+
+
 def _basis(like: Any, k: int) -> Tensor:
     unit = np.zeros(like.size, like.dtype)
     unit[k] = 1
@@ -103,9 +132,11 @@ def _basis(like: Any, k: int) -> Tensor:
 def hessian(f: Callable[..., Any], argnums: int = 0) -> Callable[..., Any]:
     """A function that returns the Hessian of the scalar function ``f``: shape ``in.shape + in.shape``.
 
+    The argument is as that of :func:`jacobian`.
+
     >>> import tinygrad_lstm as tg
     >>> tg.hessian(lambda x: (x * x * x).sum())(tg.tensor([1.0, 2.0])).tolist()
     [[6.0, 0.0], [0.0, 12.0]]
     """
     check_callable(f, "hessian")
-    return jacobian(grad(f, argnums), argnums)
+    return _jacobian(grad(f, argnums), argnums, "hessian")

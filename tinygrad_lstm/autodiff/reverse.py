@@ -90,6 +90,8 @@ def value_and_grad(
         for number in numbers:
             if not -len(args) <= number < len(args):
                 raise ArgumentError(f"argnums={argnums} for a call with {len(args)} positional arguments")
+            if args[number] is None:
+                raise DTypeError(f"grad: argument {number} is None, expected an array, a tree of arrays or a Module")
             chosen.append(number % len(args))
         if len(set(chosen)) != len(chosen):
             raise ArgumentError(f"argnums={argnums} names an argument twice")

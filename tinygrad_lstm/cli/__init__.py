@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from tinygrad_lstm._version import __version__
 from tinygrad_lstm.cli import bench, cache, evaluate, export, gradcheck, inspect, sample, train
-from tinygrad_lstm.cli.options import UsageError
+from tinygrad_lstm.cli.options import NAME, UsageError, program
 from tinygrad_lstm.errors import Error
+from tinygrad_lstm.hints import did_you_mean
 
 __all__ = ["COMMANDS", "main"]
 
@@ -28,8 +30,11 @@ COMMANDS = (train, sample, evaluate, export, bench, gradcheck, inspect, cache)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line in place of argparse's usage block."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        """One line in place of argparse's usage block; a misspelt choice gets the one that is most like it."""
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            message += did_you_mean(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
+        self.exit(2, f"{self.prog}: {message} (see {program()}{self.prog.removeprefix(NAME)} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The arguments without the program's name; ``sys.argv[1:]`` without it.
     """
     parser = _Parser(
-        prog="tinygrad-lstm",
+        prog=NAME,
         description="Recurrent models on the CPU, with the autodiff in plain sight.",
         epilog="Exit status: 0 worked, 1 failed, 2 wrong arguments, 130 stopped by Ctrl-C.",
     )
@@ -61,8 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A text may have characters that the terminal's encoding has not.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
         name = f"{parser.prog} {args.command}"
+        if unknown:
+            sub = commands.choices[args.command]
+            options = re.findall(r"--[\w-]+", sub.format_help())
+            likely = [did_you_mean(word.partition("=")[0], options) for word in unknown if word.startswith("--")]
+            sub.error(f"unrecognized arguments: {' '.join(unknown)}{next(filter(None, likely), '')}")
         status = int(args.run(args))
         # A closed pipe shows here, not in the interpreter's last moments.
         sys.stdout.flush()

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rename", action="append", default=[], type=_pair, metavar="OLD=NEW", help="another letter, such as g=a"
     )
-    group = parser.add_argument_group("a run over a sequence")
-    group.add_argument("--draw", metavar="FILE", help="write a drawing: .svg, .dot, .png or .pdf")
+    group.add_argument("--draw", metavar="FILE", help="write a drawing as well: .svg, .dot, .png or .pdf")
+    group = parser.add_argument_group("a run over a sequence, in place of the equations")
     group.add_argument(
         "--player",
         metavar="FILE",
@@ -54,17 +54,22 @@ def _pair(text: str) -> tuple[str, str]:
 def run(args: argparse.Namespace) -> int:
     """Print the equations; write what was asked for."""
     from tinygrad_lstm.inspect import drawing, page
+    from tinygrad_lstm.inspect.recorded import cells_of
 
     _check_ending("--draw", args.draw, drawing.ENDINGS)
     _check_ending("--player", args.player, page.ENDINGS)
     subject = subject_of(args, args.what, np.float32)
     if args.prompt is not None and subject.checkpoint is None:
         raise UsageError("--prompt is for the model of a run; other modules read random numbers")
-    runs = args.draw or args.player or args.flow
+    runs = args.player or args.flow
     if runs and (args.latex or args.rename):
-        raise UsageError("--latex and --rename are for the equations; give them without --draw, --player and --flow")
+        raise UsageError("--latex and --rename are for the equations; give them without --player and --flow")
     with subject.explained():
-        return _run_over(subject, args) if runs else _equations(subject, args)
+        if runs or args.draw:
+            _run_over(subject, args)
+        if not runs and (not args.draw or cells_of(subject.module)):
+            _equations(subject, args)
+    return 0
 
 
 def _check_ending(option: str, path: str | None, endings: tuple[str, ...]) -> None:
@@ -72,7 +77,7 @@ def _check_ending(option: str, path: str | None, endings: tuple[str, ...]) -> No
         raise UsageError(f"{option} {path!r} does not end in {', '.join(endings)}")
 
 
-def _equations(subject: Subject, args: argparse.Namespace) -> int:
+def _equations(subject: Subject, args: argparse.Namespace) -> None:
     from tinygrad_lstm import inspect
 
     try:
@@ -81,10 +86,9 @@ def _equations(subject: Subject, args: argparse.Namespace) -> int:
         if "rename" not in str(error):
             raise
         raise UsageError(str(error)) from None
-    return 0
 
 
-def _run_over(subject: Subject, args: argparse.Namespace) -> int:
+def _run_over(subject: Subject, args: argparse.Namespace) -> None:
     from tinygrad_lstm import inspect
     from tinygrad_lstm.inspect.recorded import is_cell
 
@@ -100,7 +104,6 @@ def _run_over(subject: Subject, args: argparse.Namespace) -> int:
         print(f"wrote {args.player}")
     if args.flow:
         print(inspect.gradient_flow(module, x, loss, target))
-    return 0
 
 
 def _sequence(subject: Subject, args: argparse.Namespace) -> tuple[Any, np.ndarray, Any, Any]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tinygrad_lstm.errors import Error
 
-__all__ = ["UsageError", "duration", "fraction", "integer", "model_file", "number"]
+__all__ = ["UsageError", "duration", "fraction", "integer", "model_file", "number", "program"]
 
+NAME = "tinygrad-lstm"
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
@@ -83,6 +88,20 @@ def model_file(path: str) -> Path:
         if (given / name).exists():
             return given / name
     raise FileNotFoundError(2, f"a folder without {BEST} or {LAST}", path)
+
+
+def program() -> str:
+    """How the user called this command line, for hints: what is not on the PATH by its path."""
+    words = sys.orig_argv
+    for k, word in enumerate(words[1:-1], 1):
+        if word == "-m" and words[k + 1] == "tinygrad_lstm":
+            return shlex.join(words[: k + 2])
+    called = sys.argv[0]
+    if Path(called).stem == NAME:
+        found = shutil.which(NAME)
+        if found is None or not os.path.exists(called) or not os.path.samefile(found, called):
+            return shlex.quote(called)
+    return NAME
 
 
 def explicit(args: argparse.Namespace, names: Any) -> dict[str, Any]:

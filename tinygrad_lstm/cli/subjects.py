@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinygrad_lstm.cli.options import UsageError, integer, model_file
 from tinygrad_lstm.errors import DTypeError, Error
+from tinygrad_lstm.hints import did_you_mean
 
 __all__ = ["CELLS", "LAYERS", "Subject", "add_subject", "named", "sequence", "subject_of"]
 
@@ -76,6 +78,13 @@ def subject_of(args: argparse.Namespace, what: str, dtype: Any) -> Subject:
     file, separator, name = what.rpartition(":")
     if separator and file.endswith(".py"):
         return Subject(_from_file(file, name, args.input, args.hidden), what, is_users=True)
+    if what.endswith(".py") and os.path.isfile(what):
+        there = _modules_in(_imported(what))
+        raise UsageError(
+            f"{what} is Python; name one of its modules: {', '.join(f'{what}:{key}' for key in there)}"
+            if there
+            else f"{what} has no Module; write one, and name it as {what}:NAME"
+        )
     if os.path.exists(what):
         from tinygrad_lstm.training.language_model import load_model
 
@@ -83,7 +92,10 @@ def subject_of(args: argparse.Namespace, what: str, dtype: Any) -> Subject:
         return Subject(model.eval(), what, tree)
     if os.sep in what or what.endswith((".safetensors", ".py")):
         raise FileNotFoundError(2, os.strerror(2), what)
-    raise UsageError(f"{what!r} is none of {', '.join((*CELLS, *LAYERS))}, no file or folder, and not FILE.py:NAME")
+    names = (*CELLS, *LAYERS)
+    raise UsageError(
+        f"{what!r} is none of {', '.join(names)}, no file or folder, and not FILE.py:NAME{did_you_mean(what, names)}"
+    )
 
 
 def named(what: str, inputs: int, hidden: int, dtype: Any) -> Any:
@@ -100,18 +112,9 @@ def _from_file(path: str, name: str, inputs: int, hidden: int) -> Any:
     """A Module of a user's file: an object, or what a class or function of no argument, or of two sizes, makes."""
     from tinygrad_lstm.nn import Module
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(2, os.strerror(2), path)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise Error(f"{path} cannot be imported: {type(error).__name__}: {error}") from None
+    module = _imported(path)
     if not hasattr(module, name):
-        there = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, Module)]
-        raise UsageError(f"{path} has no {name!r}; its modules are {', '.join(there) or 'none'}")
+        raise UsageError(f"{path} has no {name!r}; its modules are {', '.join(_modules_in(module)) or 'none'}")
     found = getattr(module, name)
     if isinstance(found, Module):
         return found
@@ -130,6 +133,32 @@ def _from_file(path: str, name: str, inputs: int, hidden: int) -> Any:
     if not isinstance(made, Module):
         raise DTypeError(f"{path}:{name} made a {type(made).__name__}, expected a Module")
     return made
+
+
+def _imported(path: str) -> ModuleType:
+    """A user's file as a module."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(2, os.strerror(2), path)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise Error(f"{path} cannot be imported: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _modules_in(file: ModuleType) -> list[str]:
+    """The names of the Modules, and of the classes of such, that a file defines itself."""
+    from tinygrad_lstm.nn import Module
+
+    def is_one(value: Any) -> bool:
+        if isinstance(value, type):
+            return issubclass(value, Module) and value.__module__ == file.__name__
+        return isinstance(value, Module)
+
+    return [key for key, value in vars(file).items() if not key.startswith("_") and is_one(value)]
 
 
 def _required(function: Any) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_lstm.cli.evaluate import training_corpus
-from tinygrad_lstm.cli.options import LAST, UsageError, duration, explicit, fraction, integer, number
+from tinygrad_lstm.cli.options import LAST, UsageError, duration, explicit, fraction, integer, number, program
 from tinygrad_lstm.cli.run_folder import RunFolder, check_writable, new_folder, newest_run
 from tinygrad_lstm.errors import CheckpointError, Error, ShapeError
 
@@ -120,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             checkpoint_every=every,
         )
     if received:
-        again = f"tinygrad-lstm train --resume {folder}"
+        again = f"{program()} train --resume {folder}"
         print(f"stopped by {SIGNALS[received[0]]} after step {trainer.step} of {total}; go on with: {again}")
         return 128 + received[0]
     report(args, trainer, corpus, files, total)
@@ -256,7 +257,8 @@ def report(args: argparse.Namespace, trainer: Trainer, corpus: TextCorpus, files
     print(f"files in {files.folder}: {', '.join(sorted(p.name for p in files.folder.iterdir() if p.is_file()))}")
     if hint is not None:
         print(hint)
-    print(f"more text: tinygrad-lstm sample {files.folder} --prompt 'The ' --temperature 0.7", flush=True)
+    sampling = f"sample {files.folder} --prompt {shlex.quote(prompt)} --temperature 0.7"
+    print(f"more text: {program()} {sampling}", flush=True)
 
 
 @contextmanager

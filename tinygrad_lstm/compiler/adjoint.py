@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_lstm.compiler.constants import fill
-from tinygrad_lstm.compiler.simplify import dead_code
+from tinygrad_lstm.compiler.simplify import dead_code, unguarded
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Equation, Program, lower
 from tinygrad_lstm.tape import paths, recording, replay
@@ -83,7 +83,7 @@ def adjoint(body: Program, n_carry: int, n_ys: int, present: Sequence[bool], wan
     # The body's values get their slots first, so that they have the same numbers whatever the cotangents.
     joint, captured = lower(recorder.entries, sources, [*made, *results])
     recorder.close()
-    return _split(body, joint, captured, cotangents, n_forward, n_carry, n_ys, present)
+    return _split(body, unguarded(joint), captured, cotangents, n_forward, n_carry, n_ys, present)
 
 
 def _zeros(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from tinygrad_lstm.autodiff.standins import lock_of
 from tinygrad_lstm.errors import Error, GraphError, TraceError
 
-__all__ = ["explained", "line_where", "locked", "user_line", "within"]
+__all__ = ["explained", "is_ours", "line_where", "locked", "user_line", "users_level", "within"]
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -20,7 +20,7 @@ def _home(frame: Any) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
-def _is_ours(frame: Any) -> bool:
+def is_ours(frame: Any) -> bool:
     home = _home(frame)
     # Code that the package generates has no name; what its libraries do in between is not the user's either.
     return home in (_PACKAGE, "", "numpy", "numba", "llvmlite") or home.startswith("namedtuple_")
@@ -29,15 +29,24 @@ def _is_ours(frame: Any) -> bool:
 def user_line() -> str:
     """``file:line`` of the innermost frame outside of this package."""
     frame: Any = sys._getframe(1)
-    while frame is not None and _is_ours(frame):
+    while frame is not None and is_ours(frame):
         frame = frame.f_back
     return "<unknown>" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def users_level() -> int:
+    """The ``stacklevel`` with which a warning of the caller names the user's line."""
+    level = 0
+    frame: Any = sys._getframe(1)
+    while frame is not None and (is_ours(frame) or _home(frame) == "contextlib"):
+        level, frame = level + 1, frame.f_back
+    return level if frame is None else level + 1
 
 
 def within(modules: frozenset[str]) -> bool:
     """Whether a function of one of these modules is at work between the user's code and here."""
     frame: Any = sys._getframe(1)
-    while frame is not None and _is_ours(frame):
+    while frame is not None and is_ours(frame):
         if frame.f_globals.get("__name__") in modules:
             return True
         frame = frame.f_back
@@ -54,7 +63,7 @@ _INSTEAD = {
 def explained(error: Error, name: str) -> Error:
     """The error of a recording; one that says that it cannot be recorded gets the line of the user's code."""
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    users = [k for k, (frame, _) in enumerate(frames) if not _is_ours(frame)]
+    users = [k for k, (frame, _) in enumerate(frames) if not is_ours(frame)]
     if not users:
         return error
     frame, line = frames[users[-1]]
@@ -75,7 +84,7 @@ def line_where(run: Callable[[], Any], happened: Callable[[], bool]) -> str:
 
     def look(frame: Any, event: str, argument: Any) -> Any:
         nonlocal last
-        if _is_ours(frame) or _home(frame) in sys.stdlib_module_names:
+        if is_ours(frame) or _home(frame) in sys.stdlib_module_names:
             return None
         if not found and happened():
             found.append(last)

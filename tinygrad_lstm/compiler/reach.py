@@ -26,7 +26,7 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Reach", "is_foreign", "is_scalar", "scalar_key"]
+__all__ = ["Reach", "global_names", "is_foreign", "is_scalar", "scalar_key"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
 _MOST = 20_000  # objects looked at: what lies behind is taken as it is
@@ -44,12 +44,12 @@ def scalar_key(value: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _global_names(code: CodeType) -> tuple[str, ...]:
+def global_names(code: CodeType) -> tuple[str, ...]:
     """The globals that a function names, also in functions and comprehensions inside of it."""
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names.update(_global_names(constant))
+            names.update(global_names(constant))
     return tuple(sorted(names))
 
 
@@ -254,7 +254,7 @@ class Reach:
         home = str(names.get("__name__", "")).partition(".")[0]
         if home in _FOREIGN or home == __name__.partition(".")[0]:
             return  # not the user's: its globals are its own business
-        for name in _global_names(function.__code__):
+        for name in global_names(function.__code__):
             if name in names:
                 self._key.append(name)
                 self._entry(names, name, names[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import warnings
 import weakref
 from collections import Counter
@@ -13,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.compiler import report as _report
-from tinygrad_lstm.compiler.blame import explained, line_where, user_line, within
+from tinygrad_lstm.compiler.blame import explained, line_where, within
+from tinygrad_lstm.compiler.draws import CompileWarning, drawn_once
 from tinygrad_lstm.compiler.reach import Reach, is_scalar
 from tinygrad_lstm.compiler.whole import bind_program, executable, optimised
 from tinygrad_lstm.errors import Error, TraceError
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.program import Program, lower
-from tinygrad_lstm.random import _WITNESS
 from tinygrad_lstm.tape import recording
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.trace import Trace, TracedTensor
@@ -32,30 +31,6 @@ MANY_RECORDS, MANY_TURNS = 2_000, 20
 
 
 _DERIVING = frozenset({"tinygrad_lstm.autodiff.matrices", "tinygrad_lstm.pushforward", "tinygrad_lstm.tape"})
-
-
-class CompileWarning(UserWarning):
-    """A function was compiled that is better written another way."""
-
-
-class _NoDraws(dict):
-    """Stands where draws from generators are witnessed: the first one is an error, before it happens."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        raise TraceError(
-            f"random numbers were drawn while {self.name} was recorded ({user_line()}); every later call would see the "
-            "same ones: draw them before the call and pass them as an argument, or use ops.dropout"
-        )
-
-
-def _shared_generators() -> tuple[Any, ...]:
-    """The states of the generators that NumPy's and Python's functions draw from."""
-    state: Any = np.random.get_state()  # noqa: NPY002 - what others draw from
-    return state[1].tobytes(), state[2:], random.getstate()
 
 
 class FunctionTrace(Trace):
@@ -173,20 +148,17 @@ class Recording:
 
         stand_ins = [stand_in(leaf) for leaf in self.leaves]
         args, kwargs = (stand_ins, {}) if isinstance(self.treedef, int) else unflatten(self.treedef, stand_ins)
-        token = _WITNESS.set(_NoDraws(self.name))
-        try:
-            with recording(enabled=True, tapes=(), names=None, trace=recorder):
-                return inputs, self.f(*args, **kwargs)
-        finally:
-            _WITNESS.reset(token)
+        with recording(enabled=True, tapes=(), names=None, trace=recorder):
+            return inputs, self.f(*args, **kwargs)
 
     def entry(self) -> Entry:
         """Record the function; raises TraceError where it is not pure."""
         recorder = FunctionTrace()
         versions = [(t, t.version) for t in self._reached()]
-        generators = _shared_generators()
         try:
-            made = self._lowered(recorder)
+            instead = "pass them as arguments, or use ops.dropout"
+            with drawn_once([self.f, self.leaves], self.name, "every later call", instead):
+                made = self._lowered(recorder)
         except Error as error:
             raise explained(error, self.name) from None
         finally:
@@ -203,13 +175,6 @@ class Recording:
                 "update parameters outside of the compiled function"
             )
         self._check_escapes(recorder)
-        if _shared_generators() != generators:
-            warnings.warn(  # no error: another thread may have drawn
-                f"{self.name}: numbers were drawn with numpy.random or random while it was recorded; if it draws them "
-                "itself, every later call sees the same ones: pass them as arguments, or use ops.dropout",
-                CompileWarning,
-                stacklevel=3,
-            )
         if made.n_recorded > MANY_RECORDS and max(recorder.turns.values(), default=0) >= MANY_TURNS:
             warnings.warn(
                 f"{self.name}: {made.n_recorded} operations were recorded; a Python loop over time is unrolled, so "

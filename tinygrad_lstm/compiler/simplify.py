@@ -9,7 +9,7 @@ from typing import Any
 from tinygrad_lstm.compiler.algebra import algebra
 from tinygrad_lstm.program import Equation, Program, content
 
-__all__ = ["common", "dead_code", "in_order", "simplify"]
+__all__ = ["common", "dead_code", "in_order", "simplify", "unguarded"]
 
 
 def dead_code(program: Program) -> Program:
@@ -50,6 +50,35 @@ def common(program: Program, fixed: Collection[int] = ()) -> Program:
         seen.setdefault(key, equation.outputs)
         kept.append(equation._replace(operands=operands))
     return program.replaced(equations=tuple(kept), outputs=tuple(now(o) for o in program.outputs))
+
+
+def unguarded(program: Program) -> Program:
+    """Read x in place of ``where(condition, x, stop_gradient(x, guard=True))``, which selects nothing but the gradient.
+
+    For a program that is run, or whose gradient is taken already: in any other one it is what keeps NaN out of it.
+    What is marked stands in the padding of sequences (:func:`~tinygrad_lstm.ops.scan` with ``lengths``), where the
+    cotangent is zero, so derivatives of higher order lose nothing; those of a user's own selection would.
+    """
+    stopped = {
+        e.outputs[0]: e.operands[0]
+        for e in program.equations
+        if e.primitive.name == "stop_gradient" and e.params.get("guard")
+    }
+    same: dict[int, Any] = {}
+
+    def now(operand: Any) -> Any:
+        return same.get(operand, operand) if operand.__class__ is int else operand
+
+    equations = []
+    for equation in program.equations:
+        if equation.primitive.name == "where":
+            _, x, other = equation.operands
+            if x.__class__ is int and other.__class__ is int and stopped.get(other) == x:
+                same[equation.outputs[0]] = now(x)
+        equations.append(equation._replace(operands=tuple(map(now, equation.operands))))
+    if not same:
+        return program
+    return program.replaced(equations=tuple(equations), outputs=tuple(map(now, program.outputs)))
 
 
 def simplify(program: Program) -> Program:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.checks import check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 
 __all__ = ["TextCorpus", "TextStreams"]
@@ -80,6 +81,7 @@ class TextCorpus:
     def __init__(self, text: str, held_out: float = 0.05, name: str = "the text") -> None:
         if not isinstance(text, str):
             raise DTypeError(f"text is a str, found {type(text).__name__}")
+        check_number("held_out", held_out)
         if not 0 < held_out < 1:
             raise ArgumentError(f"held_out is a fraction between 0 and 1, found {held_out}")
         if not text:
@@ -251,6 +253,8 @@ def encode(text: str, vocabulary: str) -> np.ndarray:
     OutOfRangeError
         A character that the vocabulary does not have.
     """
+    if not isinstance(text, str) or not isinstance(vocabulary, str):
+        raise DTypeError(f"a text and its vocabulary are str, found {type(text).__name__}, {type(vocabulary).__name__}")
     table, points = _code_points(vocabulary), _code_points(text)
     ids = np.searchsorted(table, points)
     unknown = table[np.minimum(ids, len(table) - 1)] != points

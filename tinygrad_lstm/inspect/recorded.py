@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, DTypeError, Error
+from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, TraceError
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.nn.recurrent import draw_noise
 from tinygrad_lstm.primitive import Aval
@@ -17,7 +17,7 @@ from tinygrad_lstm.program import Program
 from tinygrad_lstm.random import witnessed
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor, asarray
-from tinygrad_lstm.trace import trace
+from tinygrad_lstm.trace import Traced, trace
 from tinygrad_lstm.tree import flatten, unflatten
 
 __all__ = ["Recorded", "cells_of", "is_cell", "record_cell", "record_module"]
@@ -110,6 +110,15 @@ def _leaf_names(tree: Any, base: str) -> list[str]:
     return [f"{base}{k}" for k in range(len(leaves))]
 
 
+def _traced(module: Any, body: Any, avals: list[Aval]) -> Traced:
+    """The body recorded; an error that says that it cannot be names the module."""
+    try:
+        with _undrawn():
+            return trace(body, avals, flat=True)
+    except TraceError as error:
+        raise TraceError(f"{type(module).__name__} cannot be recorded: {error}") from None
+
+
 def record_cell(cell: Any, x: Any = None) -> Recorded:
     """Record one step of a cell.
 
@@ -139,6 +148,8 @@ def record_cell(cell: Any, x: Any = None) -> Recorded:
     for width in sorted(n for n in lengths | joined if n > 1) or [1]:
         try:
             works[width] = _record(cell, np.zeros((ROWS, width), dtype))
+        except TraceError:  # it needs values: no width helps
+            raise
         except (Error, ValueError, TypeError, IndexError) as error:
             last = error
     if len(works) != 1:
@@ -169,8 +180,7 @@ def _record(cell: Any, x: Any) -> Recorded:
         output_names[:] = _leaf_names(result[0], "y")
         return [*map(asarray, outputs), *map(asarray, new)]
 
-    with _undrawn():
-        traced = trace(body, avals, flat=True)
+    traced = _traced(cell, body, avals)
     program = traced.program
     inputs = dict(zip(program.inputs, _leaf_names(x, names[0]), strict=False))
     noise_slots = program.inputs[len(x_leaves) + len(s_leaves) :]
@@ -216,8 +226,7 @@ def record_module(module: Any, x: Any) -> Recorded:
         output_names[:] = _leaf_names(result, "output")
         return flatten(result)[0]
 
-    with _undrawn():
-        traced = trace(body, _avals(leaves), flat=True)
+    traced = _traced(module, body, _avals(leaves))
     names = _leaf_names(x, (_arguments(module) or ["x"])[0])
     return Recorded(
         traced.program, getattr(module, "_label", None) or "", dict(zip(traced.program.inputs, names, strict=True)),

@@ -1,5 +1,8 @@
 """Modules: recurrent cells and layers, other layers, losses, initial values."""
 
+from typing import TYPE_CHECKING
+
+from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.nn import init, losses
 from tinygrad_lstm.nn.basic import Dropout, Embedding, LayerNorm, Linear, Sequential
 from tinygrad_lstm.nn.cells import GRUCell, LayerNormLSTMCell, LSTMCell, PeepholeLSTMCell, RNNCell
@@ -24,3 +27,9 @@ __all__ = [
     "Sequential", "Stack", "VariationalDropout", "WeightDrop", "Zoneout", "bce_loss", "bce_with_logits",
     "cross_entropy", "ctc_loss", "huber_loss", "init", "l1_loss", "losses", "mse_loss", "nll_loss",
 ]  # fmt: skip
+
+
+if not TYPE_CHECKING:  # a type checker is to find names that do not exist
+
+    def __getattr__(name: str) -> None:
+        raise MissingNameError(__name__, name)

@@ -279,8 +279,12 @@ class Sequential(Module):
             self._add(str(name), part)
 
     def _add(self, name: str, part: Any) -> None:
-        if not callable(part):
-            raise DTypeError(f"Sequential: part {name} is a {type(part).__name__}, expected a Module or a function")
+        if not callable(part) or isinstance(part, type):
+            found = f"the class {part.__name__}" if isinstance(part, type) else f"a {type(part).__name__}"
+            more = "; make one: " + part.__name__ + "(...)" if isinstance(part, type) else ""
+            if isinstance(part, (list, tuple)):
+                more = "; write Sequential(*parts)"
+            raise DTypeError(f"Sequential: part {name} is {found}, expected a Module or a function{more}")
         if not name.isdigit():
             if not name or hasattr(self, name):
                 raise ArgumentError(f"Sequential: {name!r} is no name for a part: it is empty, taken or a method's")

@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, ShapeError
+from tinygrad_lstm.checks import check_int, check_number
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tensor import Tensor
 
@@ -30,12 +32,19 @@ __all__ = [
 def _filled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let an initialiser take a shape in place of a Parameter."""
 
+    who = draw.__name__
+
     @functools.wraps(draw)
     def initialiser(parameter: Any, *args: Any, **options: Any) -> Tensor:
-        if isinstance(parameter, (tuple, list, int)):
+        if isinstance(parameter, (tuple, list, int, np.integer)):
             from tinygrad_lstm.nn.module import Parameter
 
-            parameter = Parameter(np.zeros(parameter, np.float32))
+            lengths = tuple(parameter) if isinstance(parameter, (tuple, list)) else (parameter,)
+            for length in lengths:
+                check_int(f"{who}: every length of a shape", length, 0)
+            parameter = Parameter(np.zeros(lengths, np.float32))
+        if not isinstance(parameter, Tensor):
+            raise DTypeError(f"{who}: a Parameter or a shape is needed, found {parameter!r:.60}")
         return draw(parameter, *args, **options)
 
     return initialiser
@@ -43,7 +52,12 @@ def _filled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
     """The given values, broadcast to the parameter's shape and cast to its dtype."""
-    parameter._replace(np.array(np.broadcast_to(values, parameter.shape), parameter.dtype, order="C"))
+    given = np.asarray(values)
+    try:
+        grown = np.broadcast_to(given, parameter.shape)
+    except ValueError:
+        raise ShapeError(f"copy: values of shape {given.shape} for a parameter of shape {parameter.shape}") from None
+    parameter._replace(np.array(grown, parameter.dtype, order="C"))
     return parameter
 
 
@@ -58,6 +72,7 @@ def _fans(shape: tuple[int, ...], who: str) -> tuple[int, int]:
 @_filled
 def constant(parameter: Tensor, value: float) -> Tensor:
     """Every element ``value``."""
+    check_number("constant: value", value)
     return copy(parameter, np.asarray(value, np.float64))
 
 
@@ -70,12 +85,20 @@ def zeros(parameter: Tensor) -> Tensor:
 @_filled
 def uniform(parameter: Tensor, low: float = 0.0, high: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Uniform on ``[low, high)``."""
+    check_number("uniform: low", low)
+    check_number("uniform: high", high)
+    if low > high:
+        raise ArgumentError(f"uniform: low is at most high, found low={low}, high={high}")
     return copy(parameter, (generator or default_generator()).uniform(low, high, parameter.shape))
 
 
 @_filled
 def normal(parameter: Tensor, mean: float = 0.0, std: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Normal with the given mean and standard deviation."""
+    check_number("normal: mean", mean)
+    check_number("normal: std", std)
+    if std < 0:
+        raise ArgumentError(f"normal: std is not negative, found {std}")
     return copy(parameter, (generator or default_generator()).normal(mean, std, parameter.shape))
 
 
@@ -130,6 +153,7 @@ def lstm_default(module: Any, generator: Generator | None = None) -> Any:
     Recurrent weights orthogonal and input weights Glorot-uniform, block by block for every gate; biases 0,
     except ``bias_ih`` of an LSTM's forget gate, which is 1 (Jozefowicz, Zaremba & Sutskever 2015).
     """
+    _check_module(module, "lstm_default")
     drawn = generator or default_generator()
     for name, parameter in module.named_parameters():
         leaf = name.rpartition(".")[2]
@@ -149,6 +173,11 @@ def lstm_default(module: Any, generator: Generator | None = None) -> Any:
         elif leaf in ("weight_ci", "weight_cf", "weight_co"):
             zeros(parameter)
     return module
+
+
+def _check_module(module: Any, who: str) -> None:
+    if not hasattr(module, "named_parameters"):
+        raise DTypeError(f"{who}: a Module is needed, found {module!r:.60}")
 
 
 def _glorot(shape: tuple[int, ...], generator: Generator) -> np.ndarray:
@@ -173,6 +202,7 @@ def torch_default(module: Any, generator: Generator | None = None) -> Any:
     Recurrent: all uniform with bound ``1 / sqrt(hidden_size)``; Linear: with ``1 / sqrt(in_features)``;
     Embedding: standard normal.
     """
+    _check_module(module, "torch_default")
     parameters: Iterable[Tensor] = module.parameters()
     if hasattr(module, "num_embeddings"):
         for parameter in parameters:
@@ -185,3 +215,9 @@ def torch_default(module: Any, generator: Generator | None = None) -> Any:
     for parameter in parameters:
         uniform(parameter, -bound, bound, generator)
     return module
+
+
+if not TYPE_CHECKING:  # a type checker is to find names that do not exist
+
+    def __getattr__(name: str) -> None:
+        raise MissingNameError(__name__, name)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from tinygrad_lstm.calls import misfit
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.foreign import array_of
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
@@ -165,14 +166,19 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         label = self._label
-        if label is None:
-            return self.forward(*args, **kwargs)
-        current = _STATE.get()
-        token = _STATE.set(current.at(f"{current.where}.{label}" if current.where else label))
+        token = None
+        if label is not None:
+            current = _STATE.get()
+            token = _STATE.set(current.at(f"{current.where}.{label}" if current.where else label))
         try:
             return self.forward(*args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise  # of what forward does
+            raise misfit(error, f"{type(self).__name__}.forward", self.forward, args, kwargs) from None
         finally:
-            _STATE.reset(token)
+            if token is not None:
+                _STATE.reset(token)
 
     # ------------------------------------------------------------------ attributes
 

@@ -6,11 +6,13 @@ the cell's ops.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tinygrad_lstm import ops
 from tinygrad_lstm.checks import check_probability
+from tinygrad_lstm.compiler.blame import users_level
 from tinygrad_lstm.compiler.schedule import Memory, check_memory
 from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, ShapeError
 from tinygrad_lstm.nn.budget import Budgeted
@@ -304,6 +306,17 @@ def joined(trajectories: Sequence[Trajectories]) -> Trajectories:
     return out
 
 
+def check_between(who: str, dropout: Any, layers: int) -> None:
+    """Raise unless it is a probability; warn where there is nothing between layers that could be dropped."""
+    if check_probability(who, dropout, "dropout") and layers == 1:
+        warnings.warn(
+            f"{who}: dropout={dropout} acts between layers, and there is one layer: it changes nothing; put an "
+            "nn.Dropout (or nn.VariationalDropout) in front of or behind the layer",
+            UserWarning,
+            stacklevel=users_level(),
+        )
+
+
 def _as_layer(part: Any, who: str, reverse: bool = False) -> Any:
     """A layer as it is; a cell as a Recurrent."""
     if getattr(part, "returns_state", False):
@@ -399,7 +412,7 @@ class Stack(Budgeted):
         layers = list(layers)
         if not layers:
             raise ArgumentError("Stack: at least one layer is needed, found an empty list")
-        check_probability("Stack", dropout, "dropout")
+        check_between("Stack", dropout, len(layers))
         self.layers = [_as_layer(layer, "Stack") for layer in layers]
         self.dropout = dropout
 

@@ -155,6 +155,8 @@ class WeightDrop(Module):
         self, layer: Module, names: Sequence[str] | None = None, p: float = 0.5, generator: Generator | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(layer, Module):
+            raise DTypeError(f"WeightDrop: the layer is a Module, found {layer!r:.60}")
         known = dict(layer.named_parameters())
         if isinstance(names, (int, float, str)):
             raise DTypeError(f"WeightDrop: names are a list of str, found {names!r}; the probability is p={names!r}")

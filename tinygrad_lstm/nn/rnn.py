@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.checks import check_probability
 from tinygrad_lstm.compiler.schedule import check_memory
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, GRUCell, LSTMCell, RNNCell, check_input, describe, positive
 from tinygrad_lstm.nn.module import Module, Parameter, Place
 from tinygrad_lstm.nn.ready import find, keep
-from tinygrad_lstm.nn.recurrent import joined, run_cell
+from tinygrad_lstm.nn.recurrent import check_between, joined, run_cell
 from tinygrad_lstm.nn.states import as_part
 from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.primitive import REGISTRY
@@ -53,7 +52,7 @@ class RecurrentLayers(Budgeted):
         super().__init__()
         who = type(self).__name__
         positive(who, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        check_probability(who, dropout, "dropout")
+        check_between(who, dropout, num_layers)
         self.input_size, self.hidden_size, self.num_layers = int(input_size), int(hidden_size), int(num_layers)
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
         self.return_states, self.return_gates = return_states, return_gates

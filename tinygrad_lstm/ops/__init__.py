@@ -1,5 +1,8 @@
 """Every primitive of the package, and the functions made of them.  NumPy's names, arguments and defaults."""
 
+from typing import TYPE_CHECKING
+
+from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.ops import control, elementwise, indexing, linalg, moving, norms, random, reduction, shape
 from tinygrad_lstm.ops import loop as loop  # the primitives of scan, declared with the others
 from tinygrad_lstm.ops import within as within
@@ -21,3 +24,9 @@ __all__ = [
 from tinygrad_lstm.ops import methods
 
 methods.install()
+
+
+if not TYPE_CHECKING:  # a type checker is to find names that do not exist
+
+    def __getattr__(name: str) -> None:
+        raise MissingNameError(__name__, name)

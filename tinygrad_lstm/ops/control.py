@@ -29,6 +29,7 @@ __all__ = ["memory_plan", "scan", "stop_gradient"]
 
 _TENSOR = frozenset({Tensor})
 Body = Callable[[Any, Any], tuple[Any, Any]]
+_DRAW_BEFORE = "draw them before the loop and pass them as a part of xs (a cell: by a method noise(steps, batch))"
 
 
 def scan(
@@ -45,7 +46,8 @@ def scan(
 
     The body is recorded once, on tensors without data, and replayed; its gradient is the tape of all steps
     replayed in reverse.  Tensors that it closes over get gradients.  A body that needs values (``if`` on a
-    tensor, ``item``) is called at every step instead: right, and slower.
+    tensor, ``item``) is called at every step instead: right, and slower.  Numbers that a recorded body draws with
+    ``numpy.random`` would be the same at every step, which is warned of: draw them beforehand and pass them in xs.
 
     Parameters
     ----------
@@ -224,12 +226,17 @@ def _of_empty_too(first: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _masked(body: Body) -> Body:
-    """The body with the results of padded rows selected away: the carry stays, y is zero."""
+    """The body with the results of padded rows selected away: the carry stays, y is zero.
+
+    So are the cotangents of the carry that it reads there: of a derivative that is infinite, zero times it is NaN.
+    """
 
     def masked(carry: Any, x_and_valid: Any) -> tuple[Any, Any]:
         x, valid = x_and_valid
-        new_carry, y = body(carry, x)
-        old, _ = flatten(carry)
+        old, old_tree = flatten(carry)
+        # Marked, since a body may choose between a value and itself without a gradient on its own account.
+        read = [where(_rows(valid, o), o, stop_gradient(o, guard=True)) if o.dtype.kind == "f" else o for o in old]
+        new_carry, y = body(unflatten(old_tree, read), x)
         new, carry_tree = flatten(new_carry)
         y_leaves, y_tree = flatten(y)
         tensors = together(*old, *new, *y_leaves)[len(old) :]
@@ -311,6 +318,7 @@ class Recorded:
 
 def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> Recorded:
     """Record a body on data-free tensors of the given shapes (the time axis of xs removed)."""
+    from tinygrad_lstm.compiler.draws import drawn_once
     from tinygrad_lstm.trace import trace
 
     trees: list[Any] = [None]
@@ -323,7 +331,11 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
         return [*new, *ys]
 
     avals = [Aval(t.shape, t.dtype) for t in carry] + [Aval(t.shape[1:], t.dtype) for t in xs]
-    traced = trace(flat, avals, flat=True)
+    if state().trace is None:
+        with drawn_once(body, "the body of a loop", "every step", _DRAW_BEFORE):
+            traced = trace(flat, avals, flat=True)
+    else:  # whoever is recording looks at that
+        traced = trace(flat, avals, flat=True)
     return Recorded(canonical(traced.program), traced.captures, len(carry), trees[0])
 
 

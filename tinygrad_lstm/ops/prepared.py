@@ -70,8 +70,9 @@ def plan_of(body: Program, n_carry: int, n_ys: int, steps: int, whole: int | Non
 
     def make() -> Any:
         from tinygrad_lstm.compiler.loop import plan_loop
+        from tinygrad_lstm.compiler.simplify import unguarded
 
-        return plan_loop(body, n_carry, n_ys, steps, whole)
+        return plan_loop(unguarded(body), n_carry, n_ys, steps, whole)
 
     return _derived(body, ("plan", n_carry, n_ys, steps, whole, compile_mode()), make)
 

@@ -354,7 +354,7 @@ alias: Primitive = Primitive(
 )  # fmt: skip
 
 stop_gradient: Primitive = Primitive(
-    "stop_gradient", lambda x: x, None, shape=lambda x: x, batch="same", view=True,
+    "stop_gradient", lambda x, *, guard=False: x, None, shape=lambda x, guard=False: x, batch="same", view=True,
     doc="The same values; no gradient flows through (forward and reverse mode alike).",
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tinygrad_lstm.checks import check_int
+from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.optim.base import Optimizer
 
@@ -119,6 +119,7 @@ class ExponentialLR(Schedule):
     """The rate times ``gamma`` every step."""
 
     def __init__(self, optimizer: Optimizer, gamma: float) -> None:
+        check_number("ExponentialLR: gamma", gamma)
         self.gamma = gamma
         super().__init__(optimizer)
 
@@ -134,6 +135,8 @@ class CosineAnnealingLR(Schedule):
     """
 
     def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0) -> None:
+        check_number("CosineAnnealingLR: T_max", T_max)
+        check_number("CosineAnnealingLR: eta_min", eta_min)
         if T_max < 1:
             raise ArgumentError(f"CosineAnnealingLR: T_max is at least 1, found {T_max}")
         self.T_max, self.eta_min = T_max, eta_min

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from tinygrad_lstm.checks import check_int, check_number
-from tinygrad_lstm.errors import ArgumentError, DTypeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import LBFGS, ReduceLROnPlateau
+from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["check_batches", "check_fit", "check_parts"]
+__all__ = ["check_batches", "check_fit", "check_iterable", "check_parts", "scalar_loss"]
 
 
 def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm: Any, callbacks: Any) -> None:
@@ -32,6 +33,12 @@ def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm:
             "Trainer: the schedule is a function (step, total) -> factor or a schedule of tg.optim, found a "
             f"{type(schedule).__name__}"
         )
+    _check_trained(model, optimizer, loss)
+    if getattr(schedule, "optimizer", optimizer) is not optimizer:
+        raise ArgumentError(
+            f"Trainer: the {type(schedule).__name__} was made for another optimizer, so it would change nothing here; "
+            "make it of the one that is given to the Trainer"
+        )
     if not isinstance(callbacks, Iterable):
         raise DTypeError(f"Trainer: callbacks are a list, found a {type(callbacks).__name__}")
     if clip_norm is not None:
@@ -40,10 +47,42 @@ def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm:
             raise ArgumentError(f"Trainer: clip_norm is positive or None, found {clip_norm}")
 
 
+def _check_trained(model: Module, optimizer: Any, loss: Any) -> None:
+    """Raise where a step of the optimizer changes no parameter of the model (nor of a loss that has some)."""
+    found = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        id(p): name for module in (model, loss) if isinstance(module, Module) for name, p in module.named_parameters()
+    }
+    if not own.keys() & set(found):
+        raise ArgumentError(
+            f"Trainer: none of the {len(found)} parameters of the {type(optimizer).__name__} belongs to the model "
+            f"({type(model).__name__}: {', '.join(list(own.values())[:3]) or 'no parameters'}"
+            f"{', ...' if len(own) > 3 else ''}), so nothing would train; make the optimizer of "
+            "model.parameters(), after the last parameter of the model was replaced"
+        )
+
+
+def scalar_loss(value: Any) -> Tensor:
+    """What a loss function returned; raises unless it is a Tensor of one element."""
+    if not isinstance(value, Tensor):
+        instead = "it returned nothing" if value is None else "compute it from the output with ops, without .numpy()"
+        raise DTypeError(f"Trainer: the loss is a {type(value).__name__}, expected a scalar Tensor; {instead}")
+    if value.size != 1:
+        raise ShapeError(
+            f"Trainer: the loss has shape {value.shape}, expected a scalar; reduce it to the mean over the targets"
+        )
+    return value
+
+
+def check_iterable(batches: Any, what: str = "Trainer: batches") -> None:
+    """Raise unless the batches can be gone through."""
+    if not hasattr(batches, "__iter__"):
+        raise DTypeError(f"{what} are an iterable of batches, found a {type(batches).__name__}")
+
+
 def check_batches(batches: Any, what: str) -> None:
     """Raise unless the batches can be gone through more than once."""
-    if not hasattr(batches, "__iter__"):
-        raise DTypeError(f"Trainer.fit: {what} are an iterable of batches, found a {type(batches).__name__}")
+    check_iterable(batches, f"Trainer.fit: {what}")
     if hasattr(batches, "__next__"):
         raise DTypeError(
             f"Trainer.fit: {what} are a {type(batches).__name__}, which can be gone through only once; an epoch is one "

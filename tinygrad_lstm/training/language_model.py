@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import nn, ops, serialization
+from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.data import TextCorpus, TextStreams
 from tinygrad_lstm.data.text import decode, encode
-from tinygrad_lstm.errors import ArgumentError, CheckpointError, Error
+from tinygrad_lstm.errors import ArgumentError, CheckpointError, DTypeError, Error
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
@@ -61,10 +62,9 @@ class CharLM(nn.Module):
         if cell not in CELLS:
             raise ArgumentError(f"cell is one of {', '.join(CELLS)}, found {cell!r}")
         for name, value in (("vocabulary_size", vocabulary_size), ("hidden", hidden), ("layers", layers)):
-            if value < 1:
-                raise ArgumentError(f"{name} is at least 1, found {value}")
-        if embedding < 0:
-            raise ArgumentError(f"embedding is at least 0, found {embedding}")
+            check_int(name, value)
+        check_int("embedding", embedding, 0)
+        check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ArgumentError(f"dropout is in 0 <= p < 1, found {dropout}")
         self.vocabulary_size = vocabulary_size
@@ -137,10 +137,12 @@ def sample(
     ArgumentError
         An empty prompt, a negative length, a temperature that is negative or not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise DTypeError(f"sample: the model is a Module, found {model!r:.60}")
+    check_int("length", length, 0)
+    check_number("temperature", temperature)
     if not prompt:
         raise ArgumentError("the prompt is empty; give at least one character")
-    if length < 0:
-        raise ArgumentError(f"length is at least 0, found {length}")
     if not 0 <= temperature < math.inf:
         raise ArgumentError(f"temperature is at least 0, found {temperature}")
     tokens = encode(prompt, vocabulary)[:, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError
 
 __all__ = ["Constant", "WarmupCosine"]
@@ -51,8 +52,8 @@ class WarmupCosine:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
-            raise ArgumentError(f"warmup is a number of steps, found {self.warmup}")
+        check_int("warmup", self.warmup, 0)
+        check_number("floor", self.floor)
         if not 0 <= self.floor <= 1:
             raise ArgumentError(f"floor is a factor between 0 and 1, found {self.floor}")
 

@@ -17,7 +17,7 @@ from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import ReduceLROnPlateau, clip_grad_norm
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.training.arguments import check_fit, check_parts
+from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, scalar_loss
 from tinygrad_lstm.training.batches import Batches, count_targets, unpack
 from tinygrad_lstm.training.callbacks import Callback, ProgressBar
 from tinygrad_lstm.training.state import detached, restore, snapshot
@@ -260,7 +260,7 @@ class Trainer:
         inputs, targets, lengths = unpack(batch)
         self.optimizer.zero_grad()
         output, state = self.forward(inputs, self.carried, lengths)
-        loss = self.loss(output, targets)
+        loss = scalar_loss(self.loss(output, targets))
         value = loss.item()
         if not math.isfinite(value):
             raise DivergedError(f"the loss is {value} at step {self.step}; a lower learning rate or clip_norm may help")
@@ -325,7 +325,7 @@ class Trainer:
         total, weight = 0.0, 0
         for output, targets, lengths in self._outputs(batches):
             with no_grad():
-                value = self.loss(output, targets).item()
+                value = scalar_loss(self.loss(output, targets)).item()
             n = count_targets(targets, lengths)
             total, weight = total + value * n, weight + n
         if weight == 0:
@@ -343,6 +343,7 @@ class Trainer:
         return [tree_map(_array, output) for output, _, _ in self._outputs(batches)]
 
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any, Any]]:
+        check_iterable(batches)
         training = self.model.training
         self.model.eval()
         state = None
