@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
+from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError, TraceError
 from tinygrad_lstm.kernels.pool import copied
 from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
 from tinygrad_lstm.record import _STATE, SILENT, state
@@ -279,10 +279,14 @@ class Tensor:
     @property
     def grad(self) -> np.ndarray | None:
         """The accumulated gradient: an ndarray of this tensor's shape and dtype, or None."""
+        if _STATE.get().trace is not None:
+            raise no_gradients("reads .grad")
         return None if self._meta is None else self._meta.grad
 
     @grad.setter
     def grad(self, value: Any) -> None:
+        if _STATE.get().trace is not None:
+            raise no_gradients("sets .grad")
         if value is None:
             if self._meta is not None:
                 self._meta.grad = None
@@ -409,6 +413,14 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
 @functools.cache
 def _one(dtype: np.dtype) -> np.ndarray:
     return np.ones((), dtype)
+
+
+def no_gradients(what: str) -> TraceError:
+    """What recorded code cannot do: it runs once as Python, and its gradients are not there yet."""
+    return TraceError(
+        f"{what} while the body is being recorded; what is recorded runs only once as Python: read, set and clear "
+        "gradients outside of it"
+    )
 
 
 def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:

@@ -84,8 +84,23 @@ class TracedTensor(Tensor):
         """The same value, through which no gradient flows."""
         return REGISTRY["stop_gradient"].bind((self,), {})
 
+    def register_hook(self, hook: Any) -> Any:
+        """Refused: what is recorded is a program, and a hook is no part of it."""
+        raise _no_hooks("register_hook")
+
+    def retain_grad(self) -> None:
+        """Refused, as a hook."""
+        raise _no_hooks("retain_grad")
+
     def __repr__(self) -> str:
         return f"<traced {self._aval}>"
+
+
+def _no_hooks(name: str) -> TraceError:
+    return TraceError(
+        f"{name}() while the body is being recorded ({_user_line()}): a recorded body runs without hooks; call it on "
+        "what the body returns"
+    )
 
 
 _ON_TENSORS = "compute with ops on the tensor itself (ops.stop_gradient for a value without a gradient)"

@@ -6,6 +6,7 @@ import gc
 import random
 import warnings
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ __all__ = ["CompileWarning", "Entry", "FunctionTrace", "Recording"]
 
 # A loop over time was probably unrolled where so much was recorded, and one place in the code ran so often.
 MANY_RECORDS, MANY_TURNS = 2_000, 20
-
+LARGEST_CHECKED = 1 << 24  # bytes of an array; a data set, perhaps in a file, is not read through
 
 _DERIVING = frozenset({"tinygrad_lstm.autodiff.matrices", "tinygrad_lstm.pushforward", "tinygrad_lstm.tape"})
 
@@ -47,8 +48,9 @@ class _NoDraws(dict):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise TraceError(
-            f"random numbers were drawn while {self.name} was recorded ({user_line()}); every later call would see the "
-            "same ones: draw them before the call and pass them as an argument, or use ops.dropout"
+            f"random numbers were drawn, or a generator was seeded, while {self.name} was recorded ({user_line()}); every "
+            "later call would see the same ones: draw them before the call and pass them as an argument, or use "
+            "ops.dropout; seed outside of it"
         )
 
 
@@ -89,6 +91,15 @@ class FunctionTrace(Trace):
         tensor = self.new(aval)
         self.draws.append((make, tensor))
         return tensor
+
+
+def _contents(reaches: Sequence[Reach]) -> list[Any]:
+    """What can be changed in place in tensors and arrays; whoever writes through an array leaves no other trace."""
+    tensors = [holder[place] for reach in reaches for holder, place in reach.tensors]
+    made: list[Any] = [(t.version, t._rg) for t in tensors]
+    arrays = [t._data for t in tensors if not isinstance(t, TracedTensor)] + [a for r in reaches for a in r.arrays()]
+    made += [zlib.crc32(a.tobytes()) for a in arrays if a.nbytes <= LARGEST_CHECKED and not a.dtype.hasobject]
+    return made
 
 
 class Entry:
@@ -183,7 +194,7 @@ class Recording:
     def entry(self) -> Entry:
         """Record the function; raises TraceError where it is not pure."""
         recorder = FunctionTrace()
-        versions = [(t, t.version) for t in self._reached()]
+        before = _contents(self.reaches)
         generators = _shared_generators()
         try:
             made = self._lowered(recorder)
@@ -197,10 +208,10 @@ class Recording:
                 f"{self.name} changes something outside of itself ({self._culprit()}): an attribute, a list, a dict or "
                 "a global; a compiled function runs only once as Python, so return the value instead"
             )
-        if any(t.version != version for t, version in versions):
+        if _contents(self.reaches) != before:
             raise TraceError(
-                f"{self.name} changes the value of a parameter or of a tensor that it closes over ({self._culprit()}); "
-                "update parameters outside of the compiled function"
+                f"{self.name} changes a parameter, or a tensor or array that it closes over ({self._culprit()}); "
+                "update parameters outside of the compiled function, which runs only once as Python"
             )
         self._check_escapes(recorder)
         if _shared_generators() != generators:
@@ -218,9 +229,6 @@ class Recording:
                 stacklevel=3,
             )
         return made
-
-    def _reached(self) -> list[Tensor]:
-        return [holder[place] for reach in self.reaches for holder, place in reach.tensors]
 
     def _lowered(self, recorder: FunctionTrace) -> Entry:
         inputs, result = self._call(recorder)
@@ -276,11 +284,10 @@ class Recording:
     def _culprit(self) -> str:
         """``file:line`` of the statement that changes something: found by running the function once more."""
         before = [Reach(root) for root in self._roots()]
-        tensors = [holder[place] for reach in before for holder, place in reach.tensors]
-        versions = [t.version for t in tensors]
+        contents = _contents(before)
 
         def happened() -> bool:
-            return not all(r.unchanged() for r in before) or [t.version for t in tensors] != versions
+            return not all(r.unchanged() for r in before) or _contents(before) != contents
 
         recorder = FunctionTrace()
         where = line_where(lambda: self._call(recorder), happened)
