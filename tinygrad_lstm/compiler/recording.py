@@ -48,8 +48,8 @@ class _NoDraws(dict):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise TraceError(
-            f"random numbers were drawn, or a generator was seeded, while {self.name} was recorded ({user_line()}); every "
-            "later call would see the same ones: draw them before the call and pass them as an argument, or use "
+            f"random numbers were drawn, or a generator was seeded, while {self.name} was recorded ({user_line()}); "
+            "every later call would see the same ones: draw them before the call and pass them as an argument, or use "
             "ops.dropout; seed outside of it"
         )
 
