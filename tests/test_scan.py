@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -305,6 +306,17 @@ def test_few_steps_and_empty_batches(steps, batch, lengths, reverse):
         assert not grads[2].numpy().any()
     elif batch and not lengths:
         close(grads, tg.grad(projected(run(looped, lstm, reverse=reverse)), tuple(range(5)))(init, xs, *weights))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_no_steps_give_gradients_of_zero(eager):
+    init, xs, *weights = lstm_arguments()
+    leaves = [tg.tensor(a, requires_grad=True) for a in (*init, xs[:0], *weights)]
+    with tg.eager() if eager else nullcontext():
+        (h, c), ys = run(ops.scan, lstm)(tuple(leaves[:2]), *leaves[2:])
+        (ys.sum() + h.sum() + 2.0 * c.sum()).backward()
+    assert ys.requires_grad and ys.shape[0] == 0
+    assert [float(t.grad.max(initial=0.0)) for t in leaves] == [1.0, 2.0] + [0.0] * (len(leaves) - 2)
 
 
 def test_no_xs():

@@ -113,7 +113,7 @@ def scan_with(
         full_body = _masked(body)
         x_leaves = [*(_filled(leaf, valid, checked) for leaf in x_leaves), valid]
         x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
-    if not state().eager:
+    if not state().eager or steps == 0:  # where no step runs, there is none to show, but gradients of zero
         try:
             return _recorded(record, full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse, memory)
         except TraceError as error:
