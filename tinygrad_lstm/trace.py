@@ -136,6 +136,7 @@ class Trace:
 
     def __init__(self) -> None:
         self.entries: list[tuple[Record, tuple[Any, ...], tuple[Tensor, ...]]] = []
+        self.read: list[Tensor] = []  # tensors of which values were asked for: what was recorded depends on those
         self.closed = False
 
     def new(self, aval: Aval, requires_grad: bool = False) -> TracedTensor:
@@ -150,6 +151,7 @@ class Trace:
         for record, _, _ in self.entries:
             record.release()
         self.entries = []
+        self.read = []
 
     def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
         """Record an application without running it."""
@@ -176,10 +178,13 @@ class Trace:
 class Traced:
     """A recorded body: the Program, the tensors that it captured, and the trees of its results."""
 
-    def __init__(self, program: Program, captures: list[Tensor], out_tree: TreeDef) -> None:
+    def __init__(
+        self, program: Program, captures: list[Tensor], out_tree: TreeDef, read: Sequence[Tensor] = ()
+    ) -> None:  # fmt: skip
         self.program = program
         self.captures = captures
         self.out_tree = out_tree
+        self.read = read
 
 
 def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False) -> Traced:
@@ -219,9 +224,17 @@ def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False)
             outputs, out_tree = flatten(result)
             outputs = [asarray(o) if not isinstance(o, Tensor) else o for o in outputs]
         program, captures = lower(recorder.entries, inputs, outputs)
+        read = recorder.read
     finally:
         recorder.close()
-    return Traced(program, captures, out_tree)
+    return Traced(program, captures, out_tree, read)
+
+
+def depends_on(read: Sequence[Tensor]) -> None:
+    """Note for an enclosing recording that what was recorded inside of it depends on these tensors' values."""
+    outer = _STATE.get().trace
+    if outer is not None:
+        outer.read.extend(read)
 
 
 def _flatten_avals(tree: Any) -> tuple[list[Aval], TreeDef]:

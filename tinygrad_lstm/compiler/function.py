@@ -98,7 +98,9 @@ class Compiled:
                 entry = self._entries.get(key)
                 captured = entry.captured(reaches) if entry is not None else None
                 if entry is None or captured is None:
-                    entry = Recording(self._name, self.__wrapped__, leaves, treedef, reaches).entry()
+                    old, entry = entry, Recording(self._name, self.__wrapped__, leaves, treedef, reaches).entry()
+                    if old is not None and old.read and entry.same_as(old):
+                        entry.read = []  # other values, the same program: only a shape or a dtype was looked at
                     captured = entry.captured(reaches)
             if captured is None:
                 raise GraphError(f"{self._name}: a captured tensor was replaced while the function was recorded")

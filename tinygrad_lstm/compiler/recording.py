@@ -107,9 +107,10 @@ class Entry:
 
     def __init__(
         self, name: str, program: Program, n_recorded: int, draws: Sequence[Callable[[], Any]], captures: Sequence[Any],
-        outs: Sequence[tuple[str, Any]], out_tree: TreeDef,
+        outs: Sequence[tuple[str, Any]], out_tree: TreeDef, read: Sequence[tuple[int, int, np.ndarray]],
     ) -> None:  # fmt: skip
         self.name = name
+        self.read = read  # (which reach, which of its tensors, values) of tensors that Python code took values of
         self.program = program  # inputs: arguments, draws, captures
         self.n_recorded = n_recorded
         self.draws = tuple(draws)
@@ -123,6 +124,10 @@ class Entry:
     def captured(self, reaches: Sequence[Reach]) -> list[Tensor] | None:
         """The captured tensors as they are now; None where one is not what was recorded."""
         found = []
+        for which, number, values in self.read:
+            holder, place = reaches[which].tensors[number]
+            if isinstance(holder[place], TracedTensor) or not np.array_equal(holder[place]._data, values):
+                return None
         for source, aval in zip(self.captures, self.capture_avals, strict=True):
             if source.__class__ is tuple:
                 holder, place = reaches[source[0]].tensors[source[1]]
@@ -134,6 +139,16 @@ class Entry:
                     return None
             found.append(source)
         return found
+
+    def same_as(self, other: Entry) -> bool:
+        """Whether both were recorded as the same program, with the same constants."""
+        ours, theirs = ([c for c in e.captures if c.__class__ is not tuple] for e in (self, other))
+        return (
+            self.program.key == other.program.key
+            and len(ours) == len(theirs)
+            and all(a is b or np.array_equal(a._data, b._data) for a, b in zip(ours, theirs, strict=True))
+            and not any(kind == "static" and what is not None for kind, what in self.outs)
+        )
 
     def run(self, tensors: list[Tensor], captured: list[Tensor]) -> Any:
         operands = [*tensors, *(asarray(make()) for make in self.draws), *captured]
@@ -198,6 +213,11 @@ class Recording:
         generators = _shared_generators()
         try:
             made = self._lowered(recorder)
+            made.read = [
+                (*source, tensor._data.copy())
+                for tensor in recorder.read
+                if not isinstance(tensor, TracedTensor) and (source := self._source(tensor)).__class__ is tuple
+            ]
         except Error as error:
             raise explained(error, self.name) from None
         finally:
@@ -256,7 +276,7 @@ class Recording:
         program = program.replaced(inputs=operands, captures=(), outputs=tuple(results))
         return Entry(
             self.name, optimised(program), n_recorded, [make for make, _ in recorder.draws],
-            [self._source(t) for t in captures], outs, out_tree,
+            [self._source(t) for t in captures], outs, out_tree, [],
         )  # fmt: skip
 
     def _source(self, tensor: Tensor) -> Any:

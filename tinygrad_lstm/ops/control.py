@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -286,9 +286,12 @@ def _pair(result: Any) -> tuple[Any, Any]:
 class Recorded:
     """A recorded scan body: everything about it that does not depend on values or on the number of steps."""
 
-    def __init__(self, program: Any, captures: list[Tensor], n_carry: int, y_tree: TreeDef) -> None:
+    def __init__(
+        self, program: Any, captures: list[Tensor], n_carry: int, y_tree: TreeDef, read: Sequence[Tensor] = ()
+    ) -> None:  # fmt: skip
         self.program = program
         self.captures = captures
+        self.read = read  # tensors on whose values the program depends
         self.n_carry = n_carry
         self.y_tree = y_tree
         # Where the captures stand, if the program is right as long as they fit and no module is changed.
@@ -307,7 +310,7 @@ class Recorded:
 
 def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> Recorded:
     """Record a body on data-free tensors of the given shapes (the time axis of xs removed)."""
-    from tinygrad_lstm.trace import trace
+    from tinygrad_lstm.trace import depends_on, trace
 
     trees: list[Any] = [None]
 
@@ -320,7 +323,8 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
 
     avals = [Aval(t.shape, t.dtype) for t in carry] + [Aval(t.shape[1:], t.dtype) for t in xs]
     traced = trace(flat, avals, flat=True)
-    return Recorded(canonical(traced.program), traced.captures, len(carry), trees[0])
+    depends_on(traced.read)
+    return Recorded(canonical(traced.program), traced.captures, len(carry), trees[0], traced.read)
 
 
 def _recorded(
