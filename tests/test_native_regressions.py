@@ -106,7 +106,7 @@ def test_against_the_loop_step_by_step(name: str, runs: list[bool]) -> None:  # 
 def test_a_softmax_of_no_elements(f: Any, runs: list[bool]) -> None:  # noqa: F811
     """Over an empty batch: there is no maximum to subtract."""
     x = tg.tensor(np.zeros((3, 0, 2)), requires_grad=True)
-    _, ys = ops.scan(lambda h, v: (ops.tanh(h + f(v, axis=0)),) * 2, np.zeros((0, 2)), x)
+    _, ys = ops.scan(lambda h, v: (ops.tanh(f(h, axis=0) + v),) * 2, np.zeros((0, 2)), x)
     ys.sum().backward()
     assert ys.shape == x.grad.shape == (3, 0, 2)
 
