@@ -399,13 +399,25 @@ def test_values_that_python_reads_of_a_closed_over_tensor(read: Any) -> None:
 
 
 def test_a_shape_that_is_read_through_data_records_no_more_than_twice(recordings: list[str]) -> None:
-    model = nn.Linear(2, 3)
+    model = nn.Linear(20, 3)
 
     def f(x: Any) -> Any:
         return model(x) + np.zeros(model.weight.data.shape[0], model.weight.data.dtype)
 
     fast = tg.compile(f)
     for k in range(5):
-        model.weight.data = np.full((3, 2), float(k), np.float32)
-        assert fast(np.ones(2, np.float32)).tolist() == (2.0 * k + model.bias.data).tolist()
+        model.weight.data = np.full((3, 20), float(k), np.float32)
+        assert fast(np.ones(20, np.float32)).tolist() == (20.0 * k + model.bias.data).tolist()
     assert len(recordings) == 2
+
+
+def test_a_counter_that_is_compared_with_a_limit() -> None:
+    step = tg.tensor(np.array(0))
+
+    def f(x: Any) -> Any:
+        return x * (2.0 if step.data > 3 else 1.0)
+
+    fast = tg.compile(f)
+    for k in range(6):
+        step.data = np.array(k)
+        assert fast(np.ones(1)).tolist() == [2.0 if k > 3 else 1.0]

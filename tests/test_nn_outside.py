@@ -182,8 +182,9 @@ def test_values_of_a_parameter_that_the_cell_reads(monkeypatch):
     recorded, record = [], programs.record_body
     monkeypatch.setattr(programs, "record_body", lambda *args: recorded.append(1) or record(*args))
     cell = Shaped()
+    cell.w = nn.Parameter(np.eye(5))
     layer = nn.Recurrent(cell)
     for value in range(5):
-        cell.w.data = value * np.eye(2)
-        assert layer(x)[0].tolist()[0] == [[2.0 * value] * 2]
+        cell.w.data = value * np.eye(5)
+        assert layer(np.ones((3, 1, 5)))[0].tolist()[0] == [[2.0 * value] * 5]
     assert len(recorded) == 2  # the shape alone counted

@@ -230,6 +230,17 @@ def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False)
     return Traced(program, captures, out_tree, read)
 
 
+FEW = 16  # numbers, such as a flag or a counter
+
+
+def still_read(read: list[Any]) -> list[Any]:
+    """What to keep of ``(..., values)`` where other values gave the same program.
+
+    Of a matrix only its shape or dtype was looked at; a counter may have been compared with a limit.
+    """
+    return [entry for entry in read if entry[-1].size <= FEW]
+
+
 def depends_on(read: Sequence[Tensor]) -> None:
     """Note for an enclosing recording that what was recorded inside of it depends on these tensors' values."""
     outer = _STATE.get().trace

@@ -107,7 +107,7 @@ class Entry:
 
     def __init__(
         self, name: str, program: Program, n_recorded: int, draws: Sequence[Callable[[], Any]], captures: Sequence[Any],
-        outs: Sequence[tuple[str, Any]], out_tree: TreeDef, read: Sequence[tuple[int, int, np.ndarray]],
+        outs: Sequence[tuple[str, Any]], out_tree: TreeDef, read: list[tuple[int, int, np.ndarray]],
     ) -> None:  # fmt: skip
         self.name = name
         self.read = read  # (which reach, which of its tensors, values) of tensors that Python code took values of

@@ -28,7 +28,7 @@ from tinygrad_lstm.ops.control import Recorded, record_body
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.trace import depends_on
+from tinygrad_lstm.trace import depends_on, still_read
 
 __all__ = ["known_of", "recorder_for"]
 
@@ -230,7 +230,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
                 if place is not None
             ]
             if entry is not None and entry.recorded.program.key == bare.program.key and not entry.holds():
-                read = []  # other values, the same equations: only a shape or a dtype was looked at
+                read = still_read(read)
             known[key] = _Entry(bare, captured, _outside(cell), settled, read)
             recorded.entry = known[key] if known[key].settled else None
         return recorded
