@@ -395,3 +395,12 @@ def test_training_equals_the_plain_loop(inside: bool) -> None:
         histories.append((np.array(losses), model.state_dict()))
     close(histories[1], histories[0], 1e-9)
     assert histories[0][0][-1] < histories[0][0][0]
+
+
+def test_the_method_of_a_tensor() -> None:
+    w = tg.tensor(np.ones((2, 2)), requires_grad=True)
+    fast, total = tg.compile(w.__matmul__), w.sum
+    assert fast(np.ones(2)).tolist() == [2.0, 2.0]
+    w.data = 2.0 * w.data
+    assert fast(np.ones(2)).tolist() == [4.0, 4.0]
+    assert tg.compile(lambda x: x * total())(2.0).item() == 16.0

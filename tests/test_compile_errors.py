@@ -16,6 +16,7 @@ from tinygrad_lstm import nn, ops, optim
 from tinygrad_lstm.compiler import report
 from tinygrad_lstm.compiler.recording import MANY_RECORDS, CompileWarning, Entry
 from tinygrad_lstm.primitive import Aval
+from tinygrad_lstm.random import default_generator
 from tinygrad_lstm.tape import state
 
 X = np.float32([0.5, 1.5])
@@ -161,6 +162,41 @@ def test_setting_a_gradient_or_data() -> None:
     assert "update parameters outside" in refused(numbers, X)
 
 
+@pytest.mark.parametrize("way", ["optimizer", "module", "parameter", "clipping", "frozen"])
+def test_gradients_that_would_be_cleared_clipped_or_refused_only_once(way: str) -> None:
+    """Cleared at the recording only, they would add up from step to step."""
+    model = nn.Linear(2, 1)
+    optimizer = optim.SGD(model, lr=0.5)
+    do = {
+        "optimizer": optimizer.zero_grad,
+        "module": model.zero_grad,
+        "parameter": model.weight.zero_grad,
+        "clipping": lambda: optim.clip_grad_norm(model, 1.0),
+        "frozen": lambda: setattr(model.weight, "requires_grad", False),
+    }[way]
+
+    def f(x: Any) -> Any:
+        do()  # here
+        return ops.sum(model(x))
+
+    with pytest.raises(tg.TraceError, match="outside of"):
+        tg.compile(f)(X)
+    if way in ("optimizer", "module", "parameter"):
+        refused(f, X)
+
+
+@pytest.mark.parametrize("name", ["register_hook", "retain_grad"])
+def test_hooks_on_what_is_recorded(name: str) -> None:
+    model = nn.Linear(2, 1)
+
+    def f(x: Any) -> Any:
+        y = model(x)
+        getattr(y, name)(*([print] if name == "register_hook" else []))  # here
+        return ops.sum(y)
+
+    assert name in refused(f, X)
+
+
 # ---------------------------------------------------------------------------- writing to what is outside
 
 
@@ -202,6 +238,35 @@ def test_writing_outside(f: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_writing_outside_in_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "LIST", [])
     refused(in_a_helper, X, where=appends)
+
+
+@pytest.mark.parametrize("write", [lambda a: a.fill(7.0), lambda a: np.add(a, 1.0, out=a), lambda a: a.sort()])
+def test_writing_to_an_array_outside(write: Any) -> None:
+    statistics = np.array([3.0, 2.0])
+
+    def f(x: Any) -> Any:
+        write(statistics)
+        return x * 2.0
+
+    with pytest.raises(tg.TraceError, match="array that it closes over"):
+        tg.compile(f)(X)
+
+    def reads(x: Any) -> Any:
+        own = np.zeros(2)
+        own[0] = 1.0
+        return x * own * statistics
+
+    assert tg.compile(reads)(X).shape == (2,)
+
+
+def test_writing_to_the_data_of_a_parameter() -> None:
+    model = nn.Linear(2, 1)
+
+    def f(x: Any) -> Any:
+        model.weight.data[0, 0] += 1.0  # here
+        return model(x)
+
+    refused(f, X)
 
 
 def test_setting_an_attribute() -> None:
@@ -304,6 +369,17 @@ def test_drawing_outside_of_ops_is_refused_before_anything_is_drawn() -> None:
 
     refused(f, X)
     assert generator.get_state() == before
+
+
+def test_seeding_is_refused_before_it_happens() -> None:
+    before = default_generator().get_state()
+
+    def f(x: Any) -> Any:
+        tg.seed(3)  # here
+        return ops.dropout(x, 0.5)
+
+    assert "seed outside" in refused(f, X)
+    assert default_generator().get_state() == before
 
 
 @pytest.mark.parametrize("draw", [lambda: np.random.rand(), lambda: random.random()])  # noqa: NPY002

@@ -375,3 +375,49 @@ def test_a_recording_waits_while_another_thread_has_variables_in_the_module() ->
     second.join()
     results[0].backward()
     assert layer.weight.grad.tolist() == [X.tolist()]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w.item(), lambda w: float(w), lambda w: 2.0 * w.data, lambda w: w.numpy().sum(), lambda w: w.tolist(),
+        lambda w: np.asarray(w) + 1.0, lambda w: w.copy(),
+    ],
+    ids=["item", "float", "data", "numpy", "tolist", "asarray", "copy"],
+)  # fmt: skip
+def test_values_that_python_reads_of_a_closed_over_tensor(read: Any) -> None:
+    """They are no part of the program: with other values, another one."""
+    w = tg.tensor(np.array(3.0))
+
+    def f(x: Any) -> Any:
+        return x * read(w)
+
+    fast = tg.compile(f)
+    for value in (3.0, 4.0, 4.0, 5.0):
+        w.data = np.array(value)
+        assert fast(np.ones(2)).tolist() == f(tg.tensor(np.ones(2))).tolist()
+
+
+def test_a_shape_that_is_read_through_data_records_no_more_than_twice(recordings: list[str]) -> None:
+    model = nn.Linear(20, 3)
+
+    def f(x: Any) -> Any:
+        return model(x) + np.zeros(model.weight.data.shape[0], model.weight.data.dtype)
+
+    fast = tg.compile(f)
+    for k in range(5):
+        model.weight.data = np.full((3, 20), float(k), np.float32)
+        assert fast(np.ones(20, np.float32)).tolist() == (20.0 * k + model.bias.data).tolist()
+    assert len(recordings) == 2
+
+
+def test_a_counter_that_is_compared_with_a_limit() -> None:
+    step = tg.tensor(np.array(0))
+
+    def f(x: Any) -> Any:
+        return x * (2.0 if step.data > 3 else 1.0)
+
+    fast = tg.compile(f)
+    for k in range(6):
+        step.data = np.array(k)
+        assert fast(np.ones(1)).tolist() == [2.0 if k > 3 else 1.0]

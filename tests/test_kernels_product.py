@@ -88,6 +88,22 @@ def test_large_products_are_native_for_any_number_of_threads(dtype: str, shape: 
     assert all((x == found[0]).all() for x in found) and native_calls == [True] * 6
 
 
+@pytest.mark.parametrize("shape", [(1000, 40, 300), (300, 40, 1000), (258, 1700, 7), (513, 90, 130)])
+def test_large_products_run_in_pieces_with_the_same_bits(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch ends before long, so that a Ctrl-C is heard of between two."""
+    rows, length, columns = shape
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(-1, 1, (length, rows)).T, rng.uniform(-1, 1, (length, columns))
+    whole, pieces = np.empty((rows, columns)), np.full((rows, columns), np.nan)
+    made: list[Any] = []
+    product = gemm.product
+    monkeypatch.setattr(gemm, "product", lambda a, b, out: made.append(out.shape) or product(a, b, out))
+    assert product(a, b, whole) and not made
+    monkeypatch.setattr(gemm, "LARGEST", 1.0)
+    assert product(a, b, pieces) and len(made) >= 2
+    np.testing.assert_array_equal(pieces, whole)
+
+
 def test_stacks_and_transposed_operands_are_native(native_calls: list[bool]) -> None:
     rng = np.random.default_rng(6)
     a, b = rng.standard_normal((5, 40, 64)), rng.standard_normal((80, 64)).T

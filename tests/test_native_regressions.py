@@ -102,6 +102,15 @@ def test_against_the_loop_step_by_step(name: str, runs: list[bool]) -> None:  # 
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("f", [ops.softmax, ops.log_softmax])
+def test_a_softmax_of_no_elements(f: Any, runs: list[bool]) -> None:  # noqa: F811
+    """Over an empty batch: there is no maximum to subtract."""
+    x = tg.tensor(np.zeros((3, 0, 2)), requires_grad=True)
+    _, ys = ops.scan(lambda h, v: (ops.tanh(f(h, axis=0) + v),) * 2, np.zeros((0, 2)), x)
+    ys.sum().backward()
+    assert ys.shape == x.grad.shape == (3, 0, 2)
+
+
 def test_integers_beyond_2_to_the_53_are_rounded_on_the_way_through_a_float() -> None:
     x = np.array([2**53 + 1])
     compiled = tg.compile(lambda t: ops.add(t.astype(np.float64).astype(np.int64), 0))

@@ -9,6 +9,7 @@ import pytest
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
+from tinygrad_lstm.nn import programs
 
 temperature = 1.0
 settings = {"gain": 1.0}
@@ -150,3 +151,40 @@ def test_numbers_in_containers_are_looked_at(change, compiled, monkeypatch):
         expected = layer(x)[0].numpy()
     assert np.abs(after - before[0]).max() > 0.01
     np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
+def test_values_of_a_parameter_that_the_cell_reads(monkeypatch):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.w = nn.Parameter(np.array(2.0)), nn.Parameter(np.eye(2))
+
+        def initial_state(self, batch):
+            return np.zeros((batch, self.w.data.shape[0]))
+
+        def forward(self, x, h):
+            h = 0.5 * h + (x @ self.w) * float(self.scale) + np.zeros(self.w.data.shape[0])
+            return h, h
+
+    cell = Scaled()
+    layer, x = nn.Recurrent(cell), np.ones((3, 1, 2))
+    for value in (2.0, 3.0, 3.0, 4.0):
+        cell.scale.data = np.array(value)
+        with tg.eager():
+            expected = layer(x)[0].tolist()
+        assert layer(x)[0].tolist() == expected
+
+    class Shaped(Scaled):
+        def forward(self, x, h):
+            h = 0.5 * h + x @ self.w * self.w.data.ndim
+            return h, h
+
+    recorded, record = [], programs.record_body
+    monkeypatch.setattr(programs, "record_body", lambda *args: recorded.append(1) or record(*args))
+    cell = Shaped()
+    cell.w = nn.Parameter(np.eye(5))
+    layer = nn.Recurrent(cell)
+    for value in range(5):
+        cell.w.data = value * np.eye(5)
+        assert layer(np.ones((3, 1, 5)))[0].tolist()[0] == [[2.0 * value] * 5]
+    assert len(recorded) == 2  # the shape alone counted

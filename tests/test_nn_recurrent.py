@@ -192,6 +192,23 @@ def test_a_plain_attribute_that_changes():
     assert_trees(layer(x), loop(cell, tg.tensor(x)))
 
 
+def test_learned_state_beside_a_counter():
+    class Counting(nn.Module):
+        def initial_state(self, batch):
+            return np.full(batch, 3), np.zeros((batch, 2), np.float32)
+
+        def forward(self, x, state):
+            n, h = state
+            h = h + x * ops.expand_dims(n, 1).astype(np.float32)
+            return h, (n + 1, h)
+
+    layer = nn.Recurrent(Counting(), learn_state=True)
+    assert [name for name, _ in layer.named_parameters()] == ["learned_state.0"]
+    layer.learned_state[0].data = np.float32([[1.0, 2.0]])
+    outputs, (n, _) = layer(np.ones((2, 3, 2), np.float32))
+    assert n.tolist() == [5, 5, 5] and outputs[-1].tolist() == [[8.0, 9.0]] * 3
+
+
 def test_learned_state():
     layer, x = nn.Recurrent(make(nn.LSTMCell), learn_state=True), sequence(T, B, F)
     assert [name for name, _ in layer.named_parameters()][:2] == ["learned_state.0", "learned_state.1"]

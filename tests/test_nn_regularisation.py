@@ -102,6 +102,20 @@ def test_weight_drop():
         nn.WeightDrop(layer, ["nothing"])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Zoneout(nn.LSTMCell(2, 3), 0.1, 0.2),
+        lambda: nn.VariationalDropout(0.5, generator=np.random.default_rng(0)),
+        lambda: nn.Dropout(0.5, 7),
+        lambda: nn.WeightDrop(nn.LSTM(2, 3), generator=7),
+    ],
+)
+def test_what_is_no_generator(make):
+    with pytest.raises(tg.DTypeError, match=r"generator is a tg\.Generator, found"):
+        make()
+
+
 def test_a_probability_in_place_of_names() -> None:
     with pytest.raises(tg.DTypeError, match=r"names are a list of str, found 0.5; the probability is p=0.5"):
         nn.WeightDrop(nn.LSTM(3, 5), 0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -279,7 +279,7 @@ def test_bodies_that_are_singular_in_padding_and_carry_together(reverse, how, mo
         at, along = (init, xs), (np.cos(init), np.cos(xs))
         close(tg.jvp(lambda *a: masked(*a, lengths), at, along)[1], tg.jvp(rows, at, along)[1])
         return
-    with tg.eager() if how == "eager" else contextlib.nullcontext():
+    with tg.eager() if how == "eager" else nullcontext():
         found = tg.grad(lambda *args: projected(masked)(*args, lengths), (0, 1))(init, xs)
     close(found, tg.grad(projected(rows), (0, 1))(init, xs))
     assert not found[1].numpy()[1:, 1].any() and not found[1].numpy()[:, 2].any()
@@ -356,6 +356,17 @@ def test_few_steps_and_empty_batches(steps, batch, lengths, reverse):
         assert not grads[2].numpy().any()
     elif batch and not lengths:
         close(grads, tg.grad(projected(run(looped, lstm, reverse=reverse)), tuple(range(5)))(init, xs, *weights))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_no_steps_give_gradients_of_zero(eager):
+    init, xs, *weights = lstm_arguments()
+    leaves = [tg.tensor(a, requires_grad=True) for a in (*init, xs[:0], *weights)]
+    with tg.eager() if eager else nullcontext():
+        (h, c), ys = run(ops.scan, lstm)(tuple(leaves[:2]), *leaves[2:])
+        (ys.sum() + h.sum() + 2.0 * c.sum()).backward()
+    assert ys.requires_grad and ys.shape[0] == 0
+    assert [float(t.grad.max(initial=0.0)) for t in leaves] == [1.0, 2.0] + [0.0] * (len(leaves) - 2)
 
 
 def test_no_xs():

@@ -22,6 +22,38 @@ def running(a: Any) -> Any:
 # ---------------------------------------------------------------------------- captures
 
 
+@pytest.mark.parametrize("kind", ["register_hook", "retain_grad", "zero_grad"])
+def test_hooks_in_a_body_run_at_every_step(kind):
+    """Such as the clipping of each step's gradient: dropped at the recording, the gradients would be others."""
+    u = tg.tensor(0.5 * np.eye(3), requires_grad=True)
+    kept = []
+
+    def body(h, x):
+        z = h @ u + x
+        if kind == "register_hook":
+            z.register_hook(lambda g: ops.clip(g, -0.1, 0.1))
+        elif kind == "retain_grad":
+            z.retain_grad()
+            kept.append(z)
+        else:
+            u.zero_grad()
+        return ops.tanh(z), z
+
+    def gradients():
+        u.grad = None
+        kept.clear()
+        ys = ops.scan(body, np.ones((2, 3)), np.linspace(-1.0, 1.0, 24).reshape(4, 2, 3))[1]
+        ops.square(ys).sum().backward()
+        return [u.grad, *(z.grad for z in kept)]
+
+    found = gradients()
+    with tg.eager():
+        expected = gradients()
+    assert len(found) == len(expected) == (5 if kind == "retain_grad" else 1)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
 def test_a_captured_tensor_that_differs_at_each_call():
     """Attention over a memory that is new every time: the recorded body must read the new one."""
     rng = np.random.default_rng(0)

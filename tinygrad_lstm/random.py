@@ -119,6 +119,7 @@ class Generator:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a state that :meth:`get_state` returned."""
+        self._stream()  # as seed()
         try:
             self._bits.bit_generator.state = {
                 "bit_generator": state["bit_generator"],
@@ -140,4 +141,6 @@ def default_generator() -> Generator:
 
 def seed(n: int) -> None:
     """Seed the default generator (initialisation, dropout, shuffling)."""
-    _default._bits = Generator(n)._bits
+    bits = Generator(n)._bits
+    _default._stream()  # a witness sees this as a draw: what is recorded would be seeded only once
+    _default._bits = bits

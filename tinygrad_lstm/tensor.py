@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
+from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError, TraceError
 from tinygrad_lstm.kernels.pool import copied
 from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
 from tinygrad_lstm.record import _STATE, SILENT, state
@@ -101,7 +101,7 @@ class Tensor:
     def data(self) -> np.ndarray:
         """The ndarray itself.  Writing to it after an op saved it is noticed by ``backward``."""
         self._expose()
-        return self._data
+        return self._read()
 
     @data.setter
     def data(self, value: Any) -> None:
@@ -123,8 +123,15 @@ class Tensor:
         if copy or (dtype is not None and np.dtype(dtype) != self._data.dtype):
             if copy is False:
                 raise DTypeError(f"a tensor of dtype {self._data.dtype} cannot become {dtype} without a copy")
-            return np.array(self._data, dtype=dtype)
+            return np.array(self._read(), dtype=dtype)
         return self.data
+
+    def _read(self) -> np.ndarray:
+        """The array, for code outside of ops: what is being recorded holds for these values only."""
+        recorder = _STATE.get().trace
+        if recorder is not None:
+            recorder.read.append(self)
+        return self._data
 
     def _expose(self) -> None:
         self._store().expose()
@@ -181,15 +188,15 @@ class Tensor:
         """The value of a tensor with one element, as a Python number."""
         if self._data.size != 1:
             raise ShapeError(f"item() needs exactly one element, found shape {self.shape}; use tolist() or an index")
-        return self._data.item()
+        return self._read().item()
 
     def tolist(self) -> Any:
         """The values as nested Python lists (a number for a 0-d tensor)."""
-        return self._data.tolist()
+        return self._read().tolist()
 
     def copy(self) -> np.ndarray:
         """A copy of the values as an ndarray."""
-        return self._data.copy()
+        return self._read().copy()
 
     def __len__(self) -> int:
         if self._data.ndim == 0:
@@ -199,7 +206,7 @@ class Tensor:
     def __bool__(self) -> bool:
         if self._data.size != 1:
             raise ShapeError(f"the truth value of a tensor of shape {self.shape} is ambiguous; reduce it first")
-        return bool(self._data.item())
+        return bool(self._read().item())
 
     def __float__(self) -> float:
         return float(self.item())
@@ -210,7 +217,7 @@ class Tensor:
     def __index__(self) -> int:
         if self._data.dtype.kind not in "iu" or self._data.ndim:
             raise DTypeError(f"only an integer 0-d tensor can be an index, found {self.dtype} of shape {self.shape}")
-        return int(self._data)
+        return int(self._read())
 
     __hash__ = object.__hash__  # identity: == compares values
 
@@ -279,10 +286,14 @@ class Tensor:
     @property
     def grad(self) -> np.ndarray | None:
         """The accumulated gradient: an ndarray of this tensor's shape and dtype, or None."""
+        if _STATE.get().trace is not None:
+            raise no_gradients("reads .grad")
         return None if self._meta is None else self._meta.grad
 
     @grad.setter
     def grad(self, value: Any) -> None:
+        if _STATE.get().trace is not None:
+            raise no_gradients("sets .grad")
         if value is None:
             if self._meta is not None:
                 self._meta.grad = None
@@ -409,6 +420,14 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
 @functools.cache
 def _one(dtype: np.dtype) -> np.ndarray:
     return np.ones((), dtype)
+
+
+def no_gradients(what: str) -> TraceError:
+    """What recorded code cannot do: it runs once as Python, and its gradients are not there yet."""
+    return TraceError(
+        f"{what} while the body is being recorded; what is recorded runs only once as Python: read, set and clear "
+        "gradients outside of it"
+    )
 
 
 def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:

@@ -84,8 +84,23 @@ class TracedTensor(Tensor):
         """The same value, through which no gradient flows."""
         return REGISTRY["stop_gradient"].bind((self,), {})
 
+    def register_hook(self, hook: Any) -> Any:
+        """Refused: what is recorded is a program, and a hook is no part of it."""
+        raise _no_hooks("register_hook")
+
+    def retain_grad(self) -> None:
+        """Refused, as a hook."""
+        raise _no_hooks("retain_grad")
+
     def __repr__(self) -> str:
         return f"<traced {self._aval}>"
+
+
+def _no_hooks(name: str) -> TraceError:
+    return TraceError(
+        f"{name}() while the body is being recorded ({_user_line()}): a recorded body runs without hooks; call it on "
+        "what the body returns"
+    )
 
 
 _ON_TENSORS = "compute with ops on the tensor itself (ops.stop_gradient for a value without a gradient)"
@@ -121,6 +136,7 @@ class Trace:
 
     def __init__(self) -> None:
         self.entries: list[tuple[Record, tuple[Any, ...], tuple[Tensor, ...]]] = []
+        self.read: list[Tensor] = []  # tensors of which values were asked for: what was recorded depends on those
         self.closed = False
 
     def new(self, aval: Aval, requires_grad: bool = False) -> TracedTensor:
@@ -135,6 +151,7 @@ class Trace:
         for record, _, _ in self.entries:
             record.release()
         self.entries = []
+        self.read = []
 
     def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
         """Record an application without running it."""
@@ -161,10 +178,13 @@ class Trace:
 class Traced:
     """A recorded body: the Program, the tensors that it captured, and the trees of its results."""
 
-    def __init__(self, program: Program, captures: list[Tensor], out_tree: TreeDef) -> None:
+    def __init__(
+        self, program: Program, captures: list[Tensor], out_tree: TreeDef, read: Sequence[Tensor] = ()
+    ) -> None:  # fmt: skip
         self.program = program
         self.captures = captures
         self.out_tree = out_tree
+        self.read = read
 
 
 def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False) -> Traced:
@@ -204,9 +224,28 @@ def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False)
             outputs, out_tree = flatten(result)
             outputs = [asarray(o) if not isinstance(o, Tensor) else o for o in outputs]
         program, captures = lower(recorder.entries, inputs, outputs)
+        read = recorder.read
     finally:
         recorder.close()
-    return Traced(program, captures, out_tree)
+    return Traced(program, captures, out_tree, read)
+
+
+FEW = 16  # numbers, such as a flag or a counter
+
+
+def still_read(read: list[Any]) -> list[Any]:
+    """What to keep of ``(..., values)`` where other values gave the same program.
+
+    Of a matrix only its shape or dtype was looked at; a counter may have been compared with a limit.
+    """
+    return [entry for entry in read if entry[-1].size <= FEW]
+
+
+def depends_on(read: Sequence[Tensor]) -> None:
+    """Note for an enclosing recording that what was recorded inside of it depends on these tensors' values."""
+    outer = _STATE.get().trace
+    if outer is not None:
+        outer.read.extend(read)
 
 
 def _flatten_avals(tree: Any) -> tuple[list[Aval], TreeDef]:

@@ -35,8 +35,9 @@ class _NoDraws(dict):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise TraceError(
-            f"random numbers were drawn while {self.name} was recorded ({user_line()}); {self.later} would see the "
-            "same ones: draw them before it and pass them in, or use ops.dropout"
+            f"random numbers were drawn, or a generator was seeded, while {self.name} was recorded ({user_line()}); "
+            f"{self.later} would see the same ones: draw them before it and pass them in, or use ops.dropout; seed "
+            "outside of it"
         )
 
 

@@ -69,6 +69,8 @@ def _wanted(program: Program, equation: Any) -> Rule | None:
         return _one_axis_at_a_time(name) if len(equation.params["axis"]) > 1 else None
     if name == "einsum":
         return _einsum if _is_product(equation.params["subscripts"]) else None
+    if name in {"softmax", "log_softmax"} and not program.aval(equation.operands[0]).shape[equation.params["axis"]]:
+        return None  # of no elements, of which there is no maximum
     return _RULES.get(name)
 
 

@@ -18,6 +18,7 @@ from tinygrad_lstm.errors import DTypeError, GraphError
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.trace import still_read
 from tinygrad_lstm.tree import TreeDef, flatten
 
 __all__ = ["CompileWarning", "Compiled", "compile"]
@@ -98,7 +99,9 @@ class Compiled:
                 entry = self._entries.get(key)
                 captured = entry.captured(reaches) if entry is not None else None
                 if entry is None or captured is None:
-                    entry = Recording(self._name, self.__wrapped__, leaves, treedef, reaches).entry()
+                    old, entry = entry, Recording(self._name, self.__wrapped__, leaves, treedef, reaches).entry()
+                    if old is not None and old.read and entry.same_as(old):
+                        entry.read = still_read(entry.read)
                     captured = entry.captured(reaches)
             if captured is None:
                 raise GraphError(f"{self._name}: a captured tensor was replaced while the function was recorded")

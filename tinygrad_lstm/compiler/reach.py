@@ -135,6 +135,10 @@ class Reach:
             return False
         return True
 
+    def arrays(self) -> list[np.ndarray]:
+        """The NumPy arrays that were found; as objects they count by identity."""
+        return [value for value in self._keep if isinstance(value, np.ndarray)]
+
     # ------------------------------------------------------------------ looking
 
     def _visit(self, value: Any, holder: Any, place: Any) -> None:
@@ -174,7 +178,7 @@ class Reach:
         elif isinstance(value, MethodType):
             key.append("method")
             self._visit(value.__func__, None, None)
-            self._visit(value.__self__, None, None)
+            self._visit(value.__self__, (value.__self__,), 0)
             self._keep.append(value)
         elif isinstance(value, functools.partial):
             key.append("partial")

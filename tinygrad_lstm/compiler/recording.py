@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ __all__ = ["CompileWarning", "Entry", "FunctionTrace", "Recording"]
 
 # A loop over time was probably unrolled where so much was recorded, and one place in the code ran so often.
 MANY_RECORDS, MANY_TURNS = 2_000, 20
-
+LARGEST_CHECKED = 1 << 24  # bytes of an array; a data set, perhaps in a file, is not read through
 
 _DERIVING = frozenset({"tinygrad_lstm.autodiff.matrices", "tinygrad_lstm.pushforward", "tinygrad_lstm.tape"})
 
@@ -66,14 +67,24 @@ class FunctionTrace(Trace):
         return tensor
 
 
+def _contents(reaches: Sequence[Reach]) -> list[Any]:
+    """What can be changed in place in tensors and arrays; whoever writes through an array leaves no other trace."""
+    tensors = [holder[place] for reach in reaches for holder, place in reach.tensors]
+    made: list[Any] = [(t.version, t._rg) for t in tensors]
+    arrays = [t._data for t in tensors if not isinstance(t, TracedTensor)] + [a for r in reaches for a in r.arrays()]
+    made += [zlib.crc32(a.tobytes()) for a in arrays if a.nbytes <= LARGEST_CHECKED and not a.dtype.hasobject]
+    return made
+
+
 class Entry:
     """One recorded signature."""
 
     def __init__(
         self, name: str, program: Program, n_recorded: int, draws: Sequence[Callable[[], Any]], captures: Sequence[Any],
-        outs: Sequence[tuple[str, Any]], out_tree: TreeDef,
+        outs: Sequence[tuple[str, Any]], out_tree: TreeDef, read: list[tuple[int, int, np.ndarray]],
     ) -> None:  # fmt: skip
         self.name = name
+        self.read = read  # (which reach, which of its tensors, values) of tensors that Python code took values of
         self.program = program  # inputs: arguments, draws, captures
         self.n_recorded = n_recorded
         self.draws = tuple(draws)
@@ -87,6 +98,10 @@ class Entry:
     def captured(self, reaches: Sequence[Reach]) -> list[Tensor] | None:
         """The captured tensors as they are now; None where one is not what was recorded."""
         found = []
+        for which, number, values in self.read:
+            holder, place = reaches[which].tensors[number]
+            if isinstance(holder[place], TracedTensor) or not np.array_equal(holder[place]._data, values):
+                return None
         for source, aval in zip(self.captures, self.capture_avals, strict=True):
             if source.__class__ is tuple:
                 holder, place = reaches[source[0]].tensors[source[1]]
@@ -98,6 +113,16 @@ class Entry:
                     return None
             found.append(source)
         return found
+
+    def same_as(self, other: Entry) -> bool:
+        """Whether both were recorded as the same program, with the same constants."""
+        ours, theirs = ([c for c in e.captures if c.__class__ is not tuple] for e in (self, other))
+        return (
+            self.program.key == other.program.key
+            and len(ours) == len(theirs)
+            and all(a is b or np.array_equal(a._data, b._data) for a, b in zip(ours, theirs, strict=True))
+            and not any(kind == "static" and what is not None for kind, what in self.outs)
+        )
 
     def run(self, tensors: list[Tensor], captured: list[Tensor]) -> Any:
         operands = [*tensors, *(asarray(make()) for make in self.draws), *captured]
@@ -154,11 +179,16 @@ class Recording:
     def entry(self) -> Entry:
         """Record the function; raises TraceError where it is not pure."""
         recorder = FunctionTrace()
-        versions = [(t, t.version) for t in self._reached()]
+        before = _contents(self.reaches)
         try:
             instead = "pass them as arguments, or use ops.dropout"
             with drawn_once([self.f, self.leaves], self.name, "every later call", instead):
                 made = self._lowered(recorder)
+            made.read = [
+                (*source, tensor._data.copy())
+                for tensor in recorder.read
+                if not isinstance(tensor, TracedTensor) and (source := self._source(tensor)).__class__ is tuple
+            ]
         except Error as error:
             raise explained(error, self.name) from None
         finally:
@@ -169,10 +199,10 @@ class Recording:
                 f"{self.name} changes something outside of itself ({self._culprit()}): an attribute, a list, a dict or "
                 "a global; a compiled function runs only once as Python, so return the value instead"
             )
-        if any(t.version != version for t, version in versions):
+        if _contents(self.reaches) != before:
             raise TraceError(
-                f"{self.name} changes the value of a parameter or of a tensor that it closes over ({self._culprit()}); "
-                "update parameters outside of the compiled function"
+                f"{self.name} changes a parameter, or a tensor or array that it closes over ({self._culprit()}); "
+                "update parameters outside of the compiled function, which runs only once as Python"
             )
         self._check_escapes(recorder)
         if made.n_recorded > MANY_RECORDS and max(recorder.turns.values(), default=0) >= MANY_TURNS:
@@ -183,9 +213,6 @@ class Recording:
                 stacklevel=3,
             )
         return made
-
-    def _reached(self) -> list[Tensor]:
-        return [holder[place] for reach in self.reaches for holder, place in reach.tensors]
 
     def _lowered(self, recorder: FunctionTrace) -> Entry:
         inputs, result = self._call(recorder)
@@ -213,7 +240,7 @@ class Recording:
         program = program.replaced(inputs=operands, captures=(), outputs=tuple(results))
         return Entry(
             self.name, optimised(program), n_recorded, [make for make, _ in recorder.draws],
-            [self._source(t) for t in captures], outs, out_tree,
+            [self._source(t) for t in captures], outs, out_tree, [],
         )  # fmt: skip
 
     def _source(self, tensor: Tensor) -> Any:
@@ -241,11 +268,10 @@ class Recording:
     def _culprit(self) -> str:
         """``file:line`` of the statement that changes something: found by running the function once more."""
         before = [Reach(root) for root in self._roots()]
-        tensors = [holder[place] for reach in before for holder, place in reach.tensors]
-        versions = [t.version for t in tensors]
+        contents = _contents(before)
 
         def happened() -> bool:
-            return not all(r.unchanged() for r in before) or [t.version for t in tensors] != versions
+            return not all(r.unchanged() for r in before) or _contents(before) != contents
 
         recorder = FunctionTrace()
         where = line_where(lambda: self._call(recorder), happened)

@@ -14,6 +14,9 @@ from . import codecache, threads
 
 __all__ = ["Functions", "call", "column_sums", "functions", "packed_bytes", "product"]
 
+LARGEST = 2e10  # multiply-adds of a launch, times the itemsize: some 100 ms of one thread
+LEAST = 128  # rows or columns of a piece
+
 
 class Functions(NamedTuple):
     """Addresses of C functions ``int64 f(int64, ...)``, and the constants that their callers need.
@@ -147,8 +150,19 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
     table = _table.address
     parts = entry(part, panel, item, table, id(a), id(b), id(out))
     if parts > 0:
+        if a.size * b.shape[1] * item > LARGEST and max(out.shape) >= 2 * LEAST:
+            return _halved(a, b, out)
         threads.run(part, table, parts)
     return parts >= 0
+
+
+def _halved(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
+    """A product in two, by its longer side: Python runs in between, and hears of a Ctrl-C."""
+    rows, columns = out.shape
+    cut = max(rows, columns) // 2 // LEAST * LEAST
+    if rows >= columns:
+        return product(a[:cut], b, out[:cut]) and product(a[cut:], b, out[cut:])
+    return product(a, b[:, :cut], out[:, :cut]) and product(a, b[:, cut:], out[:, cut:])
 
 
 def column_sums(a: np.ndarray, out: np.ndarray) -> bool:

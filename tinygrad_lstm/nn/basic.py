@@ -13,6 +13,7 @@ from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, Sha
 from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.nn import init
 from tinygrad_lstm.nn.module import Module, Parameter
+from tinygrad_lstm.ops.random import check_generator
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -242,7 +243,7 @@ class Dropout(Module):
 
     def __init__(self, p: float = 0.5, generator: Generator | None = None) -> None:
         super().__init__()
-        self.p, self.generator = check_probability("Dropout", p), generator
+        self.p, self.generator = check_probability("Dropout", p), check_generator("Dropout", generator)
 
     def forward(self, x: Any) -> Tensor:
         """Same shape; x itself in evaluation."""

@@ -17,7 +17,7 @@ from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.foreign import array_of
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
-from tinygrad_lstm.tensor import Tensor, check_differentiable, to_array
+from tinygrad_lstm.tensor import Tensor, check_differentiable, no_gradients, to_array
 
 __all__ = ["LoadResult", "Module", "Parameter", "changes"]
 
@@ -378,6 +378,8 @@ class Module:
 
     def zero_grad(self) -> None:
         """Set the gradient of every parameter to None."""
+        if _STATE.get().trace is not None:
+            raise no_gradients("zero_grad()")
         kind = type(self)
         if kind.parameters is Module.parameters and kind.named_parameters is Module.named_parameters:
             _forget_gradients(list(self.__dict__.values()), {id(self)})  # once a step: without names

@@ -3,7 +3,8 @@
 Recording a body costs more than running a tiny one.  A program is valid for one structure of the cell (its
 version), one set of shapes and dtypes, and one mode (train or eval).  What it captures is read again at
 every call, by its place in the module: a Parameter whose ``data`` was set, or that was replaced, counts.  A
-cell that captures anything else (a tensor that it closes over) is recorded at every call.
+cell that captures anything else (a tensor that it closes over) is recorded at every call; one that asks for values of
+its parameters (``self.scale.item()``), when those have changed.
 
 What a user's cell reads outside of itself (globals, attributes of its class) is looked at before a program is used
 again.  What recording cannot see is a value that a function returns anew (a clock, ``numpy.random``): it is
@@ -27,6 +28,7 @@ from tinygrad_lstm.ops.control import Recorded, record_body
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.trace import depends_on, still_read
 
 __all__ = ["known_of", "recorder_for"]
 
@@ -117,18 +119,27 @@ def _outside(cell: Module) -> Reach | None:
 class _Entry:
     """A recorded body, and where what it captures stands in the module."""
 
-    __slots__ = ("captures", "outside", "recorded", "settled")
+    __slots__ = ("captures", "outside", "read", "recorded", "settled")
 
     def __init__(
-        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None, settled: bool
+        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None, settled: bool,
+        read: list[tuple[Any, Any, np.ndarray]],
     ) -> None:  # fmt: skip
         self.recorded = recorded
         self.outside = outside
+        self.read = read  # (holder, key, values) of tensors whose values the equations were made with
         program = recorded.program
         self.captures = _captures(places, [program.avals[slot] for slot in program.captures])
         # Whether only a change that counts (see module.changes), or one outside, can make another program, or other
         # captures, of it.
-        self.settled = settled and all(_is_attribute(holder) for found in places for holder, _ in found)
+        self.settled = settled and not read and all(_is_attribute(holder) for found in places for holder, _ in found)
+
+    def holds(self) -> bool:
+        """Whether the tensors that were read have the same values."""
+        try:
+            return all(np.array_equal(holder[key]._data, values) for holder, key, values in self.read)
+        except (LookupError, AttributeError):
+            return False
 
 
 def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Callable[[], list[Any] | None]:
@@ -191,10 +202,12 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         if entry is not None:
             if isinstance(entry, str):
                 raise TraceError(entry)
-            captures = entry.captures() if entry.outside is None or entry.outside.unchanged() else None
+            same = (entry.outside is None or entry.outside.unchanged()) and (not entry.read or entry.holds())
+            captures = entry.captures() if same else None
             if captures is not None:
                 recorded = Recorded(entry.recorded.program, captures, entry.recorded.n_carry, entry.recorded.y_tree)
                 recorded.entry = entry if entry.settled else None
+                depends_on([holder[key] for holder, key, _ in entry.read])
                 return recorded
         if body is None:
             return None
@@ -207,11 +220,19 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         places: dict[int, list[tuple[Any, Any]]] = {}
         for place in cell._all_places():
             places.setdefault(id(place.value), []).append((place.holder, place.key))
-        found = [places.get(id(t)) for t in recorded.captures]
+        found = [places.get(id(t)) for t in (*recorded.captures, *recorded.read)]
         if all(place is not None for place in found):
             # The captured tensors themselves are not kept: swapped-in variables of grad must not live on here.
             bare = Recorded(recorded.program, [], recorded.n_carry, recorded.y_tree)
-            known[key] = _Entry(bare, [place for place in found if place is not None], _outside(cell), settled)
+            captured = [place for place in found[: len(recorded.captures)] if place is not None]
+            read = [
+                (*place[0], t._data.copy())
+                for place, t in zip(found[len(captured) :], recorded.read, strict=True)
+                if place is not None
+            ]
+            if entry is not None and entry.recorded.program.key == bare.program.key and not entry.holds():
+                read = still_read(read)
+            known[key] = _Entry(bare, captured, _outside(cell), settled, read)
             recorded.entry = known[key] if known[key].settled else None
         return recorded
 

@@ -164,7 +164,8 @@ class Recurrent(Budgeted):
     batch_first : bool
         x and the outputs are ``(B, T, ...)`` instead of ``(T, B, ...)``.
     learn_state : bool
-        Train the initial state: one Parameter ``learned_state.k (1, ...)`` per part, the same for every sequence.
+        Train the initial state: one Parameter ``learned_state.k (1, ...)`` per floating part, the same for every
+        sequence.
     return_states, return_gates : bool
         Return a third result, see :meth:`forward`.
     memory : int or float, optional
@@ -194,7 +195,8 @@ class Recurrent(Budgeted):
         self.memory = check_memory(memory, "Recurrent")
         self.learned_state = None
         if learn_state:
-            self.learned_state = [Parameter(asarray(leaf)._data[:1]) for leaf in flatten(cell.initial_state(1))[0]]
+            parts = map(asarray, flatten(cell.initial_state(1))[0])
+            self.learned_state = [Parameter(part._data[:1]) for part in parts if part.dtype.kind == "f"]
 
     def start(self, batch: int, given: Any = None) -> Any:
         """The state to start from: the given one, the learned one, or the cell's."""
@@ -203,8 +205,8 @@ class Recurrent(Budgeted):
         if given is not None:
             return checked_state(describe(self), type(self.cell).__name__, given, leaves, treedef)
         if self.learned_state is not None:
-            grown = [ops.broadcast_to(p, (batch, *p.shape[1:])) for p in self.learned_state]
-            return unflatten(treedef, grown)
+            grown = iter([ops.broadcast_to(p, (batch, *p.shape[1:])) for p in self.learned_state])
+            return unflatten(treedef, [next(grown) if asarray(leaf).dtype.kind == "f" else leaf for leaf in leaves])
         return default
 
     def forward(

@@ -16,7 +16,7 @@ from tinygrad_lstm.checks import check_probability
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn.module import Module
 from tinygrad_lstm.nn.recurrent import check_cell
-from tinygrad_lstm.ops.random import drawn, dropout_mask
+from tinygrad_lstm.ops.random import check_generator, drawn, dropout_mask
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import flatten, tree_map, unflatten
@@ -45,7 +45,8 @@ class VariationalDropout(Module):
 
     def __init__(self, p: float = 0.5, batch_first: bool = False, generator: Generator | None = None) -> None:
         super().__init__()
-        self.p, self.batch_first, self.generator = check_probability("VariationalDropout", p), batch_first, generator
+        self.p, self.batch_first = check_probability("VariationalDropout", p), batch_first
+        self.generator = check_generator("VariationalDropout", generator)
 
     def forward(self, x: Any) -> Tensor:
         """Same shape; x itself in evaluation."""
@@ -92,7 +93,7 @@ class Zoneout(Module):
         rates = list(p) if isinstance(p, Sequence) else [p] * parts
         if len(rates) != parts:
             raise ArgumentError(f"Zoneout: {len(rates)} probabilities for a state of {parts} parts")
-        self.cell, self.generator = cell, generator
+        self.cell, self.generator = cell, check_generator("Zoneout", generator)
         self.p = tuple(check_probability("Zoneout", rate) for rate in rates)
 
     def initial_state(self, batch: int) -> Any:
@@ -165,7 +166,7 @@ class WeightDrop(Module):
         wrong = [name for name in names if name not in known]
         if wrong or not names:
             raise ArgumentError(f"WeightDrop: no parameters named {wrong or 'weight_hh...'}; there are {list(known)}")
-        self.layer, self.names, self.generator = layer, list(names), generator
+        self.layer, self.names, self.generator = layer, list(names), check_generator("WeightDrop", generator)
         self.p = check_probability("WeightDrop", p)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,7 @@ def scan_with(
         full_body = _masked(body)
         x_leaves = [*(_filled(leaf, valid, checked) for leaf in x_leaves), valid]
         x_tree = TreeDef(tuple, (), (x_tree, TreeDef("leaf", (), ())))
-    if not state().eager:
+    if not state().eager or steps == 0:  # where no step runs, there is none to show, but gradients of zero
         try:
             return _recorded(record, full_body, carry_leaves, carry_tree, x_leaves, x_tree, steps, reverse, memory)
         except TraceError as error:
@@ -297,9 +297,12 @@ def _pair(result: Any) -> tuple[Any, Any]:
 class Recorded:
     """A recorded scan body: everything about it that does not depend on values or on the number of steps."""
 
-    def __init__(self, program: Any, captures: list[Tensor], n_carry: int, y_tree: TreeDef) -> None:
+    def __init__(
+        self, program: Any, captures: list[Tensor], n_carry: int, y_tree: TreeDef, read: Sequence[Tensor] = ()
+    ) -> None:  # fmt: skip
         self.program = program
         self.captures = captures
+        self.read = read  # tensors on whose values the program depends
         self.n_carry = n_carry
         self.y_tree = y_tree
         # Where the captures stand, if the program is right as long as they fit and no module is changed.
@@ -319,7 +322,7 @@ class Recorded:
 def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[Tensor], x_tree: TreeDef) -> Recorded:
     """Record a body on data-free tensors of the given shapes (the time axis of xs removed)."""
     from tinygrad_lstm.compiler.draws import drawn_once
-    from tinygrad_lstm.trace import trace
+    from tinygrad_lstm.trace import depends_on, trace
 
     trees: list[Any] = [None]
 
@@ -336,7 +339,8 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
             traced = trace(flat, avals, flat=True)
     else:  # whoever is recording looks at that
         traced = trace(flat, avals, flat=True)
-    return Recorded(canonical(traced.program), traced.captures, len(carry), trees[0])
+    depends_on(traced.read)
+    return Recorded(canonical(traced.program), traced.captures, len(carry), trees[0], traced.read)
 
 
 def _recorded(

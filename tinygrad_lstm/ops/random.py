@@ -16,6 +16,15 @@ from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor, asarray
 
 
+def check_generator(who: str, generator: Any) -> Generator | None:
+    """The generator; raises DTypeError unless it is one of this package, or None."""
+    if generator is not None and not isinstance(generator, Generator):
+        kind = type(generator)
+        found = kind.__name__ if kind.__module__ == "builtins" else f"one of {kind.__module__}"
+        raise DTypeError(f"{who}: generator is a tg.Generator, found {found}; make one with tg.Generator(seed)")
+    return generator
+
+
 def dropout(x: Any, p: float, generator: Generator | None = None, training: bool = True) -> Any:
     """Zero each element with probability p and divide the others by 1 - p (Srivastava et al. 2014).
 
@@ -35,11 +44,7 @@ def dropout(x: Any, p: float, generator: Generator | None = None, training: bool
     DTypeError
         x of integers or booleans (1 / (1 - p) is none), another kind of generator.
     """
-    if generator is not None and not isinstance(generator, Generator):
-        raise DTypeError(
-            f"dropout: generator is a tg.Generator, found one of {type(generator).__module__}; "
-            "make one with tg.Generator(seed)"
-        )
+    check_generator("dropout", generator)
     check_probability("dropout", p)
     x = asarray(x)
     if training and x.dtype.kind != "f":
