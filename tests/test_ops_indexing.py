@@ -172,3 +172,15 @@ def test_other_indices_with_an_array(index: Any) -> None:
         tg.tensor(x)[(*index(ids), *(slice(None),) * 3)]
     with pytest.raises(tg.OutOfRangeError, match="3"):
         tg.tensor(x)[index(np.array([3]))]
+
+
+@pytest.mark.parametrize("rows", [1, 65535, 65536, 65537, 70000])
+def test_rows_of_a_large_table_get_their_gradients(rows: int, rng: np.random.Generator) -> None:
+    """Indices are sorted as 16 bits where they fit."""
+    ids = np.concatenate([rng.integers(-rows, rows, 500), [rows - 1, -rows, 0, rows - 1, -1]])
+    table = tg.tensor(rng.standard_normal((rows, 2)), requires_grad=True)
+    weights = rng.standard_normal((len(ids), 2))
+    (ops.take(table, ids, axis=0) * weights).sum().backward()
+    expected = np.zeros((rows, 2))
+    np.add.at(expected, ids, weights)
+    np.testing.assert_allclose(table.grad, expected, rtol=1e-12, atol=1e-12)
