@@ -23,6 +23,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "projection": lambda: nn.LSTM(F, H, proj_size=3, dtype=np.float64),
     "two layers": lambda: nn.LSTM(F, H, 2, dtype=np.float64),
     "two directions": lambda: nn.GRU(F, H, bidirectional=True, dtype=np.float64),
+    "batch first": lambda: nn.LSTM(F, H, batch_first=True, dtype=np.float64),
     "two of both": lambda: nn.LSTM(F, H, 2, bidirectional=True, dropout=0.5, dtype=np.float64).eval(),
 }
 
@@ -86,7 +87,7 @@ def test_a_known_call_computes_the_same(name: str, used: list[bool]) -> None:
     agree(everything(layer, 1), plainly(layer, 1))
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru", "two of both"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "batch first", "two of both"])
 def test_without_gradients(name: str, used: list[bool]) -> None:
     layer = LAYERS[name]()
     for _ in range(2):

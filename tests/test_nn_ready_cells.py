@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from test_nn_ready import B, F, H, T, agree, sequence, used
+from test_nn_ready import sequence as time_major
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
@@ -285,9 +286,14 @@ class Pair(nn.Module):
         return a, (a, 0.5 * b + a)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("make", [Pair, lambda: nn.LSTMCell(F, H, dtype=np.float64)])
-def test_a_given_state(make: Any, used: list[bool]) -> None:
-    layer = nn.Recurrent(make())
+def test_a_given_state(make: Any, batch_first: bool, used: list[bool]) -> None:
+    layer = nn.Recurrent(make(), batch_first=batch_first)
+
+    def sequence() -> np.ndarray:
+        return np.swapaxes(time_major(), 0, 1) if batch_first else time_major()
+
     state = tuple(tg.tensor(np.random.default_rng(k).standard_normal((B, H)), requires_grad=True) for k in range(2))
 
     def found() -> list[np.ndarray]:
@@ -295,7 +301,7 @@ def test_a_given_state(make: Any, used: list[bool]) -> None:
         for part in state:
             part.grad = None
         y, (a, b) = layer(tg.tensor(sequence()), state)
-        (ops.square(y) + a * b).sum().backward()
+        (ops.square(y).sum() + (a * b).sum()).backward()
         parameters = [p.grad for p in layer.parameters()]
         return [y.numpy(), a.numpy(), b.numpy(), *(part.grad for part in state), *parameters]
 

@@ -208,8 +208,11 @@ def find(layer: Any, x: Tensor) -> Any:
     return known.get((x._data.shape, x._data.dtype)) if known is not None else None
 
 
-def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tensor) -> None:
-    """Keep a call that was just made in the ordinary way for :func:`find`, where all about it is settled."""
+def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tensor, given: Tensor) -> None:
+    """Keep a call that was just made in the ordinary way for :func:`find`, where all about it is settled.
+
+    ``x`` is what was ``given``, time-major.
+    """
     steps, batch, width = x.shape
     runs = []
     for k, cell in enumerate(cells):
@@ -226,10 +229,10 @@ def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tenso
         if recorded is None or recorded.entry is None or recorded.y_tree is not LEAF or not recorded.program.outputs:
             return
         runs.append(_Run(cell, recorded, carry, steps, k % directions == 1))
-    _put(layer, x, ReadyLayers(runs, directions, parts))
+    _put(layer, given, ReadyLayers(runs, directions, parts))
 
 
-def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor, start: Any) -> None:
+def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor, given: Tensor, start: Any) -> None:
     """Keep a call of ``nn.Recurrent`` that was just made from the state ``start``, as :func:`keep`."""
     if not isinstance(cell, Module) or hasattr(cell, "noise") or not vars(cell).keys().isdisjoint(_OVERRIDES):
         return
@@ -247,7 +250,7 @@ def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor, start: Any) 
         made: Any = cell
         zeros, _ = leaves_of(made.initial_state(x.shape[1]), "init")
     run = _Run(cell, recorded, zeros, x.shape[0], reverse)
-    _put(layer, x, ReadyRecurrent(run, carry, tree, recorded.y_tree))
+    _put(layer, given, ReadyRecurrent(run, carry, tree, recorded.y_tree))
 
 
 def _put(layer: Any, x: Tensor, ready: _Ready) -> None:

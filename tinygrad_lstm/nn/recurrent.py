@@ -237,11 +237,12 @@ class Recurrent(Budgeted):
         if plain and not return_states and not return_gates and (state is None or _is_of_tensors(state)):
             ready, current = find(self, x), recording_state()
             if ready is not None and (captures := ready.captures((self.cell,), current)) is not None:
+                timed: Any = flipped(x) if self.batch_first else x
                 if state is None:
-                    start = ready.start(x._data.shape[1])
-                result = ready(x, start if state is None else state, captures, current)
+                    start = ready.start(timed._data.shape[1])
+                result = ready(timed, start if state is None else state, captures, current)
                 if result is not None:
-                    return result
+                    return (flipped(result[0]), result[1]) if self.batch_first else result
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
@@ -276,10 +277,10 @@ class Recurrent(Budgeted):
         if self.batch_first:
             outputs = flipped(outputs)
         if not (want_states or want_gates):
-            bare = not (self.batch_first or self.return_states or self.return_gates) and self.learned_state is None
+            bare = not (self.return_states or self.return_gates) and self.learned_state is None
             usual = type(self).start is Recurrent.start and "start" not in vars(self)
             if plain and bare and usual and self.budget(memory) is None and recording_state().trace is None:
-                keep_recurrent(self, self.cell, self.reverse, x, start)
+                keep_recurrent(self, self.cell, self.reverse, x, given, start)
             return outputs, final
         return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}
 

@@ -155,10 +155,12 @@ class RecurrentLayers(Budgeted):
         if plain and x.__class__ is Tensor:
             ready, current = find(self, x), _STATE.get()
             if ready is not None and (captures := ready.captures(self._cells, current)) is not None:
-                if state is None:
-                    return ready(x, captures, current)
-                if (starts := ready.starts(state, current)) is not None:
-                    return ready(x, captures, current, starts)
+                starts = None if state is None else ready.starts(state, current)
+                if state is None or starts is not None:
+                    if not self.batch_first:
+                        return ready(x, captures, current, starts)
+                    y, final = ready(ops.swapaxes(x, 0, 1), captures, current, starts)
+                    return ops.swapaxes(y, 0, 1), final
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
@@ -172,7 +174,7 @@ class RecurrentLayers(Budgeted):
             x = ops.expand_dims(x, 1)
         elif self.batch_first:
             x = ops.swapaxes(x, 0, 1)
-        steps, batch = x.shape[:2]
+        timed, (steps, batch) = x, x.shape[:2]
         if unbatched and lengths is not None:
             lengths = np.reshape(lengths, 1)
         if lengths is not None:
@@ -200,10 +202,10 @@ class RecurrentLayers(Budgeted):
         result = (x, self._join_state(finals, unbatched))
         if not (want_states or want_gates):
             draws = self.dropout and self.training and self.num_layers > 1
-            common = plain and share is None and not unbatched and not self.batch_first and steps
+            common = plain and share is None and not unbatched and steps
             common = common and not (self.return_states or self.return_gates)  # what the next call gives by default
             if common and not draws and _STATE.get().trace is None:
-                keep(self, self._cells, self.directions, self.state_parts, given)
+                keep(self, self._cells, self.directions, self.state_parts, timed, given)
             return result
         joint = joined(trajectories)
         return (*result, {name: ops.squeeze(value, 2) for name, value in joint.items()} if unbatched else joint)
