@@ -6,7 +6,7 @@ they are first called, and kept on disk.
 - elementwise: :mod:`.expression` (functions on symbolic scalars), :mod:`.table` (their leaves), :mod:`.elementwise`
   (on arrays, by NumPy or natively), :mod:`.native`, :mod:`.lowering`, :mod:`.vector`, :mod:`.fit` (how);
 - products: :mod:`.matmul` (which product goes where), :mod:`.gemm` with :mod:`.gemm_native` and :mod:`.microkernel`;
-- rows: :mod:`.rows` (what compiled loops are made of), :mod:`.softmax`;
+- rows: :mod:`.rows` (what compiled loops are made of), :mod:`.softmax`, :mod:`.tables`;
 - many tensors in one call: :mod:`.multi`;
 - :mod:`.threads` and :mod:`.launch` (a pool without the GIL), :mod:`.pool` (memory that is used again),
   :mod:`.codecache` (machine code on disk, by content), :mod:`.translate` and :mod:`.dialect` (from text to LLVM IR),

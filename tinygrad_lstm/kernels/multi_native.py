@@ -17,7 +17,8 @@ from .instructions import for_range, on_stack
 from .printer import literal
 
 __all__ = [
-    "TILE_BYTES", "add_squares", "compile_sums", "compile_update", "copy_element", "layout_program", "transpose_block",
+    "TILE_BYTES", "add_squares", "by_itemsize", "compile_sums", "compile_update", "copy_element", "layout_program",
+    "transpose_block",
 ]  # fmt: skip
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -39,7 +40,7 @@ def _at(builder: Any, address: Any, type_: Any) -> Any:
     return builder.inttoptr(address, type_.as_pointer())
 
 
-def _by_itemsize(write: Callable[..., None]) -> Intrinsic:
+def by_itemsize(write: Callable[..., None]) -> Intrinsic:
     """Instructions for floats and for doubles; one more argument, the item size, tells which of them run."""
 
     def emit(builder: Any, *args: Any) -> None:
@@ -53,14 +54,14 @@ def _by_itemsize(write: Callable[..., None]) -> Intrinsic:
     return Intrinsic(emit)
 
 
-@_by_itemsize
+@by_itemsize
 def copy_element(builder: Any, item: int, source: Any, target: Any) -> None:
     """One element from an address to another."""
     type_ = ir.IntType(8 * item)
     builder.store(builder.load(_at(builder, source, type_)), _at(builder, target, type_))
 
 
-@_by_itemsize
+@by_itemsize
 def transpose_block(builder: Any, item: int, source: Any, step: Any, target: Any, target_step: Any) -> None:
     """A square block of 64 bytes a row (steps in bytes), in log2(side) rounds of exchanges between pairs of rows."""
     side = 64 // item
@@ -84,7 +85,7 @@ def transpose_block(builder: Any, item: int, source: Any, step: Any, target: Any
         builder.store(value, row(target, i, target_step), align=item)
 
 
-@_by_itemsize
+@by_itemsize
 def add_squares(builder: Any, item: int, source: Any, count: Any, result: Any) -> None:
     """The sum of squares of ``count`` elements as the double at ``result``; no fused multiplication, one order."""
     double = ir.DoubleType()

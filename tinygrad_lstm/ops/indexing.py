@@ -8,6 +8,7 @@ import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.kernels.pool import taken
+from tinygrad_lstm.kernels.tables import add_rows
 from tinygrad_lstm.operands import together
 from tinygrad_lstm.ops.axes import as_integer, normal_axis
 from tinygrad_lstm.ops.elementwise import maximum, minimum, multiply, where
@@ -196,24 +197,6 @@ def _take_forward(x: np.ndarray, indices: np.ndarray, *, axis: int) -> np.ndarra
 def _take_aval(x: Aval, indices: Aval, *, axis: int) -> Aval:
     place = axis + len(x.shape)
     return Aval((*x.shape[:place], *indices.shape, *x.shape[place + 1 :]), x.dtype)
-
-
-def add_rows(buffer: np.ndarray, indices: np.ndarray, rows: np.ndarray) -> None:
-    """``buffer[indices] += rows`` along axis 0, duplicates accumulated in a fixed order.
-
-    Sorting and one segmented sum: numpy.add.at walks element by element for rows.
-    """
-    flat = indices.reshape(-1)
-    if not flat.size:
-        return
-    flat = np.where(flat < 0, flat + len(buffer), flat)
-    if len(buffer) <= 1 << 16:
-        flat = flat.astype(np.uint16)  # which NumPy sorts by radix: 32,000 in 75 us in place of 1 ms
-    rows = rows.reshape(flat.size, *buffer.shape[1:])
-    order = np.argsort(flat, kind="stable")
-    ordered = flat[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    buffer[ordered[starts]] += np.add.reduceat(taken(rows, order, 0), starts, axis=0)
 
 
 def _untake_forward(g: np.ndarray, indices: np.ndarray, *, shape: tuple[int, ...], axis: int) -> np.ndarray:
