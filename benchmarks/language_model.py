@@ -82,7 +82,7 @@ class Theirs:
         self.optimizer.step()
         return loss.item()
 
-    def bits(self, ids: np.ndarray, batch: int = 16, length: int = 100) -> float:
+    def bits(self, ids: np.ndarray, batch: int = 1, length: int = 100) -> float:
         """As bits_per_character."""
         streams = TextStreams(ids, batch, length, drop_last=False)
         total, state = 0.0, None

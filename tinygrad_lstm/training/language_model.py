@@ -83,15 +83,18 @@ class CharLM(nn.Module):
         return self.output(self.dropout(y)), state
 
 
-def bits_per_character(model: nn.Module, ids: np.ndarray, batch_size: int = 16, seq_len: int = 100) -> float:
+def bits_per_character(model: nn.Module, ids: np.ndarray, batch_size: int = 1, seq_len: int = 100) -> float:
     """The mean of ``-log2 p(character)`` over a text, with the state carried from chunk to chunk.
 
-    The text is read as ``batch_size`` streams side by side (fewer for a short text); every
-    character but the first, and fewer than ``batch_size`` at the end, is predicted once.
+    Every character but the first is predicted once, from all of the text before it.
 
     Parameters
     ----------
     ids : int array ``(N,)``, N at least 2
+    batch_size : int
+        Streams in which the text is read side by side (fewer for a short text): sooner done, but each of them starts
+        in the middle of the text with nothing before it, which costs bits, and up to ``batch_size - 1`` characters at
+        the end are left out.
     """
     streams = TextStreams(ids, max(1, min(batch_size, (len(ids) - 1) // seq_len)), seq_len, drop_last=False)
     total, state = 0.0, None
@@ -213,7 +216,7 @@ def build(config: dict[str, Any], vocabulary_size: int) -> CharLM:
     return model
 
 
-def held_out_streams(corpus: TextCorpus, batch_size: int = 16, seq_len: int = 100) -> Iterable[Any]:
+def held_out_streams(corpus: TextCorpus, batch_size: int = 1, seq_len: int = 100) -> Iterable[Any]:
     """The held-out part as batches for ``Trainer``; the same chunks as :func:`bits_per_character`."""
     batch = max(1, min(batch_size, (len(corpus.held_out) - 1) // seq_len))
     return TextStreams(corpus.held_out, batch, seq_len, drop_last=False)
