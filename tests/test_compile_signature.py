@@ -398,6 +398,23 @@ def test_values_that_python_reads_of_a_closed_over_tensor(read: Any) -> None:
         assert fast(np.ones(2)).tolist() == f(tg.tensor(np.ones(2))).tolist()
 
 
+def test_values_that_are_no_numbers_are_the_same_again(recordings: list[str]) -> None:
+    w = tg.tensor(np.array(np.nan))
+    fast = tg.compile(lambda x: x * (2.0 if w.item() > 0 else 3.0))
+    assert [fast(np.ones(1)).tolist() for _ in range(3)] == [[3.0]] * 3
+    assert len(recordings) == 1
+    w.data = np.array(1.0)
+    assert fast(np.ones(1)).tolist() == [2.0]
+
+
+def test_the_sign_of_a_zero_that_is_read() -> None:
+    w = tg.tensor(np.array(0.0))
+    fast = tg.compile(lambda x: x * np.copysign(1.0, w.item()))
+    assert fast(np.ones(1)).tolist() == [1.0]
+    w.data = np.array(-0.0)
+    assert fast(np.ones(1)).tolist() == [-1.0]
+
+
 def test_a_shape_that_is_read_through_data_records_no_more_than_twice(recordings: list[str]) -> None:
     model = nn.Linear(20, 3)
 
