@@ -205,8 +205,8 @@ class Recording:
             )
         if _contents(self.reaches) != before:
             raise TraceError(
-                f"{self.name} changes a parameter, or a tensor or array that it closes over ({self._culprit()}); "
-                "update parameters outside of the compiled function, which runs only once as Python"
+                f"{self.name} changes a parameter, or a tensor or array that it closes over ({self._culprit()}), or "
+                "another thread does; update parameters outside of a compiled function, which runs only once as Python"
             )
         self._check_escapes(recorder)
         if made.n_recorded > MANY_RECORDS and max(recorder.turns.values(), default=0) >= MANY_TURNS:
