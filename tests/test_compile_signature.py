@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import inspect
@@ -381,9 +382,10 @@ def test_a_recording_waits_while_another_thread_has_variables_in_the_module() ->
     "read",
     [
         lambda w: w.item(), lambda w: float(w), lambda w: 2.0 * w.data, lambda w: w.numpy().sum(), lambda w: w.tolist(),
-        lambda w: np.asarray(w) + 1.0, lambda w: w.copy(),
+        lambda w: np.asarray(w) + 1.0, lambda w: w.copy(), lambda w: copy.copy(w).item(),
+        lambda w: copy.deepcopy(w).item(), lambda w: tg.tensor(w),
     ],
-    ids=["item", "float", "data", "numpy", "tolist", "asarray", "copy"],
+    ids=["item", "float", "data", "numpy", "tolist", "asarray", "copy", "copy.copy", "deepcopy", "tensor"],
 )  # fmt: skip
 def test_values_that_python_reads_of_a_closed_over_tensor(read: Any) -> None:
     """They are no part of the program: with other values, another one."""
@@ -396,6 +398,35 @@ def test_values_that_python_reads_of_a_closed_over_tensor(read: Any) -> None:
     for value in (3.0, 4.0, 4.0, 5.0):
         w.data = np.array(value)
         assert fast(np.ones(2)).tolist() == f(tg.tensor(np.ones(2))).tolist()
+
+
+def test_a_closed_over_tensor_that_is_detached() -> None:
+    """It is read again at every call, and gets no gradient."""
+    w = tg.tensor(np.array(3.0), requires_grad=True)
+    fast = tg.compile(lambda x: x * w * w.detach())
+    for value in (3.0, 4.0):
+        w.data, w.grad = np.array(value), None
+        y = fast(np.ones(2))
+        assert y.tolist() == [value**2] * 2
+        y.backward(np.ones(2))
+        assert w.grad == 2 * value
+
+
+def test_values_that_are_no_numbers_are_the_same_again(recordings: list[str]) -> None:
+    w = tg.tensor(np.array(np.nan))
+    fast = tg.compile(lambda x: x * (2.0 if w.item() > 0 else 3.0))
+    assert [fast(np.ones(1)).tolist() for _ in range(3)] == [[3.0]] * 3
+    assert len(recordings) == 1
+    w.data = np.array(1.0)
+    assert fast(np.ones(1)).tolist() == [2.0]
+
+
+def test_the_sign_of_a_zero_that_is_read() -> None:
+    w = tg.tensor(np.array(0.0))
+    fast = tg.compile(lambda x: x * np.copysign(1.0, w.item()))
+    assert fast(np.ones(1)).tolist() == [1.0]
+    w.data = np.array(-0.0)
+    assert fast(np.ones(1)).tolist() == [-1.0]
 
 
 def test_a_shape_that_is_read_through_data_records_no_more_than_twice(recordings: list[str]) -> None:

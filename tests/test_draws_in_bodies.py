@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -49,6 +50,34 @@ def test_a_recorded_body_that_draws_is_warned_of_at_the_users_line(name):
 def test_compiled_functions_that_draw_from_a_generator_of_their_own():
     with pytest.warns(CompileWarning, match="every later call sees the same ones"):
         tg.compile(lambda x: x * float(own.normal()))(X)
+
+
+class Sampler:
+    """A user's object that holds a generator."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, x):
+        return x * float(self.generator.normal())
+
+
+def _holding(kind):
+    sampler = Sampler()
+    return {
+        "method": sampler.__call__, "object": sampler, "closure": lambda x: sampler(x),
+        "partial": functools.partial(lambda own, x: x * float(own.normal()), sampler.generator),
+        "default": lambda x, own=sampler.generator: x * float(own.normal()),
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["method", "object", "closure", "partial", "default"])
+def test_wherever_the_generator_is_held(kind):
+    f = _holding(kind)
+    with pytest.warns(CompileWarning, match="every later call"):
+        tg.compile(f)(X)
+    with pytest.warns(CompileWarning, match="every step"):
+        ops.scan(lambda carry, row: (carry + f(row), None), np.zeros((2, 3), np.float32), X)
 
 
 def test_one_warning_for_loops_inside_of_a_recording():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tinygrad_lstm as tg
 from tinygrad_lstm import ops
 from tinygrad_lstm.compiler import native, runner
 from tinygrad_lstm.compiler.loop import LoopPlan, plan_loop
@@ -98,3 +99,29 @@ def test_rows_that_stand_apart(monkeypatch: pytest.MonkeyPatch, rng: np.random.G
     assert len(made) == 1
     for a, b in zip((*found[0], *found[1]), (*close[0], *close[1]), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mixing", [True, False])
+def test_rows_of_several_axes_stand_together(mixing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the batch is one row, or a row is a matrix: native code reads and writes it as one piece."""
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    rng = np.random.default_rng(0)
+    shape = (16, 512) if mixing else (8, 3, 512)
+    state, x, w = rng.standard_normal(shape), rng.standard_normal((STEPS, *shape)), rng.standard_normal((512, 512)) / 30
+
+    def grads() -> list[np.ndarray]:
+        def step(h: Any, x: Any) -> tuple[Any, Any]:
+            h = x + h @ matrix
+            h = ops.tanh(h - h.mean(axis=0, keepdims=True) if mixing else h)
+            return h, h
+
+        start, matrix = (tg.tensor(a, requires_grad=True) for a in (state, w))
+        final, ys = ops.scan(step, start, x)
+        ((ys * ys).sum() + final.sum()).backward()
+        return [start.grad.copy(), matrix.grad.copy()]
+
+    found = grads()
+    with tg.eager():
+        expected = grads()
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)

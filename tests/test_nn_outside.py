@@ -188,3 +188,24 @@ def test_values_of_a_parameter_that_the_cell_reads(monkeypatch):
         cell.w.data = value * np.eye(5)
         assert layer(np.ones((3, 1, 5)))[0].tolist()[0] == [[2.0 * value] * 5]
     assert len(recorded) == 2  # the shape alone counted
+
+
+def test_a_parameter_without_a_number_is_recorded_once(monkeypatch):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.limit = nn.Parameter(np.array(np.nan))
+
+        def initial_state(self, batch):
+            return np.zeros((batch, 2))
+
+        def forward(self, x, h):
+            h = ops.tanh(x + h) if self.limit.item() > 0 else x + h
+            return h, h
+
+    recorded, record = [], programs.record_body
+    monkeypatch.setattr(programs, "record_body", lambda *args: recorded.append(1) or record(*args))
+    layer = nn.Recurrent(Branching())
+    for _ in range(3):
+        assert layer(np.ones((3, 1, 2)))[0].tolist() == [[[1.0, 1.0]], [[2.0, 2.0]], [[3.0, 3.0]]]
+    assert len(recorded) == 1

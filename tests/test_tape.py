@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import weakref
 
@@ -176,6 +177,20 @@ def test_no_grad_is_reentrant_and_restored_by_exceptions():
     with pytest.raises(ZeroDivisionError), guard:
         raise ZeroDivisionError
     assert (x * 2.0).requires_grad
+
+
+def test_one_no_grad_in_several_tasks():
+    guard, x = tg.no_grad(), leaf(1.0)
+    first, second = contextvars.copy_context(), contextvars.copy_context()
+    for task in (first, second):
+        task.run(guard.__enter__)
+    for task in (first, second):
+        assert not task.run(lambda: (x * 2.0).requires_grad)
+        task.run(guard.__exit__, None, None, None)
+        assert task.run(lambda: (x * 2.0).requires_grad)
+    first.run(guard.__enter__)
+    with pytest.raises(tg.GraphError, match="another thread or task"):
+        second.run(guard.__exit__, None, None, None)
 
 
 def test_no_grad_wins_over_tape_and_grad():

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 
-from tinygrad_lstm.errors import DTypeError
+from tinygrad_lstm.errors import DTypeError, GraphError
 
 if TYPE_CHECKING:
     from tinygrad_lstm.primitive import Primitive
@@ -286,16 +286,22 @@ class no_grad(ContextDecorator):
             return functools.wraps(function)(lambda *args, **kwargs: _silent_steps(function(*args, **kwargs)))
         return super().__call__(function)
 
-    _entered: tuple[Any, Any] | None = None  # (token, what was entered before): one object may be entered again
+    def __init__(self) -> None:
+        self._entered: list[Any] = []  # tokens: one object may be entered again, also in several threads and tasks
 
     def __enter__(self) -> no_grad:
-        self._entered = (_STATE.set(_STATE.get().silent()), self._entered)
+        self._entered.append(_STATE.set(_STATE.get().silent()))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._entered is not None
-        token, self._entered = self._entered
-        _STATE.reset(token)
+        for token in reversed(self._entered):
+            try:
+                _STATE.reset(token)
+            except (ValueError, RuntimeError):  # of another thread or task, where it may have been used just now
+                continue
+            self._entered.remove(token)
+            return
+        raise GraphError("no_grad was left in another thread or task than it was entered in")
 
     def _recreate_cm(self) -> no_grad:
         return no_grad()  # a decorated function may recurse or run in several threads

@@ -245,6 +245,7 @@ class Tensor:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What copy.deepcopy and pickle ask: the value of a leaf; there is no copy of a graph."""
+        self._read()
         if self._node is None:
             return super().__reduce_ex__(protocol)
         if self._rg:
@@ -255,6 +256,7 @@ class Tensor:
         return Tensor, (self._data,)
 
     def __copy__(self) -> Tensor:
+        self._read()
         found: Any = object.__reduce_ex__(self, 4)
         make, args, state = found[:3]
         twin: Tensor = make(*args)
@@ -309,6 +311,11 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """The same values (shared), outside of any graph."""
+        if _STATE.get().trace is not None:  # another array may stand here when the recording runs
+            from tinygrad_lstm.pullback import REGISTRY  # stands above this module
+
+            found: Tensor = REGISTRY["stop_gradient"].bind((self,), {})
+            return found
         out = Tensor(self._data)
         out._storage = self._store()
         return out
@@ -518,7 +525,7 @@ def read(value: Any) -> np.ndarray:
 def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:
     """Anything array-like as an ndarray; Python floats become float32, everything else keeps its dtype."""
     if isinstance(value, Tensor):
-        array = value._data
+        array = value._read()
     elif isinstance(value, np.ndarray):
         array = value
     else:

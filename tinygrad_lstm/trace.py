@@ -241,6 +241,11 @@ def still_read(read: list[Any]) -> list[Any]:
     return [entry for entry in read if entry[-1].size <= FEW]
 
 
+def same_values(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have the same bits: NaN is NaN, and 0.0 is not -0.0."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
 def depends_on(read: Sequence[Tensor]) -> None:
     """Note for an enclosing recording that what was recorded inside of it depends on these tensors' values."""
     outer = _STATE.get().trace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.compiler.blame import user_line, users_level
-from tinygrad_lstm.compiler.reach import global_names, is_foreign
+from tinygrad_lstm.compiler.reach import global_names, is_foreign, is_plain_object
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.random import _WITNESS
 
@@ -80,7 +81,8 @@ def _states(generators: list[Any]) -> list[Any]:
 
 
 def _generators_of(f: Any) -> list[Any]:
-    """Generators of NumPy and Python in what a function closes over, its globals, and the modules among these."""
+    """Generators of NumPy and Python in what a function closes over, its defaults and globals, and the modules and
+    objects of the user's among these."""
     found: list[Any] = []
     seen: set[int] = set()
     pending = [f]
@@ -99,11 +101,16 @@ def _generators_of(f: Any) -> list[Any]:
                     pending.append(cell.cell_contents)
                 except ValueError:  # not filled yet
                     continue
+            pending += (value.__defaults__, value.__kwdefaults__)
             if not is_foreign(value):
                 names = value.__globals__
                 pending += [names[name] for name in global_names(value.__code__) if name in names]
         elif hasattr(type(value), "__tree_swap__"):
             pending += (type(value).forward, *vars(value).values())
+        elif isinstance(value, functools.partial):
+            pending += (value.func, value.args, value.keywords)
+        elif is_plain_object(value):
+            pending += (type(value).__call__ if callable(value) else None, *vars(value).values())
         elif isinstance(value, (list, tuple)) and len(value) < _MOST:
             pending += value
         elif isinstance(value, dict) and len(value) < _MOST:

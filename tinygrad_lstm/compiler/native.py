@@ -143,7 +143,7 @@ class Frame:
         def buffer(name: str, aval: Any, lead: tuple[int, ...] = (), zero: bool = False, padded: bool = False) -> int:
             shape, dtype = (*lead, *aval.shape), np.dtype(aval.dtype)
             large = dtype.itemsize * int(np.prod(shape, dtype=np.int64)) >= SMALLEST
-            spread = large and padded and len(shape) > 1 and shape[-1] * dtype.itemsize % ALIASED == 0
+            spread = large and padded and shape[-1] * dtype.itemsize % ALIASED == 0
             make = np.zeros if zero else spread_rows if spread else empty if large else np.empty
             self.makers.append((make, shape, dtype))
             places[name] = n_carry + n_x + n_v + len(self.makers) - 1
@@ -154,7 +154,9 @@ class Frame:
         self.stacks: list[tuple[int, slice | None]] = []
         for k, (kind, index) in enumerate(low.stacked):
             if kind == "y":
-                self.stacks.append((buffer(f"y{k}", outputs[n_carry + k], (steps,), padded=k in private), None))
+                # Native code takes a row of several axes (all of the batch, where rows mix) for one piece of memory.
+                padded = k in private and len(low.row_shapes[f"y{k}"][0]) == 1
+                self.stacks.append((buffer(f"y{k}", outputs[n_carry + k], (steps,), padded=padded), None))
             else:  # the carry before or after every step: rows of one buffer
                 shifted = (kind == "o") != reverse
                 self.stacks.append((at[index], slice(shifted, steps + shifted)))

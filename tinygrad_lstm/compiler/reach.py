@@ -26,7 +26,7 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Reach", "global_names", "is_foreign", "is_scalar", "scalar_key"]
+__all__ = ["Reach", "global_names", "is_foreign", "is_plain_object", "is_scalar", "scalar_key"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
 _MOST = 20_000  # objects looked at: what lies behind is taken as it is
@@ -186,7 +186,7 @@ class Reach:
                 self._visit(part, None, None)
         elif hasattr(value, "__compiled_function__"):
             self._visit(value.__wrapped__, None, None)
-        elif _is_plain_object(value):
+        elif is_plain_object(value):
             key.append((type(value), tuple(vars(value))))
             self._keep.append(type(value))
             self._container(vars(value), list(vars(value).items()))
@@ -301,7 +301,7 @@ def _is_installed(value: Any) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """An instance of a class that the user wrote in Python; its attributes are looked at."""
     if isinstance(value, (type, Primitive, Generator)) or not hasattr(value, "__dict__"):
         return False

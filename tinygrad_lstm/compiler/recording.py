@@ -22,14 +22,14 @@ from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.program import Program, lower
 from tinygrad_lstm.tape import recording
 from tinygrad_lstm.tensor import Tensor, asarray
-from tinygrad_lstm.trace import Trace, TracedTensor
+from tinygrad_lstm.trace import Trace, TracedTensor, same_values
 from tinygrad_lstm.tree import TreeDef, flatten, unflatten
 
 __all__ = ["CompileWarning", "Entry", "FunctionTrace", "Recording"]
 
 # A loop over time was probably unrolled where so much was recorded, and one place in the code ran so often.
 MANY_RECORDS, MANY_TURNS = 2_000, 20
-LARGEST_CHECKED = 1 << 24  # bytes of an array; a data set, perhaps in a file, is not read through
+MOST_CHECKED = 1 << 26  # bytes of arrays; a data set, perhaps in many files, is not read through
 
 _DERIVING = frozenset({"tinygrad_lstm.autodiff.matrices", "tinygrad_lstm.pushforward", "tinygrad_lstm.tape"})
 
@@ -71,8 +71,12 @@ def _contents(reaches: Sequence[Reach]) -> list[Any]:
     """What can be changed in place in tensors and arrays; whoever writes through an array leaves no other trace."""
     tensors = [holder[place] for reach in reaches for holder, place in reach.tensors]
     made: list[Any] = [(t.version, t._rg) for t in tensors]
-    arrays = [t._data for t in tensors if not isinstance(t, TracedTensor)] + [a for r in reaches for a in r.arrays()]
-    made += [zlib.crc32(a.tobytes()) for a in arrays if a.nbytes <= LARGEST_CHECKED and not a.dtype.hasobject]
+    arrays = [a for r in reaches for a in r.arrays()] + [t._data for t in tensors if not isinstance(t, TracedTensor)]
+    left = MOST_CHECKED
+    for array in arrays:
+        if array.nbytes <= left and not array.dtype.hasobject:
+            left -= array.nbytes
+            made.append(zlib.crc32(array.tobytes()))
     return made
 
 
@@ -100,7 +104,7 @@ class Entry:
         found = []
         for which, number, values in self.read:
             holder, place = reaches[which].tensors[number]
-            if isinstance(holder[place], TracedTensor) or not np.array_equal(holder[place]._data, values):
+            if isinstance(holder[place], TracedTensor) or not same_values(holder[place]._data, values):
                 return None
         for source, aval in zip(self.captures, self.capture_avals, strict=True):
             if source.__class__ is tuple:
@@ -120,7 +124,7 @@ class Entry:
         return (
             self.program.key == other.program.key
             and len(ours) == len(theirs)
-            and all(a is b or np.array_equal(a._data, b._data) for a, b in zip(ours, theirs, strict=True))
+            and all(a is b or same_values(a._data, b._data) for a, b in zip(ours, theirs, strict=True))
             and not any(kind == "static" and what is not None for kind, what in self.outs)
         )
 
@@ -201,8 +205,8 @@ class Recording:
             )
         if _contents(self.reaches) != before:
             raise TraceError(
-                f"{self.name} changes a parameter, or a tensor or array that it closes over ({self._culprit()}); "
-                "update parameters outside of the compiled function, which runs only once as Python"
+                f"{self.name} changes a parameter, or a tensor or array that it closes over ({self._culprit()}), or "
+                "another thread does; update parameters outside of a compiled function, which runs only once as Python"
             )
         self._check_escapes(recorder)
         if made.n_recorded > MANY_RECORDS and max(recorder.turns.values(), default=0) >= MANY_TURNS:

@@ -319,7 +319,7 @@ class Module:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """A copy of every parameter by name (a shared one under each of its names, as in PyTorch)."""
-        return {place.name: place.value._data.copy() for place in self._all_places()}
+        return {place.name: place.value._read().copy() for place in self._all_places()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadResult:
         """Set parameters from a mapping of names to arrays, tensors or torch tensors.

@@ -28,7 +28,7 @@ from tinygrad_lstm.ops.control import Recorded, record_body
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.trace import depends_on, still_read
+from tinygrad_lstm.trace import depends_on, same_values, still_read
 
 __all__ = ["known_of", "recorder_for"]
 
@@ -137,7 +137,7 @@ class _Entry:
     def holds(self) -> bool:
         """Whether the tensors that were read have the same values."""
         try:
-            return all(np.array_equal(holder[key]._data, values) for holder, key, values in self.read)
+            return all(same_values(holder[key]._data, values) for holder, key, values in self.read)
         except (LookupError, AttributeError):
             return False
 
