@@ -7,6 +7,7 @@ import functools
 import gc
 import inspect
 import threading
+import warnings
 import weakref
 from typing import Any
 
@@ -16,6 +17,7 @@ from samples import spread
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
+from tinygrad_lstm.compiler.draws import CompileWarning
 from tinygrad_lstm.compiler.function import MOST_ENTRIES
 from tinygrad_lstm.compiler.recording import Recording
 
@@ -429,17 +431,33 @@ def test_the_sign_of_a_zero_that_is_read() -> None:
     assert fast(np.ones(1)).tolist() == [-1.0]
 
 
-def test_a_shape_that_is_read_through_data_records_no_more_than_twice(recordings: list[str]) -> None:
+def test_a_shape_that_is_read_through_data_is_warned_of(recordings: list[str]) -> None:
+    """What was made use of, the shape or the values, cannot be told."""
     model = nn.Linear(20, 3)
 
     def f(x: Any) -> Any:
         return model(x) + np.zeros(model.weight.data.shape[0], model.weight.data.dtype)
 
     fast = tg.compile(f)
-    for k in range(5):
+
+    def call(k: int) -> None:
         model.weight.data = np.full((3, 20), float(k), np.float32)
         assert fast(np.ones(20, np.float32)).tolist() == (20.0 * k + model.bias.data).tolist()
-    assert len(recordings) == 2
+
+    for k in range(3):
+        call(k)
+    with pytest.warns(CompileWarning, match=r"f was recorded 3 times more, to the same program"):
+        call(3)
+    call(4)
+    assert len(recordings) == 5
+
+
+def test_a_limit_that_many_values_cross() -> None:
+    w = tg.tensor(np.zeros((5, 5)))
+    fast = tg.compile(lambda x: x * (10.0 if np.abs(w.numpy()).max() > 1.0 else 1.0))
+    for k in (0.1, 0.2, 0.3, 2.0, 0.5):
+        w.data = np.full((5, 5), k)
+        assert fast(np.ones(1)).tolist() == [10.0 if k > 1.0 else 1.0]
 
 
 def test_a_counter_that_is_compared_with_a_limit() -> None:
@@ -449,6 +467,8 @@ def test_a_counter_that_is_compared_with_a_limit() -> None:
         return x * (2.0 if step.data > 3 else 1.0)
 
     fast = tg.compile(f)
-    for k in range(6):
+    for k in (0, 1, 2, 5, 6, 0):
         step.data = np.array(k)
-        assert fast(np.ones(1)).tolist() == [2.0 if k > 3 else 1.0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CompileWarning)
+            assert fast(np.ones(1)).tolist() == [2.0 if k > 3 else 1.0]

@@ -9,6 +9,7 @@ import pytest
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops
+from tinygrad_lstm.compiler.draws import CompileWarning
 from tinygrad_lstm.nn import programs
 
 temperature = 1.0
@@ -184,10 +185,15 @@ def test_values_of_a_parameter_that_the_cell_reads(monkeypatch):
     cell = Shaped()
     cell.w = nn.Parameter(np.eye(5))
     layer = nn.Recurrent(cell)
-    for value in range(5):
+    for value in range(3):
         cell.w.data = value * np.eye(5)
         assert layer(np.ones((3, 1, 5)))[0].tolist()[0] == [[2.0 * value] * 5]
-    assert len(recorded) == 2  # the shape alone counted
+    with pytest.warns(CompileWarning, match=r"the body of Shaped was recorded 3 times more.*shape and dtype from it"):
+        cell.w.data = 3 * np.eye(5)
+        layer(np.ones((3, 1, 5)))
+    cell.w.data = 4 * np.eye(5)
+    assert layer(np.ones((3, 1, 5)))[0].tolist()[0] == [[8.0] * 5]
+    assert len(recorded) == 5  # of whatever part of the values it made use
 
 
 def test_a_parameter_without_a_number_is_recorded_once(monkeypatch):

@@ -230,17 +230,6 @@ def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False)
     return Traced(program, captures, out_tree, read)
 
 
-FEW = 16  # numbers, such as a flag or a counter
-
-
-def still_read(read: list[Any]) -> list[Any]:
-    """What to keep of ``(..., values)`` where other values gave the same program.
-
-    Of a matrix only its shape or dtype was looked at; a counter may have been compared with a limit.
-    """
-    return [entry for entry in read if entry[-1].size <= FEW]
-
-
 def same_values(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have the same bits: NaN is NaN, and 0.0 is not -0.0."""
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

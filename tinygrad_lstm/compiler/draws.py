@@ -17,7 +17,7 @@ from tinygrad_lstm.compiler.reach import global_names, is_foreign, is_plain_obje
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.random import _WITNESS
 
-__all__ = ["CompileWarning", "drawn_once"]
+__all__ = ["CompileWarning", "drawn_once", "recorded_again"]
 
 _FOREIGN_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
 _MOST = 200  # objects looked at
@@ -116,3 +116,18 @@ def _generators_of(f: Any) -> list[Any]:
         elif isinstance(value, dict) and len(value) < _MOST:
             pending += value.values()
     return found
+
+
+AGAIN = 3
+
+
+def recorded_again(name: str, times: int) -> None:
+    """Warn when the same program was made so often because values that Python code took had changed."""
+    if times == AGAIN:
+        warnings.warn(
+            f"{name} was recorded {AGAIN} times more, to the same program, since it takes values of a tensor in Python "
+            "(.data, .numpy(), item(), a comparison) and they keep changing: compute with ops on the tensor itself, "
+            "and take shape and dtype from it, not from its .data",
+            CompileWarning,
+            stacklevel=users_level(),
+        )

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from tinygrad_lstm.compiler import report as _report
 from tinygrad_lstm.compiler.blame import locked
+from tinygrad_lstm.compiler.draws import recorded_again
 from tinygrad_lstm.compiler.reach import Reach, is_scalar, scalar_key
 from tinygrad_lstm.compiler.recording import CompileWarning, Entry, Recording
 from tinygrad_lstm.errors import DTypeError, GraphError
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor, asarray
-from tinygrad_lstm.trace import still_read
 from tinygrad_lstm.tree import TreeDef, flatten
 
 __all__ = ["CompileWarning", "Compiled", "compile"]
@@ -100,8 +100,9 @@ class Compiled:
                 captured = entry.captured(reaches) if entry is not None else None
                 if entry is None or captured is None:
                     old, entry = entry, Recording(self._name, self.__wrapped__, leaves, treedef, reaches).entry()
-                    if old is not None and old.read and entry.same_as(old):
-                        entry.read = still_read(entry.read)
+                    if old is not None and old.read:
+                        entry.again = old.again + entry.same_as(old)
+                        recorded_again(self._name, entry.again)
                     captured = entry.captured(reaches)
             if captured is None:
                 raise GraphError(f"{self._name}: a captured tensor was replaced while the function was recorded")

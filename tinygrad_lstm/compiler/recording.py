@@ -89,6 +89,7 @@ class Entry:
     ) -> None:  # fmt: skip
         self.name = name
         self.read = read  # (which reach, which of its tensors, values) of tensors that Python code took values of
+        self.again = 0  # how often the same program was made since these values had changed
         self.program = program  # inputs: arguments, draws, captures
         self.n_recorded = n_recorded
         self.draws = tuple(draws)

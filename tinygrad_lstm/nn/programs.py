@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.compiler.draws import recorded_again
 from tinygrad_lstm.compiler.reach import Reach, is_foreign
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.kernels.locks import Lock
@@ -28,7 +29,7 @@ from tinygrad_lstm.ops.control import Recorded, record_body
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.trace import depends_on, same_values, still_read
+from tinygrad_lstm.trace import depends_on, same_values
 
 __all__ = ["known_of", "recorder_for"]
 
@@ -119,7 +120,7 @@ def _outside(cell: Module) -> Reach | None:
 class _Entry:
     """A recorded body, and where what it captures stands in the module."""
 
-    __slots__ = ("captures", "outside", "read", "recorded", "settled")
+    __slots__ = ("again", "captures", "outside", "read", "recorded", "settled")
 
     def __init__(
         self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None, settled: bool,
@@ -128,6 +129,7 @@ class _Entry:
         self.recorded = recorded
         self.outside = outside
         self.read = read  # (holder, key, values) of tensors whose values the equations were made with
+        self.again = 0  # how often the same equations were made since these had changed
         program = recorded.program
         self.captures = _captures(places, [program.avals[slot] for slot in program.captures])
         # Whether only a change that counts (see module.changes), or one outside, can make another program, or other
@@ -230,9 +232,10 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
                 for place, t in zip(found[len(captured) :], recorded.read, strict=True)
                 if place is not None
             ]
-            if entry is not None and entry.recorded.program.key == bare.program.key and not entry.holds():
-                read = still_read(read)
-            known[key] = _Entry(bare, captured, _outside(cell), settled, read)
+            made = known[key] = _Entry(bare, captured, _outside(cell), settled, read)
+            if entry is not None and not entry.holds():
+                made.again = entry.again + (entry.recorded.program.key == bare.program.key)
+                recorded_again(f"the body of {type(cell).__name__}", made.again)
             recorded.entry = known[key] if known[key].settled else None
         return recorded
 
