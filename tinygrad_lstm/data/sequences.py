@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_lstm.calls import SaysWhatItTakes
 from tinygrad_lstm.checks import check_int
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.random import Generator, default_generator
@@ -65,7 +66,7 @@ def step_mask(lengths: Any, steps: int, batch_first: bool = False) -> np.ndarray
     return mask if batch_first else np.ascontiguousarray(mask.T)
 
 
-class SequenceDataset:
+class SequenceDataset(SaysWhatItTakes):
     """Sequences and, if wanted, a target for each.
 
     Parameters
@@ -130,7 +131,7 @@ class SequenceDataset:
         return self.inputs[n], None if self.targets is None else self.targets[n]
 
 
-class DataLoader:
+class DataLoader(SaysWhatItTakes):
     """Batches of sequences, padded to the longest of the batch, time-major, shuffled on request.
 
     Each ``for`` loop over the loader is one epoch.  :meth:`state_dict` taken between two batches,

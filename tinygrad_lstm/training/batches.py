@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tinygrad_lstm.data.sequences import step_mask
-from tinygrad_lstm.errors import ArgumentError, ShapeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn import Module
 from tinygrad_lstm.tensor import to_array
 from tinygrad_lstm.tree import flatten, tree_map
@@ -61,8 +61,12 @@ def unpack(batch: Any, model: Module | None = None) -> Unpacked:
     shapes = [np.shape(leaf) for leaf in leaves] or [()]
     if not rest or rest[0] is None:
         return Unpacked(inputs, targets, None, None, int(np.prod(shapes[0], dtype=np.int64)))
-    lengths = np.asarray(rest[0])
+    lengths = to_array(rest[0])
     n = lengths.size
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        raise DTypeError(
+            f"a batch's lengths are integers, one per sequence, found {lengths.dtype} of shape {lengths.shape}"
+        )
     steps, first = _layout(inputs, lengths)
     if first is None:
         said = getattr(batch, "batch_first", None)

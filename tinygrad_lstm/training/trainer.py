@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import serialization
+from tinygrad_lstm.calls import SaysWhatItTakes, says_what_it_takes
 from tinygrad_lstm.errors import ArgumentError, CheckpointError, Error
 from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import ReduceLROnPlateau, clip_grad_norm
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, scalar_loss
+from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, loss_of, model_output
 from tinygrad_lstm.training.batches import Batches, Unpacked, has_padding, real_steps, unpack
 from tinygrad_lstm.training.callbacks import Callback, ProgressBar
 from tinygrad_lstm.training.state import detached, restore, snapshot
@@ -32,7 +33,7 @@ class DivergedError(Error, ArithmeticError):
     """The loss or its gradient is no longer finite.  The parameters are those before that step."""
 
 
-class Trainer:
+class Trainer(SaysWhatItTakes):
     """Trains a model on batches.
 
     Parameters
@@ -118,6 +119,7 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------
 
+    @says_what_it_takes
     def fit(
         self,
         batches: Batches,
@@ -289,14 +291,11 @@ class Trainer:
 
     def forward(self, inputs: Any, state: Any = None, lengths: Any = None) -> tuple[Any, Any]:
         """``(output, state)`` of the model; override it for models that are called in another way."""
-        ragged = {"lengths": lengths} if lengths is not None and has_padding(inputs, lengths) else {}
-        if self.carry_state:
-            output, state = self.model(inputs, state, **ragged)
-            return output, state
-        return self.model(inputs, **ragged), None
+        ragged = lengths is not None and has_padding(inputs, lengths)
+        return model_output(self.model, self.carry_state, inputs, state, lengths if ragged else None)
 
     def _loss(self, output: Any, batch: Unpacked) -> Tensor:
-        return scalar_loss(self.loss(*real_steps(output, batch)))
+        return loss_of(self.loss, *real_steps(output, batch), self.carry_state)
 
     def _record(self, row: dict[str, float]) -> None:
         row["seconds"] = self.seconds
