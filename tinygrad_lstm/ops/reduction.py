@@ -410,5 +410,5 @@ def log_softmax(x: Any, axis: int = -1) -> Any:
 
 __all__ = [
     "all", "any", "argmax", "argmin", "cumsum", "log_softmax", "logsumexp", "max", "mean", "min", "prod", "softmax",
-    "std", "sum", "sum_to", "var",
+    "std", "sum", "var",
 ]  # fmt: skip
