@@ -22,7 +22,7 @@ from tinygrad_lstm.ops.elementwise import (
 )
 from tinygrad_lstm.ops.elementwise import where as select
 from tinygrad_lstm.ops.moving import flip
-from tinygrad_lstm.ops.shape import astype, broadcast_to, concatenate, expand_dims, reshape, sum_to
+from tinygrad_lstm.ops.shape import astype, broadcast_to, concatenate, expand_dims, reshape
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.tensor import Tensor, asarray
 
