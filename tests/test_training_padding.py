@@ -189,6 +189,14 @@ def test_vectors_as_long_as_the_batch_are_no_steps() -> None:
     assert unpack(one_each).mask is None and unpack(one_each).weight == 2
 
 
+def test_inputs_in_a_tree_beside_arrays_without_steps() -> None:
+    # An initial state (layers, B, units) and numbers for each sequence (B, numbers) are shorter than the sequences.
+    inputs = {"state": np.zeros((1, 3, 6)), "about": np.zeros((3, 2)), "x": np.zeros((4, 3, 2))}
+    found = unpack((inputs, np.zeros((4, 3)), [4, 2, 1]))
+    assert found.mask.shape == (4, 3) and found.weight == 7  # type: ignore[union-attr]
+    assert unpack((inputs, np.zeros((1, 3)), [4, 2, 1])).mask is None
+
+
 def test_an_output_that_has_no_steps() -> None:
     class Last(Tagger):
         def forward(self, x: Any, lengths: Any = None) -> Any:
