@@ -21,8 +21,8 @@ MODULES = {
     "tinygrad_lstm.nn": "Modules, cells, layers, losses.",
     "tinygrad_lstm.nn.init": "Initialisers; they return a Parameter.",
     "tinygrad_lstm.optim": "Optimizers, schedules, clipping.",
-    "tinygrad_lstm.data": "Text corpora and generated sequence tasks.",
-    "tinygrad_lstm.training": "The training loop and its checkpoints.",
+    "tinygrad_lstm.data": "Text corpora, datasets of sequences, batches.",
+    "tinygrad_lstm.training": "The training loop and its checkpoints; see [training.md](training.md).",
     "tinygrad_lstm.interop": "To and from PyTorch, safetensors and ONNX.",
     "tinygrad_lstm.inspect": "Equations, drawings, gradients over time, the time player; see [inspect.md](inspect.md).",
 }
@@ -31,9 +31,18 @@ HEAD = """# Names
 What `from tinygrad_lstm import ...` gives, with the first sentence about each; `help(name)` says more, with shapes,
 errors and an example. Written by `docs/names.py`.
 
-Coming from PyTorch: `ops.concatenate`, `reshape`, `expand_dims` stand for `cat`, `view`, `unsqueeze` (as in NumPy);
-`optim.clip_grad_norm` has no underscore; `loss.backward(grad)` takes the cotangent by that name; `x.numpy()` needs no
-`detach`; the layout of weights, gates and arguments of `nn.LSTM`, `nn.GRU` and `nn.RNN` is PyTorch's.
+Coming from PyTorch:
+
+* As in NumPy, `dim` and `keepdim` are `axis` and `keepdims`, and `ops.concatenate`, `reshape`, `expand_dims` stand for
+  `cat`, `view`, `unsqueeze`. `x.max(axis=1)` gives the values alone; indices come from `x.argmax(axis=1)`.
+* Losses are plain functions, `nn.mse_loss(output, target)`, with no modules such as `MSELoss()`; so are activations.
+* There are no methods that write in place (`add_`, `zero_`), and `p -= step` makes another tensor. An update by hand is
+  `p.data -= lr * p.grad`: `data` and `grad` are arrays, and nothing of it is recorded.
+* `optim.clip_grad_norm` has no underscore; `loss.backward(grad)` takes the cotangent by that name; `x.numpy()` needs no
+  `detach`.
+* The layout of weights, gates and arguments of `nn.LSTM`, `nn.GRU` and `nn.RNN` is PyTorch's.
+
+How to train with it all is told in [training.md](training.md).
 """
 
 

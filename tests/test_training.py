@@ -14,7 +14,7 @@ from tinygrad_lstm import nn, ops, optim
 from tinygrad_lstm.data import DataLoader, SequenceDataset, TextStreams
 from tinygrad_lstm.errors import ArgumentError
 from tinygrad_lstm.training import Callback, CharLM, Constant, DivergedError, ProgressBar, Trainer, WarmupCosine
-from tinygrad_lstm.training.batches import count_targets
+from tinygrad_lstm.training.batches import unpack
 
 
 class Linear(nn.Module):
@@ -95,11 +95,11 @@ def test_evaluation_is_weighted_and_leaves_the_model_alone() -> None:
 
 
 def test_weights_of_batches() -> None:
-    lengths = np.array([5, 2, 1])
-    assert count_targets(np.zeros((5, 3)), lengths) == 8
-    assert count_targets(np.zeros((3, 5, 2)), lengths) == 8
-    assert count_targets(np.zeros(3), lengths) == 3
-    assert count_targets(np.zeros((4, 3)), None) == 12
+    lengths, time_first, batch_first = np.array([5, 2, 1]), np.zeros((5, 3, 2)), np.zeros((3, 5, 2))
+    assert unpack((time_first, np.zeros((5, 3)), lengths)).weight == 8
+    assert unpack((batch_first, np.zeros((3, 5, 2)), lengths)).weight == 8
+    assert unpack((time_first, np.zeros(3), lengths)).weight == 3
+    assert unpack((time_first, np.zeros((4, 3)))).weight == 12
 
 
 def test_predict() -> None:

@@ -78,6 +78,26 @@ def shuffled_run() -> tuple[Trainer, Any, Any]:
     return trainer, DataLoader(data, 4, shuffle=True), DataLoader(data, 8)
 
 
+def tagging_run() -> tuple[Trainer, Any, Any]:
+    """Targets per step of sequences of different lengths."""
+    rng = np.random.default_rng(4)
+    sequences = [rng.normal(size=(t, 2)).astype(np.float32) for t in rng.integers(1, 6, 23)]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.GRU(2, 5), nn.Linear(5, 1)
+
+        def forward(self, x: Any, lengths: Any = None) -> Any:
+            return self.out(self.rnn(x, lengths=lengths)[0])
+
+    tg.seed(13)
+    model = Net()
+    trainer = Trainer(model, optim.Adam(model.parameters(), lr=0.05), nn.mse_loss)
+    data = SequenceDataset(sequences, [np.cumsum(s[:, :1], axis=0) for s in sequences])
+    return trainer, DataLoader(data, 4, shuffle=True), DataLoader(data, 8)
+
+
 def compare(a: Trainer, b: Trainer) -> None:
     """Equal bit for bit, but for the wall clock."""
     for name, array in a.model.state_dict().items():
@@ -88,7 +108,7 @@ def compare(a: Trainer, b: Trainer) -> None:
     assert a.best is not None and b.best is not None and a.best["step"] == b.best["step"]
 
 
-@pytest.mark.parametrize("make", [language_run, shuffled_run])
+@pytest.mark.parametrize("make", [language_run, shuffled_run, tagging_run])
 @pytest.mark.parametrize("stops", [[1], [5, 6], [16], [12, 31]])
 def test_a_resumed_run_repeats_the_straight_one(make: Any, stops: list[int], tmp_path: Path) -> None:
     straight, batches, held_out = make()

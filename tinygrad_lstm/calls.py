@@ -8,18 +8,21 @@ is the array that it writes into.  So a call is checked before the forward sees 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from types import MethodType
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.hints import did_you_mean
 
-__all__ = ["Takes", "misfit"]
+__all__ = ["SaysWhatItTakes", "Takes", "misfit", "says_what_it_takes"]
 
 _Kind = inspect.Parameter
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Takes:
@@ -91,3 +94,28 @@ def misfit(error: TypeError, who: str, function: Callable[..., Any], args: tuple
         hints = (did_you_mean(name, known) for name in given if name not in known)
         return DTypeError(f"{who} takes ({shown}): {reason}{next(hints, '')}")
     return error
+
+
+def says_what_it_takes(method: F) -> F:
+    """The method, whose calls with arguments that do not fit raise :func:`misfit`'s error."""
+    who = method.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **given: Any) -> Any:
+        try:
+            return method(self, *args, **given)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise  # of what the method does
+            raise misfit(error, who, MethodType(method, self), args, given) from None
+
+    return call  # type: ignore[return-value]
+
+
+class SaysWhatItTakes:
+    """Base class: wrong arguments of a subclass's ``__init__`` are told as by :func:`says_what_it_takes`."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = says_what_it_takes(cls.__init__)  # type: ignore[method-assign]

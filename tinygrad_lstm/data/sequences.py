@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinygrad_lstm.calls import SaysWhatItTakes
 from tinygrad_lstm.checks import check_int
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.random import Generator, default_generator
@@ -14,18 +15,58 @@ from tinygrad_lstm.random import Generator, default_generator
 __all__ = ["Batch", "DataLoader", "SequenceDataset", "windows"]
 
 
-class Batch(NamedTuple):
-    """What a :class:`DataLoader` yields."""
-
-    inputs: np.ndarray
-    """``(T, B, ...)``, or ``(B, T, ...)`` with ``batch_first``; padded after each sequence's end."""
-    targets: np.ndarray | None
-    """One per sequence, ``(B, ...)``; or one per step, laid out and padded like the inputs."""
-    lengths: np.ndarray
-    """int64 ``(B,)``: how many steps of each sequence are real."""
+class _Parts(NamedTuple):
+    inputs: Any
+    targets: Any
+    lengths: Any
 
 
-class SequenceDataset:
+class Batch(_Parts):
+    """What a :class:`DataLoader` yields: a tuple ``(inputs, targets, lengths)``.
+
+    Parameters
+    ----------
+    inputs : array ``(T, B, ...)``, or ``(B, T, ...)`` with ``batch_first``
+        Padded after each sequence's end.
+    targets : array or None
+        One per sequence, ``(B, ...)``; or one per step, laid out and padded like the inputs.
+    lengths : int64 array ``(B,)``
+        How many steps of each sequence are real.
+    per_step, batch_first : bool, optional
+        What the targets are and how they are laid out, for loaders of one's own; where it is not said, a
+        :class:`Trainer <tinygrad_lstm.training.Trainer>` judges by the shapes.
+
+    Examples
+    --------
+    >>> inputs, targets, lengths = batch = Batch(np.zeros((3, 2, 5)), np.zeros((3, 2)), np.array([3, 1]))
+    >>> batch.mask.tolist()
+    [[True, True], [True, False], [True, False]]
+    """
+
+    per_step: bool | None
+    batch_first: bool | None
+
+    def __new__(
+        cls, inputs: Any, targets: Any, lengths: Any, *, per_step: bool | None = None, batch_first: bool | None = None
+    ) -> Batch:
+        self = super().__new__(cls, inputs, targets, lengths)
+        self.per_step, self.batch_first = per_step, batch_first
+        return self
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool ``(T, B)``, or ``(B, T)`` with ``batch_first``: which steps are no padding."""
+        steps = np.shape(self.inputs)[1 if self.batch_first else 0]
+        return step_mask(self.lengths, steps, bool(self.batch_first))
+
+
+def step_mask(lengths: Any, steps: int, batch_first: bool = False) -> np.ndarray:
+    """bool ``(steps, B)``, or ``(B, steps)``: which steps of sequences of these lengths are no padding."""
+    mask = np.arange(steps) < np.reshape(lengths, (-1, 1))
+    return mask if batch_first else np.ascontiguousarray(mask.T)
+
+
+class SequenceDataset(SaysWhatItTakes):
     """Sequences and, if wanted, a target for each.
 
     Parameters
@@ -90,7 +131,7 @@ class SequenceDataset:
         return self.inputs[n], None if self.targets is None else self.targets[n]
 
 
-class DataLoader:
+class DataLoader(SaysWhatItTakes):
     """Batches of sequences, padded to the longest of the batch, time-major, shuffled on request.
 
     Each ``for`` loop over the loader is one epoch.  :meth:`state_dict` taken between two batches,
@@ -113,7 +154,8 @@ class DataLoader:
         What fills the inputs after a sequence's end.
     target_pad_value : number, optional
         The same for targets per step; without it -100 for ints (the class that
-        ``nn.losses.cross_entropy`` ignores; 0 for unsigned ones) and 0 for floats.
+        ``nn.losses.cross_entropy`` ignores; 0 for unsigned ones) and 0 for floats.  A Trainer keeps it
+        from every loss; in a loop of one's own ``output[batch.mask], targets[batch.mask]`` does.
 
     Examples
     --------
@@ -209,14 +251,15 @@ class DataLoader:
         lengths = data.lengths[chosen]
         inputs = _padded([data.inputs[n] for n in chosen], lengths, self.pad_value, self.batch_first)
         if data.targets is None:
-            return Batch(inputs, None, lengths)
+            return Batch(inputs, None, lengths, per_step=False, batch_first=self.batch_first)
         targets = [data.targets[n] for n in chosen]
         if not data.per_step:
-            return Batch(inputs, np.stack(targets), lengths)
+            return Batch(inputs, np.stack(targets), lengths, per_step=False, batch_first=self.batch_first)
         pad = self.target_pad_value
         if pad is None:
             pad = -100 if targets[0].dtype.kind == "i" else 0
-        return Batch(inputs, _padded(targets, lengths, pad, self.batch_first), lengths)
+        padded = _padded(targets, lengths, pad, self.batch_first)
+        return Batch(inputs, padded, lengths, per_step=True, batch_first=self.batch_first)
 
 
 def windows(series: Any, length: int, horizon: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from tinygrad_lstm.tape import recording, state
 from tinygrad_lstm.tensor import Tensor, asarray, tensor
 from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
 
-__all__ = ["memory_plan", "scan", "stop_gradient"]
+__all__ = ["memory_plan", "scan"]
 
 _TENSOR = frozenset({Tensor})
 Body = Callable[[Any, Any], tuple[Any, Any]]

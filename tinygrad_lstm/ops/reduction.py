@@ -22,7 +22,7 @@ from tinygrad_lstm.ops.elementwise import (
 )
 from tinygrad_lstm.ops.elementwise import where as select
 from tinygrad_lstm.ops.moving import flip
-from tinygrad_lstm.ops.shape import astype, broadcast_to, concatenate, expand_dims, reshape, sum_to
+from tinygrad_lstm.ops.shape import astype, broadcast_to, concatenate, expand_dims, reshape
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.tensor import Tensor, asarray
 
@@ -410,5 +410,5 @@ def log_softmax(x: Any, axis: int = -1) -> Any:
 
 __all__ = [
     "all", "any", "argmax", "argmin", "cumsum", "log_softmax", "logsumexp", "max", "mean", "min", "prod", "softmax",
-    "std", "sum", "sum_to", "var",
+    "std", "sum", "var",
 ]  # fmt: skip

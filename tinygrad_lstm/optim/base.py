@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.calls import SaysWhatItTakes
 from tinygrad_lstm.checks import is_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.hints import did_you_mean
 from tinygrad_lstm.kernels.multi import multi_tensor
 from tinygrad_lstm.tape import state as recording_state
 from tinygrad_lstm.tensor import Tensor
@@ -50,7 +52,7 @@ def as_parameters(params: Any, who: str) -> list[Tensor]:
     return found
 
 
-class Optimizer:
+class Optimizer(SaysWhatItTakes):
     """Base class: ``step()`` changes the parameters in place by their ``.grad``.
 
     Parameters
@@ -147,8 +149,10 @@ class Optimizer:
         who = type(self).__name__
         unknown = set(group) - set(self.defaults) - {"params", "initial_lr"}
         if unknown or "params" not in group:
+            hints = (did_you_mean(name, [*self.defaults, "params"]) for name in sorted(unknown))
             raise ArgumentError(
                 f"{who}: a group has 'params' and options of {sorted(self.defaults)}, found {sorted(group)}"
+                f"{next(hints, '')}"
             )
         self._check(group)
         params = as_parameters(group["params"], who)

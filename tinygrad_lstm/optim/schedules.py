@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tinygrad_lstm.calls import SaysWhatItTakes
 from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.optim.base import Optimizer
@@ -21,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Schedule:
+class Schedule(SaysWhatItTakes):
     """Base class: what becomes of the rate of every group at each step.
 
     A subclass writes :meth:`rate`, of the number of steps alone, or :meth:`next_rate`, of the rate in force too.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from tinygrad_lstm.checks import check_int, check_number
@@ -11,8 +11,9 @@ from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import LBFGS, ReduceLROnPlateau
 from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.training.callbacks import Callback
 
-__all__ = ["check_batches", "check_fit", "check_iterable", "check_parts", "scalar_loss"]
+__all__ = ["check_batches", "check_fit", "check_iterable", "check_parts", "loss_of", "model_output", "scalar_loss"]
 
 
 def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm: Any, callbacks: Any) -> None:
@@ -39,12 +40,25 @@ def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm:
             f"Trainer: the {type(schedule).__name__} was made for another optimizer, so it would change nothing here; "
             "make it of the one that is given to the Trainer"
         )
-    if not isinstance(callbacks, Iterable):
-        raise DTypeError(f"Trainer: callbacks are a list, found a {type(callbacks).__name__}")
+    _check_callbacks(callbacks)
     if clip_norm is not None:
         check_number("Trainer: clip_norm", clip_norm)
         if not clip_norm > 0:
             raise ArgumentError(f"Trainer: clip_norm is positive or None, found {clip_norm}")
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    if not isinstance(callbacks, (list, tuple)):
+        raise DTypeError(f"Trainer: callbacks are a list, found a {type(callbacks).__name__}")
+    for n, callback in enumerate(callbacks):
+        if isinstance(callback, type) and issubclass(callback, Callback):
+            name = callback.__name__
+            raise DTypeError(f"Trainer: callbacks[{n}] is the class {name}, expected an instance: {name}(...)")
+        if not isinstance(callback, Callback):
+            raise DTypeError(
+                f"Trainer: callbacks[{n}] is {callback!r:.60}, expected an instance of a subclass of "
+                "training.Callback, which overrides on_start, on_step, on_validation or on_end"
+            )
 
 
 def _check_trained(model: Module, optimizer: Any, loss: Any) -> None:
@@ -72,6 +86,58 @@ def scalar_loss(value: Any) -> Tensor:
             f"Trainer: the loss has shape {value.shape}, expected a scalar; reduce it to the mean over the targets"
         )
     return value
+
+
+def model_output(model: Module, carry_state: bool, inputs: Any, state: Any, lengths: Any) -> tuple[Any, Any]:
+    """``(output, state)`` of a model: called without lengths where they are None, with a state where it is carried."""
+    args, given = ((inputs, state) if carry_state else (inputs,)), ({} if lengths is None else {"lengths": lengths})
+    who = type(model).__name__
+    try:
+        found = model(*args, **given)
+    except TypeError as error:
+        if carry_state and not _fits(model, *args):
+            raise DTypeError(
+                f"Trainer: carry_state=True calls {who}.forward(inputs, state), which does not take these: {error}; "
+                "write a forward that takes a state and returns (output, state), or leave carry_state out"
+            ) from None
+        if given and _fits(model, *args) and not _fits(model, *args, **given):
+            raise DTypeError(
+                f"Trainer: the batches bring lengths, since their sequences differ in length, but {who}.forward takes "
+                "none; write a Module whose forward(self, x, lengths=None) hands them to its recurrent layers, as "
+                "layer(x, lengths=lengths), or put sequences of one length in each batch"
+            ) from None
+        raise
+    if not carry_state:
+        return found, None
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise DTypeError(
+            f"Trainer: carry_state=True expects {who}.forward to return a pair (output, state), found a "
+            f"{type(found).__name__}; return both, or leave carry_state out"
+        )
+    return found[0], found[1]
+
+
+def _fits(model: Module, *args: Any, **given: Any) -> bool:
+    try:
+        inspect.signature(model.forward).bind(*args, **given)
+    except TypeError:
+        return False
+    return True
+
+
+def loss_of(loss: Any, output: Any, targets: Any, carry_state: bool) -> Tensor:
+    """The loss of a batch; where it cannot take a tuple that the model returned, the error says where states go."""
+    try:
+        value = loss(output, targets)
+    except (TypeError, AttributeError) as error:
+        if carry_state or not isinstance(output, tuple):
+            raise
+        raise DTypeError(
+            f"Trainer: the model returned a tuple of {len(output)}, which the loss does not take; of a model that "
+            "returns (output, state), Trainer(..., carry_state=True) hands the output to the loss and the state to the "
+            "next batch; else return the output alone"
+        ) from error
+    return scalar_loss(value)
 
 
 def check_iterable(batches: Any, what: str = "Trainer: batches") -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import serialization
+from tinygrad_lstm.calls import SaysWhatItTakes, says_what_it_takes
 from tinygrad_lstm.errors import ArgumentError, CheckpointError, Error
 from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import ReduceLROnPlateau, clip_grad_norm
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, scalar_loss
-from tinygrad_lstm.training.batches import Batches, count_targets, unpack
+from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, loss_of, model_output
+from tinygrad_lstm.training.batches import Batches, Unpacked, has_padding, real_steps, unpack
 from tinygrad_lstm.training.callbacks import Callback, ProgressBar
 from tinygrad_lstm.training.state import detached, restore, snapshot
 from tinygrad_lstm.tree import tree_map
@@ -32,7 +33,7 @@ class DivergedError(Error, ArithmeticError):
     """The loss or its gradient is no longer finite.  The parameters are those before that step."""
 
 
-class Trainer:
+class Trainer(SaysWhatItTakes):
     """Trains a model on batches.
 
     Parameters
@@ -43,7 +44,9 @@ class Trainer:
         ``(output, state)``.
     optimizer : optimizer of ``tg.optim`` over the model's parameters, but for LBFGS
     loss : function
-        ``loss(output, targets)`` gives a scalar Tensor, the mean over the targets.
+        ``loss(output, targets)`` gives a scalar Tensor, the mean over the targets.  It never sees padding: where
+        sequences of a batch differ in length and targets are per step, both are ``(N, ...)``, the N real steps in
+        the order of ``output[batch.mask]`` (see :class:`Batch <tinygrad_lstm.data.Batch>`); else both are whole.
     schedule : optional
         Either a function ``(step, total) -> factor`` on the optimizer's own rates (see
         ``training.schedules``), or a scheduler of ``tg.optim``, whose ``step()`` is called after
@@ -116,6 +119,7 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------
 
+    @says_what_it_takes
     def fit(
         self,
         batches: Batches,
@@ -257,10 +261,10 @@ class Trainer:
         self.epoch, self.position, self.carried = self.epoch + 1, 0, None
 
     def _train_step(self, batch: Any) -> dict[str, float]:
-        inputs, targets, lengths = unpack(batch)
+        parts = unpack(batch, self.model)
         self.optimizer.zero_grad()
-        output, state = self.forward(inputs, self.carried, lengths)
-        loss = scalar_loss(self.loss(output, targets))
+        output, state = self.forward(parts.inputs, self.carried, parts.lengths)
+        loss = self._loss(output, parts)
         value = loss.item()
         if not math.isfinite(value):
             raise DivergedError(f"the loss is {value} at step {self.step}; a lower learning rate or clip_norm may help")
@@ -287,11 +291,11 @@ class Trainer:
 
     def forward(self, inputs: Any, state: Any = None, lengths: Any = None) -> tuple[Any, Any]:
         """``(output, state)`` of the model; override it for models that are called in another way."""
-        ragged = {"lengths": lengths} if lengths is not None and lengths.min() != lengths.max() else {}
-        if self.carry_state:
-            output, state = self.model(inputs, state, **ragged)
-            return output, state
-        return self.model(inputs, **ragged), None
+        ragged = lengths is not None and has_padding(inputs, lengths)
+        return model_output(self.model, self.carry_state, inputs, state, lengths if ragged else None)
+
+    def _loss(self, output: Any, batch: Unpacked) -> Tensor:
+        return loss_of(self.loss, *real_steps(output, batch), self.carry_state)
 
     def _record(self, row: dict[str, float]) -> None:
         row["seconds"] = self.seconds
@@ -320,14 +324,13 @@ class Trainer:
         """The mean loss over all batches, weighted by their number of targets, in evaluation mode.
 
         The model's mode and the state of a run under way are left as they were.  With targets per
-        step, a batch counts by its steps without the padding.
+        step, padding is neither in the loss nor counted.
         """
         total, weight = 0.0, 0
-        for output, targets, lengths in self._outputs(batches):
+        for output, batch in self._outputs(batches):
             with no_grad():
-                value = scalar_loss(self.loss(output, targets)).item()
-            n = count_targets(targets, lengths)
-            total, weight = total + value * n, weight + n
+                value = self._loss(output, batch).item()
+            total, weight = total + value * batch.weight, weight + batch.weight
         if weight == 0:
             raise ArgumentError("there are no batches to evaluate")
         return total / weight
@@ -340,19 +343,19 @@ class Trainer:
         """
         if isinstance(batches, (np.ndarray, Tensor)):
             return self.predict([(batches, None)])[0]
-        return [tree_map(_array, output) for output, _, _ in self._outputs(batches)]
+        return [tree_map(_array, output) for output, _ in self._outputs(batches)]
 
-    def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Unpacked]]:
         check_iterable(batches)
         training = self.model.training
         self.model.eval()
         state = None
         try:
             for batch in batches:
-                inputs, targets, lengths = unpack(batch)
+                parts = unpack(batch, self.model)
                 with no_grad():
-                    output, state = self.forward(inputs, state, lengths)
-                yield output, targets, lengths
+                    output, state = self.forward(parts.inputs, state, parts.lengths)
+                yield output, parts
         finally:
             self.model.train(training)
 
