@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from tinygrad_lstm.calls import misfit
-from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError
 from tinygrad_lstm.foreign import array_of
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
@@ -62,6 +62,24 @@ class Parameter(Tensor):
 
     def __repr__(self) -> str:
         return "Parameter" + super().__repr__()[len("tensor") :]
+
+
+def _refused(operator: str) -> Any:
+    def method(self: Parameter, other: Any) -> Any:
+        raise GraphError(
+            f"p {operator}= ... would leave a Parameter of shape {self.shape} as it is and make p the name of another "
+            f"tensor; write p.data {operator}= ... to change its values, or p = p {operator} ... for a new tensor"
+        )
+
+    return method
+
+
+# An augmented assignment rebinds the name; of a Parameter, that is never meant.
+for _name, _operator in (
+    ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"), ("mod", "%"), ("pow", "**"),
+    ("matmul", "@"),
+):  # fmt: skip
+    setattr(Parameter, f"__i{_name}__", _refused(_operator))
 
 
 class Place(NamedTuple):
