@@ -75,6 +75,7 @@ class Tensor:
         __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __and__ = __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = (
             _binary
         )
+        __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _binary
         __lt__ = __le__ = __gt__ = __ge__ = _binary
 
         def __eq__(self, other: Any) -> Tensor: ...  # type: ignore[override]

@@ -43,6 +43,7 @@ _BITWISE = {
 }  # fmt: skip
 _OPERATORS = {
     "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "truediv": ops.divide, "pow": ops.power,
+    "mod": ops.remainder, "floordiv": ops.floor_divide,
 }  # fmt: skip
 
 
