@@ -8,6 +8,7 @@ is the array that it writes into.  So a call is checked before the forward sees 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 from tinygrad_lstm.hints import did_you_mean
 
-__all__ = ["Takes", "misfit"]
+__all__ = ["Takes", "explained", "misfit"]
 
 _Kind = inspect.Parameter
 
@@ -88,6 +89,29 @@ def misfit(error: TypeError, who: str, function: Callable[..., Any], args: tuple
     except TypeError as reason:
         known = signature.parameters
         shown = ", ".join(name if p.default is _Kind.empty else f"{name}=" for name, p in known.items())
-        hints = (did_you_mean(name, known) for name in given if name not in known)
+        unknown = [name for name in given if name not in known]
+        if any(_AXES.get(name) in known for name in unknown):
+            called = ", ".join(f"{name}=" for name in unknown)
+            return DTypeError(f"{who} takes ({shown}), got {called}; here it is axis= (keepdim= is keepdims=)")
+        hints = (did_you_mean(name, known) for name in unknown)
         return DTypeError(f"{who} takes ({shown}): {reason}{next(hints, '')}")
     return error
+
+
+_AXES = {"dim": "axis", "keepdim": "keepdims"}  # as PyTorch calls them
+
+
+def explained(function: Callable[..., Any], where: str) -> Callable[..., Any]:
+    """The function of the module ``where``, whose misfitting calls are told as :func:`misfit` does."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                raise  # of what the function does
+            raise misfit(error, f"{where.rpartition('.')[2]}.{function.__name__}", function, args, kwargs) from None
+
+    called.__module__ = where
+    return called

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from types import FunctionType
 from typing import Any
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.calls import explained
 from tinygrad_lstm.operands import as_operands
 from tinygrad_lstm.ops.dispatch import array_function, array_ufunc
 from tinygrad_lstm.tensor import Tensor
@@ -60,6 +63,9 @@ def _shape_argument(function: Any) -> Any:
 
 
 def _method(function: Any) -> Any:
+    if isinstance(function, FunctionType):
+        return function
+
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
@@ -70,6 +76,10 @@ def _method(function: Any) -> Any:
 
 def install() -> None:
     """Called once, when the ops are imported."""
+    for name in ops.__all__:
+        function = getattr(ops, name)
+        if isinstance(function, FunctionType) and not {"axis", "axes"}.isdisjoint(signature(function).parameters):
+            setattr(ops, name, explained(function, ops.__name__))  # for PyTorch an axis is dim
     for name, primitive in _OPERATORS.items():
         setattr(Tensor, f"__{name}__", _binary(primitive))
         setattr(Tensor, f"__r{name}__", _reflected(primitive))
