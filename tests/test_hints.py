@@ -179,6 +179,27 @@ def test_copies_pickles_and_arrays_are_as_before():
     assert (np.ones((1, 2)) * t).tolist() == [[1.0, 2.0]]
 
 
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ({}, "pip install 'tinygrad-lstm[onnx]'"),
+        ({"url": "file:///src/tg%20lstm", "dir_info": {}}, "pip install '.[onnx]' in /src/tg lstm"),
+        (
+            {"url": "https://example.org/tg.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install 'tinygrad-lstm[onnx] @ git+https://example.org/tg.git'",
+        ),
+        (
+            {"url": "https://example.org/tg-1.whl", "archive_info": {}},
+            "pip install 'tinygrad-lstm[onnx] @ https://example.org/tg-1.whl'",
+        ),
+    ],
+)
+def test_how_to_install_an_extra(origin, command, tmp_path):
+    assert hints._install_command("onnx", tmp_path, origin) == command
+    (tmp_path / "pyproject.toml").touch()
+    assert hints._install_command("onnx", tmp_path, origin) == f"pip install -e '.[onnx]' in {tmp_path}"
+
+
 def test_a_probe_imports_nothing():
     code = (
         "import sys, tinygrad_lstm as tg; assert not hasattr(tg, 'cat'); "

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tinygrad_lstm.errors import Error
 
-__all__ = ["MissingAttributeError", "MissingNameError", "did_you_mean", "missing_attribute"]
+__all__ = [
+    "MissingAttributeError",
+    "MissingNameError",
+    "did_you_mean",
+    "how_to_install",
+    "missing_attribute",
+    "suffix_hint",
+]
 
 _PACKAGE = __name__.partition(".")[0]
 _PLACES = ("", "ops", "nn", "nn.init", "optim", "data", "training", "inspect", "interop")
@@ -94,6 +103,33 @@ _ATTRIBUTES = {
 }  # fmt: skip
 
 
+def how_to_install(extra: str) -> str:
+    """The command that adds an optional extra to this package, as it was installed."""
+    import json
+    from importlib import metadata
+
+    try:
+        origin = metadata.distribution("tinygrad-lstm").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        origin = None
+    return _install_command(extra, Path(__file__).parents[1], json.loads(origin) if origin else {})
+
+
+def _install_command(extra: str, home: Path, origin: Mapping[str, Any]) -> str:
+    """``home`` is the folder that the package lies in, ``origin`` what pip wrote down (direct_url.json, PEP 610)."""
+    if (home / "pyproject.toml").exists():
+        return f"pip install -e '.[{extra}]' in {home}"
+    url = origin.get("url", "")
+    if "dir_info" in origin:
+        from urllib.parse import urlsplit
+        from urllib.request import url2pathname
+
+        return f"pip install '.[{extra}]' in {url2pathname(urlsplit(url).path)}"
+    vcs = origin.get("vcs_info", {}).get("vcs")
+    source = f" @ {vcs}+{url}" if vcs else f" @ {url}" if url else ""
+    return f"pip install 'tinygrad-lstm[{extra}]{source}'"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` with the known name that is most like this one, "" where none is.
 
@@ -111,6 +147,22 @@ def _closest(name: str, known: Iterable[str]) -> str:
     folded = {other.lower(): other for other in known}
     found = get_close_matches(name, known, 1) or [folded[f] for f in get_close_matches(name.lower(), folded, 1)]
     return found[0] if found else ""
+
+
+def suffix_hint(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """What to do where parameters of a layer are loaded into a cell, or the other way round; "" elsewhere.
+
+    >>> suffix_hint(["bias_hh"], ["bias_hh_l0"])
+    "; names of a layer end in _l0, _l0_reverse, _l1, ..., those of a cell do not: take off '_l0'"
+    """
+    for layers, cells, change in ((unexpected, missing, "take off"), (missing, unexpected, "add")):
+        ends = [end for name in layers for end in _LAYER_END.findall(name) if name.removesuffix(end) in cells]
+        if ends:
+            return f"; names of a layer end in _l0, _l0_reverse, _l1, ..., those of a cell do not: {change} {ends[0]!r}"
+    return ""
+
+
+_LAYER_END = re.compile(r"_l\d+(?:_reverse)?$")
 
 
 class MissingNameError(Error, AttributeError):
