@@ -35,6 +35,13 @@ def step(c: Any, x: Any) -> Any:
     return c, c
 
 
+class Foreign:
+    """A dtype of another library."""
+
+    def __repr__(self) -> str:
+        return "torch.float32"
+
+
 WRONG: dict[str, tuple[Any, Any, str]] = {
     "data_ragged": (assigned("data", RAGGED), tg.ShapeError, "unequal lengths"),
     "data_text": (assigned("data", [["a"] * 3] * 2), tg.DTypeError, "<U1"),
@@ -66,6 +73,25 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "dim_of_softmax": (lambda: ops.softmax(t(), dim=-1), tg.DTypeError, "got dim=; here it is axis="),
     "dim_of_concatenate": (lambda: ops.concatenate([X, X], dim=0), tg.DTypeError, "got dim=; here it is axis="),
     "no_such_keyword": (lambda: ops.sum(t(), axs=1), tg.DTypeError, r"ops\.sum takes \(a, axis=.*mean 'axis'"),
+    "dtype_of_a_layer": (
+        lambda: nn.LSTM(2, 3, dtype=Foreign()),
+        tg.DTypeError,
+        r"LSTM: torch\.float32 is no dtype .*np\.float32, np\.fl",
+    ),
+    "dtype_of_a_cell": (lambda: nn.GRUCell(2, 3, dtype="x"), tg.DTypeError, "GRUCell: 'x' is no dtype .*np.float32"),
+    "dtype_of_a_linear": (lambda: nn.Linear(2, 3, dtype=np.int32), tg.DTypeError, "Linear: .*int32.* np.float32"),
+    "dtype_of_ids": (lambda: nn.Embedding(2, 3, dtype="x"), tg.DTypeError, "Embedding: 'x' is no dtype"),
+    "dtype_of_a_norm": (lambda: nn.LayerNorm(2, dtype="x"), tg.DTypeError, "LayerNorm: 'x' is no dtype"),
+    "layer_into_cell": (
+        lambda: nn.LSTMCell(2, 3).load_state_dict(nn.LSTM(2, 3).state_dict()),
+        tg.ArgumentError,
+        "take off '_l0'$",
+    ),
+    "cell_into_layer": (
+        lambda: nn.LSTM(2, 3).load_state_dict(nn.LSTMCell(2, 3).state_dict()),
+        tg.ArgumentError,
+        "add '_l0'$",
+    ),
     "transpose_two": (
         lambda: t().reshape(1, 2, 3).transpose(0, 1),
         tg.ShapeError,

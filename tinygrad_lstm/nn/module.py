@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from tinygrad_lstm.calls import misfit
+from tinygrad_lstm.checks import check_dtype
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError
 from tinygrad_lstm.foreign import array_of
-from tinygrad_lstm.hints import missing_attribute
+from tinygrad_lstm.hints import missing_attribute, suffix_hint
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, check_differentiable, no_gradients, to_array
@@ -379,7 +380,8 @@ class Module:
             problems += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
         if problems:
             kind = ShapeError if misfits and len(problems) == 1 else ArgumentError
-            raise kind(f"{type(self).__name__}.load_state_dict: {'. '.join(problems)}")
+            hint = suffix_hint(missing, unexpected)
+            raise kind(f"{type(self).__name__}.load_state_dict: {'. '.join(problems)}{hint}")
         for name, parameter in places.items():
             if name in arrays:
                 parameter._replace(np.array(arrays[name], parameter.dtype, order="C"))
@@ -387,13 +389,7 @@ class Module:
 
     def astype(self: M, dtype: Any) -> M:
         """Convert every parameter in place to a floating dtype; gradients are dropped.  Returns the module."""
-        try:
-            dtype = np.dtype(dtype)
-        except TypeError:
-            raise DTypeError(
-                f"{type(self).__name__}.astype: {dtype!r} is no dtype; expected something like np.float64 or 'float32'"
-            ) from None
-        check_differentiable(dtype)
+        dtype = check_dtype(f"{type(self).__name__}.astype", dtype)
         for parameter in self.parameters():
             parameter._replace(parameter._data.astype(dtype))
             parameter.grad = None

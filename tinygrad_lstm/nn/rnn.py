@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.checks import check_dtype
 from tinygrad_lstm.compiler.schedule import check_memory
 from tinygrad_lstm.errors import DTypeError, ShapeError
 from tinygrad_lstm.nn.budget import Budgeted
@@ -51,6 +52,7 @@ class RecurrentLayers(Budgeted):
     ) -> None:  # fmt: skip
         super().__init__()
         who = type(self).__name__
+        dtype = check_dtype(who, dtype)
         positive(who, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_between(who, dropout, num_layers)
         self.input_size, self.hidden_size, self.num_layers = int(input_size), int(hidden_size), int(num_layers)
