@@ -23,6 +23,7 @@ from tinygrad_lstm.nn.ready import find, keep_recurrent
 from tinygrad_lstm.nn.states import checked_state
 from tinygrad_lstm.ops.control import scan_with
 from tinygrad_lstm.ops.lengths import check_lengths
+from tinygrad_lstm.record import part_name
 from tinygrad_lstm.tape import recording
 from tinygrad_lstm.tape import state as recording_state
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -118,7 +119,7 @@ def _selected(named: dict[str, Tensor], carry: Any, gates: bool) -> Trajectories
     leaves = flatten(carry)[0]
     chosen = {}
     for k, leaf in enumerate(leaves):
-        chosen[labels.get(id(leaf), "state" if len(leaves) == 1 else f"state{k}")] = leaf
+        chosen[labels.get(id(leaf), part_name(k, len(leaves)))] = leaf
     if gates:
         chosen.update({label: value for label, value in named.items() if label not in chosen})
     return chosen
