@@ -108,6 +108,10 @@ ATTRIBUTES = {
     ("t", "clone"): r"tg\.tensor\(t\)",
     ("t", "sin"): r"use ops\.sin$",
     ("t", "clamp"): r"use ops\.clip$",
+    ("t", "add_"): r"use t\.data = \.\.\. \(no operation",
+    ("layer", "cuda"): "all runs on the CPU",
+    ("layer", "weight_ih_l9"): "did you mean 'weight_ih_l0'",
+    ("layer", "hiden_size"): "did you mean 'hidden_size'",
     ("t", "shap"): "did you mean 'shape'",
     ("p", "view"): r"'Parameter' object has no attribute 'view'; use t\.reshape",
     ("net", "cuda"): "all runs on the CPU",
@@ -124,7 +128,7 @@ ATTRIBUTES = {
 
 
 def objects() -> dict[str, Any]:
-    return {"t": tg.tensor([[1.0, 2.0]]), "p": nn.Parameter([1.0]), "net": Net()}
+    return {"t": tg.tensor([[1.0, 2.0]]), "p": nn.Parameter([1.0]), "net": Net(), "layer": nn.LSTM(2, 3)}
 
 
 @pytest.mark.parametrize(("which", "name"), ATTRIBUTES)
@@ -152,6 +156,11 @@ def test_attributes_that_are_nothing_or_private_have_no_hint():
         for name in ("qqqqqqqq", "_hidden", "__array_struct__"):
             with pytest.raises(AttributeError, match=f"has no attribute '{name}'$"):
                 getattr(value, name)
+
+
+def test_a_layer_that_is_not_made_yet():
+    with pytest.raises(AttributeError, match="'LSTM' object has no attribute 'cuda'; use nothing"):
+        nn.LSTM.__new__(nn.LSTM).cuda()
 
 
 def test_an_error_within_a_property_is_not_hidden():

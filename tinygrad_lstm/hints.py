@@ -214,6 +214,8 @@ def _attribute_hint(owner: type, name: str, own: Mapping[str, Any]) -> str:
         return f"; use ops.{name}"
     if of_tensor and name in _TORCH["ops"]:
         return f"; use {_TORCH['ops'][name]}"
+    if of_tensor and name.endswith("_"):
+        return "; use t.data = ... (no operation changes a tensor in place)"
     return did_you_mean(name, [known for known in (*dir(owner), *own) if not known.startswith("_")])
 
 

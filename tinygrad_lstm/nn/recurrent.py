@@ -219,6 +219,8 @@ class Recurrent(Budgeted):
         Parameters
         ----------
         x : ``(T, B, ...)``, or a tree of such (``(B, T, ...)`` with batch_first)
+            With two axes, one number or id per row and step.  One sequence ``(T, features)`` is ``x[:, None]``; which
+            of both a cell of one's own means, nothing tells.
         state : tree of ``(B, ...)``, optional
         lengths : B ints in 0..T, optional
             Outputs past a sequence's length are zero, its final state is that of its last valid step; what the
