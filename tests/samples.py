@@ -110,6 +110,16 @@ for _name, (_low, _high) in BINARY.items():
     ]
     ZERO_SIZE[_name] = [sample(np.zeros((0, 3)), np.ones((1, 3)))]
     ZERO_D[_name] = [sample(spread((), _low, _high), spread((), _low, _high + 0.1))]
+_dividends, _divisors = spread((3, 4), -4, 4), spread((3, 4), 0.6, 1.9, 1)
+for _name in ("remainder", "floor_divide"):  # away from multiples, where they jump
+    SAMPLES[_name] = [
+        sample(_dividends, _divisors),
+        sample(_dividends, -_divisors[:, :1]),
+        sample(_dividends, 0.77),
+        sample(-5.3, _divisors[0]),
+    ]
+    ZERO_SIZE[_name] = [sample(np.zeros((0, 3)), np.ones((1, 3)))]
+    ZERO_D[_name] = [sample(spread((), -4, 4), spread((), 0.6, 1.9))]
 SAMPLES["power"] += [
     sample(spread((4,), -2, 2), call=lambda x, p=p: ops.power(x, p)) for p in (-2.0, 1.0, 2.0, 3.0, 0, 1, 2, 3)
 ]

@@ -17,6 +17,7 @@ import pytest
 import tinygrad_lstm as tg
 from tinygrad_lstm.cli import main
 from tinygrad_lstm.cli.options import duration, program
+from tinygrad_lstm.hints import how_to_install
 
 TEXT = "".join(f"{n} green bottles hanging on the wall, number {n * n}.\n" for n in range(60))
 SMALL = ["--hidden", "8", "--embedding", "4", "--batch", "4", "--seq-len", "10", "--eval-every", "20"]
@@ -89,7 +90,7 @@ def test_without_matplotlib_one_line_says_how(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert train("--steps", "3", "--out", "run") == 0
-    assert "pip install 'tinygrad-lstm[plots]'" in capsys.readouterr().out
+    assert how_to_install("plots") in capsys.readouterr().out
     assert not Path("run/loss.png").exists()
 
 

@@ -176,7 +176,7 @@ def test_a_file_in_place_of_the_folder(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ([], "required: action"),
+        ([], "required: {show,clear}"),
         (["empty"], "invalid choice: 'empty'"),
         (["clear", "all"], "unrecognized arguments: all"),
     ],

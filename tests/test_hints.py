@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
+import re
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
@@ -68,6 +73,140 @@ def test_what_a_hint_names_exists():
                 where, _, last = word.rpartition(".")
                 if where in ("tg", "ops", "nn", "optim"):
                     assert last == "" or hasattr(MODULES["" if where == "tg" else where], last), word
+
+
+# ---------------------------------------------------------------------------- attributes of objects
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(2, 3)
+
+    @property
+    def broken(self) -> int:
+        return self.encoder.wieght
+
+
+ATTRIBUTES = {
+    ("t", "view"): r"use t\.reshape\(shape\)$",
+    ("t", "unsqueeze"): r"use t\.expand_dims\(axis\)$",
+    ("t", "permute"): r"use t\.transpose\(axes\)$",
+    ("t", "to"): r"use t\.astype\(dtype\)",
+    ("t", "cpu"): "all runs on the CPU",
+    ("t", "float"): r"use t\.astype\(np\.float32\)$",
+    ("t", "mm"): "use t @ other$",
+    ("t", "t"): r"use t\.T$",
+    ("t", "contiguous"): "use t itself",
+    ("t", "expand"): r"use t\.broadcast_to\(shape\)$",
+    ("t", "pow"): r"use t \*\* exponent$",
+    ("t", "masked_fill"): r"use ops\.where\(mask, value, t\)$",
+    ("t", "gather"): r"use ops\.take_along_axis\(t, index, axis\)$",
+    ("t", "requires_grad_"): "use t.requires_grad = True$",
+    ("t", "dim"): r"use t\.ndim$",
+    ("t", "numel"): r"use t\.size$",
+    ("t", "clone"): r"tg\.tensor\(t\)",
+    ("t", "sin"): r"use ops\.sin$",
+    ("t", "clamp"): r"use ops\.clip$",
+    ("t", "add_"): r"use t\.data = \.\.\. \(no operation",
+    ("layer", "cuda"): "all runs on the CPU",
+    ("layer", "weight_ih_l9"): "did you mean 'weight_ih_l0'",
+    ("layer", "hiden_size"): "did you mean 'hidden_size'",
+    ("t", "shap"): "did you mean 'shape'",
+    ("p", "view"): r"'Parameter' object has no attribute 'view'; use t\.reshape",
+    ("net", "cuda"): "all runs on the CPU",
+    ("net", "to"): r"use module\.astype\(dtype\)",
+    ("net", "half"): r"use module\.astype\(np\.float16\)$",
+    ("net", "apply"): r"for part in module\.modules\(\): f\(part\)$",
+    ("net", "register_buffer"): r"self\.name = tg\.tensor\(array\)",
+    ("net", "register_parameter"): r"self\.name = nn\.Parameter\(array\)$",
+    ("net", "add_module"): r"self\.name = module$",
+    ("net", "requires_grad_"): r"p\.requires_grad = False$",
+    ("net", "encodr"): "did you mean 'encoder'",
+    ("net", "statedict"): "did you mean 'state_dict'",
+}
+
+
+def objects() -> dict[str, Any]:
+    return {"t": tg.tensor([[1.0, 2.0]]), "p": nn.Parameter([1.0]), "net": Net(), "layer": nn.LSTM(2, 3)}
+
+
+@pytest.mark.parametrize(("which", "name"), ATTRIBUTES)
+def test_a_missing_attribute_says_what_was_meant(which, name):
+    value = objects()[which]
+    assert not hasattr(value, name)
+    assert getattr(value, name, 5) == 5
+    with pytest.raises(AttributeError, match=f"object has no attribute {name!r}; .*") as caught:
+        getattr(value, name)
+    assert isinstance(caught.value, tg.Error) and re.search(ATTRIBUTES[which, name], str(caught.value))
+
+
+def test_what_a_hint_of_an_attribute_names_exists():
+    there = {"t": tg.Tensor, "module": nn.Module, "ops": tg.ops, "nn": nn, "tg": tg, "np": np}
+    for kind, table in hints._ATTRIBUTES.items():
+        cls = {"Tensor": tg.Tensor, "Module": nn.Module}[kind]
+        for name, text in table.items():
+            assert not hasattr(cls, name), f"{kind}.{name} exists; it needs no hint"
+            for where, last in re.findall(r"\b(t|module|ops|nn|tg|np)\.(\w+)", text):
+                assert hasattr(there[where], last), text
+
+
+def test_attributes_that_are_nothing_or_private_have_no_hint():
+    for value in objects().values():
+        for name in ("qqqqqqqq", "_hidden", "__array_struct__"):
+            with pytest.raises(AttributeError, match=f"has no attribute '{name}'$"):
+                getattr(value, name)
+
+
+def test_a_layer_that_is_not_made_yet():
+    with pytest.raises(AttributeError, match="'LSTM' object has no attribute 'cuda'; use nothing"):
+        nn.LSTM.__new__(nn.LSTM).cuda()
+
+
+def test_an_error_within_a_property_is_not_hidden():
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'wieght'; did you mean 'weight'"):
+        Net().broken  # noqa: B018
+
+
+def test_a_subclass_has_its_own_way_with_attributes():
+    class Delegating(Net):
+        def __getattr__(self, name: str) -> Any:
+            return 7 if name == "seven" else super().__getattr__(name)
+
+    net = Delegating()
+    assert net.seven == 7 and not hasattr(net, "eight")
+    with pytest.raises(AttributeError, match="all runs on the CPU"):
+        net.cuda()
+
+
+def test_copies_pickles_and_arrays_are_as_before():
+    for value in objects().values():
+        for twin in (copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
+            assert type(twin) is type(value)
+    t = objects()["t"]
+    assert np.asarray(t) is t.data and np.array([t.data[0], t.data[0]]).shape == (2, 2)
+    assert (np.ones((1, 2)) * t).tolist() == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ({}, "pip install 'tinygrad-lstm[onnx]'"),
+        ({"url": "file:///src/tg%20lstm", "dir_info": {}}, "pip install '.[onnx]' in /src/tg lstm"),
+        (
+            {"url": "https://example.org/tg.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install 'tinygrad-lstm[onnx] @ git+https://example.org/tg.git'",
+        ),
+        (
+            {"url": "https://example.org/tg-1.whl", "archive_info": {}},
+            "pip install 'tinygrad-lstm[onnx] @ https://example.org/tg-1.whl'",
+        ),
+    ],
+)
+def test_how_to_install_an_extra(origin, command, tmp_path):
+    assert hints._install_command("onnx", tmp_path, origin) == command
+    (tmp_path / "pyproject.toml").touch()
+    assert hints._install_command("onnx", tmp_path, origin) == f"pip install -e '.[onnx]' in {tmp_path}"
 
 
 def test_a_probe_imports_nothing():

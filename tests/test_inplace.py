@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import ops
+from tinygrad_lstm import nn, ops
 
 
 def leaf(*values: float) -> tg.Tensor:
@@ -64,6 +65,26 @@ def test_augmented_assignment_rebinds(name):
     assert kept.tolist() == [3.0, 6.0]
     (kept * y).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("operator", ["+", "-", "*", "/", "//", "%", "**", "@"])
+def test_augmented_assignment_to_a_parameter_names_the_remedy(operator):
+    layer = nn.Linear(2, 2)
+    before = layer.weight.numpy().copy()
+    for target in ("p", "layer.weight"):
+        with pytest.raises(tg.GraphError, match=rf"p\.data {re.escape(operator)}= "):
+            exec(f"{target} {operator}= 0.5", {"p": layer.weight, "layer": layer})
+    np.testing.assert_array_equal(layer.weight.numpy(), before)
+
+
+def test_the_remedy_for_a_parameter_works():
+    layer = nn.Linear(2, 2)
+    before = layer.weight.numpy().copy()
+    layer(np.ones((1, 2), np.float32)).sum().backward()
+    with tg.no_grad():
+        for p in layer.parameters():
+            p.data -= 0.1 * p.grad
+    np.testing.assert_allclose(layer.weight.numpy(), before - np.float32(0.1), rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------- what is noticed

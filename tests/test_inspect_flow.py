@@ -178,6 +178,21 @@ def test_unnamed_states_masked_states_and_layers(x: np.ndarray) -> None:
 
     flow = inspect.gradient_flow(nn.Recurrent(Plain()), x, lambda out: out[0].sum())
     assert set(flow.states) == {"state0", "state1"} and not flow.gates
+    parts = {name: values.tolist() for name, values in flow.states.items()}
+
+    class Half(Plain):
+        def forward(self, x: Any, state: Any) -> Any:
+            out, (h, m) = super().forward(x, state)
+            return out, (tg.name(h, "hidden"), m)
+
+    half = nn.Recurrent(Half())
+    named = inspect.gradient_flow(half, x, lambda out: out[0].sum()).states
+    assert set(named) == set(half(x, return_states=True)[2]) == {"hidden", "state1"}
+    assert {"hidden": parts["state0"], "state1": parts["state1"]} == {k: v.tolist() for k, v in named.items()}
+    kept = watch("a test", nn.Recurrent(Plain()), x, lambda out: out[0].sum()).series
+    trajectories = nn.Recurrent(Plain())(x, return_states=True)[2]
+    for one in kept:
+        np.testing.assert_allclose(one.values, trajectories[one.name].numpy()[0], rtol=1e-12)
     masked = inspect.gradient_flow(Model(), x, loss_of, lengths=[T, 2])
     assert {"h", "c"} <= {name.rpartition(".")[2] for name in masked.states}
     two = inspect.gradient_flow(nn.LSTM(I, H, num_layers=2, dtype=np.float64), x, lambda out: out[0].sum())
@@ -244,7 +259,7 @@ def test_plot_errors(tmp_path: Path, x: np.ndarray, monkeypatch: pytest.MonkeyPa
     for name in [m for m in sys.modules if m == "matplotlib" or m.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(tg.Error, match=r"tinygrad-lstm\[plots\]"):
+    with pytest.raises(tg.Error, match=r"matplotlib; pip install .*\[plots\]"):
         flow.plot(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 

@@ -105,6 +105,8 @@ def test_the_script_finds_its_elements(tmp_path: Path, x: np.ndarray) -> None:
     page, data = play(tmp_path / "p.html", Model(), x)
     asked = set(re.findall(r'(?:\$|getElementById)\("(\w+)"\)', page.scripts["code"]))
     assert asked <= page.ids and len(asked) > 10
+    style = (tmp_path / "p.html").read_text()
+    assert re.search(r"\.strip \{[^}]*flex-wrap: wrap", style)  # 32 units are wider than a column
     fields = set(re.findall(r"\bdata\.(\w+)", page.scripts["code"]))
     assert fields <= set(data)
     used = set(re.findall(r"\b(?:r\.)?s\.(\w+)", page.scripts["code"])) - {"push"}

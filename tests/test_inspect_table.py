@@ -140,6 +140,15 @@ def test_a_compiled_loop_has_no_steps() -> None:
     assert "scan" in tape.to_table()["op"]
     with pytest.raises(tg.ArgumentError, match=r"run the model inside of tg\.eager\(\)"):
         tape.to_table(t=0)
+    with pytest.raises(tg.ArgumentError, match=r"no value named \['f'\].*run the model inside of tg\.eager\(\)"):
+        tape.to_table(gate="f")
+    with pytest.raises(tg.ArgumentError, match=r"module 'l0'; .*run the model inside of tg\.eager\(\)"):
+        tape.to_table(module="l0")
+    with tg.Tape() as tape, tg.eager():
+        nn.LSTM(3, 5)(X)
+    with pytest.raises(tg.ArgumentError) as caught:
+        tape.to_table(gate="z")
+    assert "eager" not in str(caught.value)
 
 
 def test_an_empty_tape_and_numbers_of_every_kind() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from interop_parts import Function
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import interop, nn, ops
+from tinygrad_lstm.hints import how_to_install
 from tinygrad_lstm.interop.recorded import record_forward
 from tinygrad_lstm.interop.scalars import COMPOSED, OPERATORS
 from tinygrad_lstm.interop.sizes import Differs, Size, Varying, fit, samples_of, varying
@@ -50,7 +52,7 @@ def test_a_missing_library_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
         lambda: interop.to_onnx(nn.Linear(2, 1), path, np.zeros((1, 2), np.float32)),
         lambda: interop.from_onnx(path),
     ):
-        with pytest.raises(tg.DependencyError, match=r"pip install 'tinygrad-lstm\[onnx\]'"):
+        with pytest.raises(tg.DependencyError, match=re.escape(how_to_install("onnx"))):
             call()
     with pytest.raises(ImportError, match="to_torch: torch is not installed"):
         interop.to_torch(nn.Linear(2, 1))

@@ -124,6 +124,21 @@ def test_single_operators(op: str, path: Path) -> None:
     compared(path, inputs or {"x": VALUES["x"]})
 
 
+@pytest.mark.parametrize("op", ["Div", "Mod", "fmod"])
+def test_division_of_what_is_computed(op: str, path: Path) -> None:
+    """Integers are divided towards zero; Mod has the sign of the divisor, with fmod that of the dividend."""
+    options = {"fmod": 1} if op == "fmod" else {}
+    last = helper.make_node("Div" if op == "Div" else "Mod", ["n", "by"], ["y"], **options)
+    nodes = [helper.make_node("Cast", ["x"], ["n"], to=1 if op == "fmod" else 7), last]
+    by = np.array([3, -2, 1, -7])
+    inputs = {"x": 10 * VALUES["x"]}
+    write(path, nodes, inputs, {"by": by.astype(np.float32) if op == "fmod" else by}, opset=17)
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.elem_type = 1 if op == "fmod" else 7
+    onnx.save(model, path)
+    compared(path, inputs)
+
+
 @given(st.data())
 def test_slices_as_numpy(data: st.DataObject) -> None:
     from tinygrad_lstm.interop.model import Node

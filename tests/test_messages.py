@@ -35,6 +35,13 @@ def step(c: Any, x: Any) -> Any:
     return c, c
 
 
+class Foreign:
+    """A dtype of another library."""
+
+    def __repr__(self) -> str:
+        return "torch.float32"
+
+
 WRONG: dict[str, tuple[Any, Any, str]] = {
     "data_ragged": (assigned("data", RAGGED), tg.ShapeError, "unequal lengths"),
     "data_text": (assigned("data", [["a"] * 3] * 2), tg.DTypeError, "<U1"),
@@ -53,6 +60,43 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "diag": (lambda: ops.diag(t(), None), tg.DTypeError, "diag: k is an integer"),
     "tensordot": (lambda: ops.tensordot(t(), t(), axes=1.5), tg.DTypeError, "axes is an int or a pair .* found 1.5"),
     "concatenate": (lambda: ops.concatenate(3), tg.DTypeError, "expected a list of arrays, found 3"),
+    "concatenate_shapes": (
+        lambda: ops.concatenate([np.ones((2, 2)), np.ones((2, 2)), np.ones((3, 3))], axis=0),
+        tg.ShapeError,
+        r"along axis 0: array 2 has shape \(3, 3\), array 0 has \(2, 2\); .* every length but that of axis 0",
+    ),
+    "concatenate_axes": (lambda: ops.concatenate([X, X[0]], -1), tg.ShapeError, "axis -1: array 1 .*number of axes"),
+    "dim": (lambda: ops.sum(t(), dim=1), tg.DTypeError, r"ops\.sum takes .*, got dim=; here it is axis= \(keepdim="),
+    "dim_of_a_method": (lambda: t().mean(dim=1), tg.DTypeError, r"got dim=; here it is axis="),
+    "keepdim": (lambda: t().max(1, keepdim=True), tg.DTypeError, r"got keepdim=; here .*keepdim= is keepdims="),
+    "dim_keepdim": (lambda: ops.argmax(t(), dim=0, keepdim=True), tg.DTypeError, "got dim=, keepdim=; here"),
+    "dim_of_softmax": (lambda: ops.softmax(t(), dim=-1), tg.DTypeError, "got dim=; here it is axis="),
+    "dim_of_concatenate": (lambda: ops.concatenate([X, X], dim=0), tg.DTypeError, "got dim=; here it is axis="),
+    "no_such_keyword": (lambda: ops.sum(t(), axs=1), tg.DTypeError, r"ops\.sum takes \(a, axis=.*mean 'axis'"),
+    "dtype_of_a_layer": (
+        lambda: nn.LSTM(2, 3, dtype=Foreign()),
+        tg.DTypeError,
+        r"LSTM: torch\.float32 is no dtype .*np\.float32, np\.fl",
+    ),
+    "dtype_of_a_cell": (lambda: nn.GRUCell(2, 3, dtype="x"), tg.DTypeError, "GRUCell: 'x' is no dtype .*np.float32"),
+    "dtype_of_a_linear": (lambda: nn.Linear(2, 3, dtype=np.int32), tg.DTypeError, "Linear: .*int32.* np.float32"),
+    "dtype_of_ids": (lambda: nn.Embedding(2, 3, dtype="x"), tg.DTypeError, "Embedding: 'x' is no dtype"),
+    "dtype_of_a_norm": (lambda: nn.LayerNorm(2, dtype="x"), tg.DTypeError, "LayerNorm: 'x' is no dtype"),
+    "layer_into_cell": (
+        lambda: nn.LSTMCell(2, 3).load_state_dict(nn.LSTM(2, 3).state_dict()),
+        tg.ArgumentError,
+        "take off '_l0'$",
+    ),
+    "cell_into_layer": (
+        lambda: nn.LSTM(2, 3).load_state_dict(nn.LSTMCell(2, 3).state_dict()),
+        tg.ArgumentError,
+        "add '_l0'$",
+    ),
+    "transpose_two": (
+        lambda: t().reshape(1, 2, 3).transpose(0, 1),
+        tg.ShapeError,
+        r"3 axes of \(1, 2, 3\); swapaxes\(0, 1\)",
+    ),
     "transpose": (lambda: ops.transpose(t(), 3.5), tg.DTypeError, "transpose: .* found 3.5"),
     "order": (lambda: ops.reshape(t(), (3, 2), order="F"), tg.ArgumentError, "order is 'C'.*found 'F'"),
     "take_mode": (lambda: ops.take(t(), [0], mode="x"), tg.ArgumentError, "mode is 'raise', 'wrap' or 'clip'"),

@@ -230,6 +230,50 @@ def test_long_integers_are_compared_and_wrap_around(runs: list[bool]) -> None:
     assert runs == [True]
 
 
+def test_remainder_and_floor_divide_of_integers(runs: list[bool]) -> None:
+    limits = np.iinfo(np.int64)
+    a = np.array([7, -7, 7, -7, 5, -5, 0, limits.min, limits.min, limits.max, 6, -6, limits.min])
+    b = np.array([3, 3, -3, -3, 0, 0, 0, -1, 1, -1, 3, 3, limits.max])
+    for kind in (np.int64, np.int32):
+        pair = a.astype(kind), b.astype(kind)
+        _, found = ops.scan(lambda c, x: (c, [x[0] % x[1], x[0] // x[1]]), np.zeros(13), tuple(p[None] for p in pair))
+        with np.errstate(all="ignore"):
+            for values, f in zip(found, (np.remainder, np.floor_divide), strict=True):
+                np.testing.assert_array_equal(values.numpy()[0], f(*pair))
+    assert runs == [True, True]
+
+
+def test_a_loop_that_counts_modulo(runs: list[bool]) -> None:
+    """As the loop in Python would: a counter that starts again, a phase, reflected and with NumPy scalars."""
+
+    def body(carry: Any, x: Any) -> Any:
+        n, h = carry
+        n = (n + 1) % 3
+        phase = (h + x) % 1.5
+        h = ops.where(ops.equal(n, 0), phase, h + x // np.float64(0.7)) + 7.3 % (x * x + 0.5)
+        return (n, h), (np.int64(7) // (n + 1), phase)
+
+    init = np.array([0, 1, 2, 5, -4]), np.linspace(-2, 2, 5)
+    xs = np.random.default_rng(0).normal(size=(6, 5))
+    expected, n, h = [], *init
+    for x in xs:
+        (n, h), y = body((n, h), x)
+        expected.append((np.asarray(y[0]), y[1].numpy() if isinstance(y[1], tg.Tensor) else y[1]))
+        h = h.numpy()
+    x0 = tg.tensor(xs, requires_grad=True)
+    (found_n, found_h), ys = ops.scan(body, init, x0)
+    np.testing.assert_array_equal(found_n.numpy(), n)
+    np.testing.assert_allclose(found_h.numpy(), h, rtol=1e-12)
+    for k in range(2):
+        np.testing.assert_allclose(ys[k].numpy(), np.stack([e[k] for e in expected]), rtol=1e-12)
+    found_h.sum().backward()
+    x1 = tg.tensor(xs, requires_grad=True)
+    with tg.eager():
+        ops.scan(body, init, x1)[0][1].sum().backward()
+    np.testing.assert_allclose(x0.grad, x1.grad, rtol=1e-12)
+    assert len(runs) == 2
+
+
 @pytest.mark.parametrize("bad", [-1, 7])
 def test_a_class_out_of_range(bad: int, runs: list[bool]) -> None:
     case = MOVES["hot"]

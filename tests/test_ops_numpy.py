@@ -93,6 +93,35 @@ def test_binary_broadcasts_as_numpy(name):
     check()
 
 
+NUMBERS = [0, 1, -1, 2, -3, 7, 0.0, 0.5, -2.5, np.float32(1.5), np.float64(-3), np.int64(4), np.int8(-3), True]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.int32, np.int8, np.uint8, np.bool_])
+@pytest.mark.parametrize(
+    ("op", "name"), [(operators.mod, "remainder"), (operators.floordiv, "floor_divide"), (operators.mod, "mod")]
+)
+def test_remainder_and_floor_divide_as_numpy(op, name, dtype):
+    values = np.array([-7, -6, -1, 0, 0, 1, 5, 6, 100, 3.5, -0.0]).astype(dtype)
+    others = np.roll(values, 4)
+    same(silently(op, tg.tensor(values), tg.tensor(others)), silently(op, values, others), 0)
+    same(silently(op, tg.tensor(values), others), silently(op, values, others), 0)
+    same(silently(op, values, tg.tensor(others)), silently(op, values, others), 0)
+    same(silently(getattr(np, name), tg.tensor(values), others), silently(op, values, others), 0)
+    same(silently(getattr(ops, name), values, others), silently(op, values, others), 0)
+    for number in NUMBERS:
+        weak = number.item() if isinstance(number, np.generic) else number
+        if isinstance(weak, int) and weak < 0 and dtype == np.uint8:
+            continue  # NumPy refuses it
+        same(silently(op, tg.tensor(values), number), silently(op, values, weak), 0)
+        same(silently(op, number, tg.tensor(values)), silently(op, weak, values), 0)
+
+
+@given(arrays(elements=st.floats(allow_nan=True)), st.floats(allow_nan=True))
+def test_remainder_and_floor_divide_of_all_floats(x, y):
+    for name in ("remainder", "floor_divide"):
+        same(silently(getattr(ops, name), x, y), silently(getattr(np, name), x, y), 0)
+
+
 @given(arrays(), st.floats(0.5, 9.0), st.sampled_from([0, 1, 2, 3, -1, -2, 0.5, 1.5, -0.5, 2.0]))
 def test_power_and_divide(x, offset, p):
     x = np.asarray(np.abs(x) + offset)

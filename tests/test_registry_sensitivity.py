@@ -11,7 +11,7 @@ from samples import SAMPLES
 
 import tinygrad_lstm as tg
 
-ZERO_DERIVATIVE = {"sign"}
+ZERO_DERIVATIVE = {"sign", "floor_divide"}
 FUNCTIONS_OF_FUNCTIONS = {
     "scan",
     "checkpoint",

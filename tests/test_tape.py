@@ -389,3 +389,10 @@ def test_tape_in_a_loop_is_left_by_exceptions():
     _ = x * 3.0
     assert len(tape) == 1
     assert tape.gradient(y, x).item() == 2.0
+
+
+def test_the_line_of_a_function_of_axes_is_the_users():
+    with tg.Tape() as tape:
+        ops.sum(np.ones((2, 3)), axis=1)
+        tg.tensor([1.0]).mean()
+    assert all("test_tape.py" in record.source_line() for record in tape.records)

@@ -23,8 +23,8 @@ _NOTHING = (None,)
 def mark_internal() -> None:
     """Mark the engine's modules; called once, when all of them are imported."""
     parts = (
-        "autodiff", "binding", "compiler", "operands", "ops", "primitive", "pullback", "pushforward", "record", "tape",
-        "tensor", "trace",
+        "autodiff", "binding", "calls", "compiler", "operands", "ops", "primitive", "pullback", "pushforward", "record",
+        "tape", "tensor", "trace",
     )  # fmt: skip
     prefixes = tuple(f"tinygrad_lstm.{part}" for part in parts)
     for name, module in list(sys.modules.items()):

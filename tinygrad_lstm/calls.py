@@ -91,23 +91,34 @@ def misfit(error: TypeError, who: str, function: Callable[..., Any], args: tuple
     except TypeError as reason:
         known = signature.parameters
         shown = ", ".join(name if p.default is _Kind.empty else f"{name}=" for name, p in known.items())
-        hints = (did_you_mean(name, known) for name in given if name not in known)
+        unknown = [name for name in given if name not in known]
+        if any(_AXES.get(name) in known for name in unknown):
+            called = ", ".join(f"{name}=" for name in unknown)
+            return DTypeError(f"{who} takes ({shown}), got {called}; here it is axis= (keepdim= is keepdims=)")
+        hints = (did_you_mean(name, known) for name in unknown)
         return DTypeError(f"{who} takes ({shown}): {reason}{next(hints, '')}")
     return error
 
 
-def says_what_it_takes(method: F) -> F:
-    """The method, whose calls with arguments that do not fit raise :func:`misfit`'s error."""
-    who = method.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+_AXES = {"dim": "axis", "keepdim": "keepdims"}  # as PyTorch calls them
 
-    @functools.wraps(method)
-    def call(self: Any, *args: Any, **given: Any) -> Any:
+
+def says_what_it_takes(function: F, who: str = "", of_object: bool = True) -> F:
+    """The function, whose calls with arguments that do not fit raise :func:`misfit`'s error.
+
+    ``of_object``: a method, whose first argument nobody writes.
+    """
+    who = who or function.__qualname__.rpartition("<locals>.")[2].removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def call(*args: Any, **given: Any) -> Any:
         try:
-            return method(self, *args, **given)
+            return function(*args, **given)
         except TypeError as error:
             if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-                raise  # of what the method does
-            raise misfit(error, who, MethodType(method, self), args, given) from None
+                raise  # of what the function does
+            written, arguments = (MethodType(function, args[0]), args[1:]) if of_object else (function, args)
+            raise misfit(error, who, written, arguments, given) from None
 
     return call  # type: ignore[return-value]
 

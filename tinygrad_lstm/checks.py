@@ -8,7 +8,7 @@ import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 
-__all__ = ["check_int", "check_number", "check_probability", "is_number"]
+__all__ = ["check_dtype", "check_int", "check_number", "check_probability", "is_number"]
 
 
 def is_number(value: Any) -> bool:
@@ -30,6 +30,17 @@ def check_int(what: str, value: Any, least: int | None = 1) -> None:
         raise DTypeError(f"{what} is an int, found {value!r:.60}")
     if least is not None and value < least:
         raise ArgumentError(f"{what} is at least {least}, found {value}")
+
+
+def check_dtype(who: str, dtype: Any) -> np.dtype:
+    """The floating dtype that a module's parameters are to have; DTypeError where it is none."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.kind != "f":
+        raise DTypeError(f"{who}: {dtype!r} is no dtype of parameters; expected np.float32, np.float64 or np.float16")
+    return found
 
 
 def check_probability(who: str, p: Any, name: str = "p") -> float:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from tinygrad_lstm.errors import Error
 
-__all__ = ["MissingNameError", "did_you_mean"]
+__all__ = [
+    "MissingAttributeError",
+    "MissingNameError",
+    "did_you_mean",
+    "how_to_install",
+    "missing_attribute",
+    "suffix_hint",
+]
 
 _PACKAGE = __name__.partition(".")[0]
 _PLACES = ("", "ops", "nn", "nn.init", "optim", "data", "training", "inspect", "interop")
@@ -59,6 +69,65 @@ _TORCH = {
         "sub": "ops.subtract", "unsqueeze": "ops.expand_dims", "view": "ops.reshape",
     },
 }  # fmt: skip
+_CPU = "nothing: all runs on the CPU"
+# Attributes of PyTorch's objects, by the name of the class here.
+_ATTRIBUTES = {
+    "Tensor": {
+        **{name: f"t.astype(np.{dtype})" for name, dtype in {
+            "bool": "bool_", "double": "float64", "float": "float32", "half": "float16", "int": "int32",
+            "long": "int64",
+        }.items()},
+        **dict.fromkeys(("cpu", "cuda", "device"), _CPU), "to": "t.astype(dtype); all runs on the CPU",
+        "type": "t.astype(dtype)", "bmm": "t @ other", "matmul": "t @ other", "mm": "t @ other", "t": "t.T",
+        "clone": "t itself, which no operation writes to, or tg.tensor(t), a copy outside of the graph",
+        "contiguous": "t itself: operations take every layout", "dim": "t.ndim", "expand": "t.broadcast_to(shape)",
+        "gather": "ops.take_along_axis(t, index, axis)", "index_select": "t.take(index, axis)",
+        "masked_fill": "ops.where(mask, value, t)", "numel": "t.size", "permute": "t.transpose(axes)",
+        "pow": "t ** exponent", "requires_grad_": "t.requires_grad = True", "detach_": "t.detach()",
+        "unbind": "list(t)", "unsqueeze": "t.expand_dims(axis)", "view": "t.reshape(shape)",
+    },
+    "Module": {
+        **{name: f"module.astype(np.{dtype})" for name, dtype in {
+            "double": "float64", "float": "float32", "half": "float16",
+        }.items()},
+        **dict.fromkeys(("cpu", "cuda", "device"), _CPU), "to": "module.astype(dtype); all runs on the CPU",
+        "type": "module.astype(dtype)", "add_module": "an attribute: self.name = module",
+        "apply": "a loop: for part in module.modules(): f(part)",
+        **dict.fromkeys(("buffers", "named_buffers", "register_buffer"),
+                        "an attribute: self.name = tg.tensor(array), which state_dict leaves out"),
+        "flatten_parameters": "nothing: it is never needed", "compile": "tg.compile",
+        "register_forward_hook": "tg.Tape, which keeps every value",
+        "register_parameter": "an attribute: self.name = nn.Parameter(array)",
+        "requires_grad_": "a loop: for p in module.parameters(): p.requires_grad = False",
+    },
+}  # fmt: skip
+
+
+def how_to_install(extra: str) -> str:
+    """The command that adds an optional extra to this package, as it was installed."""
+    import json
+    from importlib import metadata
+
+    try:
+        origin = metadata.distribution("tinygrad-lstm").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        origin = None
+    return _install_command(extra, Path(__file__).parents[1], json.loads(origin) if origin else {})
+
+
+def _install_command(extra: str, home: Path, origin: Mapping[str, Any]) -> str:
+    """``home`` is the folder that the package lies in, ``origin`` what pip wrote down (direct_url.json, PEP 610)."""
+    if (home / "pyproject.toml").exists():
+        return f"pip install -e '.[{extra}]' in {home}"
+    url = origin.get("url", "")
+    if "dir_info" in origin:
+        from urllib.parse import urlsplit
+        from urllib.request import url2pathname
+
+        return f"pip install '.[{extra}]' in {url2pathname(urlsplit(url).path)}"
+    vcs = origin.get("vcs_info", {}).get("vcs")
+    source = f" @ {vcs}+{url}" if vcs else f" @ {url}" if url else ""
+    return f"pip install 'tinygrad-lstm[{extra}]{source}'"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -80,6 +149,22 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return found[0] if found else ""
 
 
+def suffix_hint(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """What to do where parameters of a layer are loaded into a cell, or the other way round; "" elsewhere.
+
+    >>> suffix_hint(["bias_hh"], ["bias_hh_l0"])
+    "; names of a layer end in _l0, _l0_reverse, _l1, ..., those of a cell do not: take off '_l0'"
+    """
+    for layers, cells, change in ((unexpected, missing, "take off"), (missing, unexpected, "add")):
+        ends = [end for name in layers for end in _LAYER_END.findall(name) if name.removesuffix(end) in cells]
+        if ends:
+            return f"; names of a layer end in _l0, _l0_reverse, _l1, ..., those of a cell do not: {change} {ends[0]!r}"
+    return ""
+
+
+_LAYER_END = re.compile(r"_l\d+(?:_reverse)?$")
+
+
 class MissingNameError(Error, AttributeError):
     """A public name that a module does not have.  The hint is looked for when it is shown: ``hasattr`` stays quick."""
 
@@ -90,6 +175,48 @@ class MissingNameError(Error, AttributeError):
     def __str__(self) -> str:
         module, name = self.args
         return f"module {module!r} has no attribute {name!r}{_hint(module, name)}"
+
+
+class MissingAttributeError(Error, AttributeError):
+    """An attribute that an object does not have.  As for modules, the hint is looked for when it is shown."""
+
+    def __init__(self, owner: type, name: str, own: Mapping[str, Any] | None = None) -> None:
+        super().__init__(owner, name)
+        self.own = own or {}
+
+    def __str__(self) -> str:
+        owner, name = self.args
+        return f"{owner.__name__!r} object has no attribute {name!r}{_attribute_hint(owner, name, self.own)}"
+
+
+def missing_attribute(value: Any, name: str, own: Mapping[str, Any] | None = None) -> AttributeError:
+    """What ``__getattr__`` raises: that there is no such attribute, or what a property of that name raised itself.
+
+    ``own`` are the attributes of the object, beside those of its class.
+    """
+    owner = type(value)
+    if not name.startswith("__") and any(name in cls.__dict__ for cls in owner.__mro__):
+        try:
+            object.__getattribute__(value, name)
+        except AttributeError as error:
+            return error
+    return MissingAttributeError(owner, name, own)
+
+
+def _attribute_hint(owner: type, name: str, own: Mapping[str, Any]) -> str:
+    if name.startswith("_"):
+        return ""
+    for cls in owner.__mro__:
+        if found := _ATTRIBUTES.get(cls.__name__, {}).get(name):
+            return f"; use {found}"
+    of_tensor = any(cls.__name__ == "Tensor" for cls in owner.__mro__)
+    if of_tensor and name in _names("ops"):
+        return f"; use ops.{name}"
+    if of_tensor and name in _TORCH["ops"]:
+        return f"; use {_TORCH['ops'][name]}"
+    if of_tensor and name.endswith("_"):
+        return "; use t.data = ... (no operation changes a tensor in place)"
+    return did_you_mean(name, [known for known in (*dir(owner), *own) if not known.startswith("_")])
 
 
 def _hint(module: str, name: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from types import CodeType
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from tinygrad_lstm.tape import Tape
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Aval", "Node", "Output", "Record", "State", "eager", "name", "no_grad", "recording", "scope", "state"]
+__all__ = [
+    "Aval", "Node", "Output", "Record", "State", "eager", "name", "no_grad", "note_parts", "part_name", "recording",
+    "scope", "state",
+]  # fmt: skip
 
 
 class Aval(NamedTuple):
@@ -127,12 +130,13 @@ def recording(**changes: Any) -> Iterator[None]:
 class Extra:
     """What few records have; made on demand so that the common record stays small."""
 
-    __slots__ = ("hooks", "inputs", "label", "retained", "tape_only", "tapes")
+    __slots__ = ("hooks", "inputs", "label", "part", "retained", "tape_only", "tapes")
 
     def __init__(self) -> None:
         self.hooks: dict[int, list[Callable[..., Any]]] | None = None  # by output index
         self.inputs: tuple[Any, ...] | None = None  # while a Tape keeps the values
         self.label: dict[int, str] | None = None  # names given with tg.name, by output index
+        self.part: dict[int, str] | None = None  # names as parts of a loop's state, by output index
         self.retained: dict[int, Any] | None = None  # weak references to outputs whose gradient is kept, by index
         self.tape_only = False  # recorded only because a Tape was active
         self.tapes = 0  # how many Tapes own this record
@@ -369,6 +373,21 @@ def name(t: Tensor, label: str) -> Tensor:
         extra = record.more()
         extra.label = {**(extra.label or {}), index: label}
     return t
+
+
+def part_name(k: int, count: int) -> str:
+    """What part k of ``count`` of a loop's state is called where the body gives it no name."""
+    return "state" if count == 1 else f"state{k}"
+
+
+def note_parts(carry: Sequence[Tensor]) -> None:
+    """Note on the tape which part of the state of a loop each of these values is."""
+    for k, t in enumerate(carry):
+        node = t._node
+        if node is not None:
+            record, index = (node.record, node.index) if isinstance(node, Output) else (node, 0)
+            extra = record.more()
+            extra.part = {**(extra.part or {}), index: part_name(k, len(carry))}
 
 
 def _free_name(names: dict[str, Tensor], t: Tensor, label: str) -> str:

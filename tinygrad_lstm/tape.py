@@ -401,7 +401,9 @@ class Tape:
 
         Returns
         -------
-        Tensors in the structure of ``sources``; None where there is no path.
+        Tensors in the structure of ``sources``; None where there is no path.  A compiled loop is one record, so there
+        is none from one of its outputs to another, such as from a gate in a layer's trajectories to its output: run
+        the model inside of ``tg.eager()`` and take the gate's value from the tape (:meth:`outputs`).
         """
         from tinygrad_lstm.tensor import Tensor, seed_cotangent
         from tinygrad_lstm.tree import flatten, unflatten

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError, TraceError
+from tinygrad_lstm.hints import missing_attribute
 from tinygrad_lstm.kernels.pool import copied
 from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
 from tinygrad_lstm.record import _STATE, SILENT, state
@@ -75,6 +76,7 @@ class Tensor:
         __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __and__ = __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = (
             _binary
         )
+        __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = _binary
         __lt__ = __le__ = __gt__ = __ge__ = _binary
 
         def __eq__(self, other: Any) -> Tensor: ...  # type: ignore[override]
@@ -86,6 +88,10 @@ class Tensor:
         def __getitem__(self, index: Any) -> Tensor: ...
         def __iter__(self) -> Iterator[Tensor]: ...
         def __getattr__(self, name: str) -> Any: ...
+    else:
+
+        def __getattr__(self, name):  # of what is missing only
+            raise missing_attribute(self, name)
 
     def __init__(self, data: np.ndarray, requires_grad: bool = False) -> None:
         self._data = data

@@ -60,7 +60,7 @@ def _flatten(tree: Any, leaves: list[Any], open_modules: bool) -> TreeDef:
         # Insertion order is kept: it is what the user wrote, and what print shows.
         children = tuple(_flatten(child, leaves, open_modules) for child in tree.values())
         return TreeDef(type(tree), tuple(tree), children)
-    if open_modules and hasattr(tree, "__tree_leaves__"):
+    if open_modules and hasattr(type(tree), "__tree_leaves__"):
         named = tree.__tree_leaves__()
         leaves.extend(named.values())
         return TreeDef(dict, tuple(named), (LEAF,) * len(named))
@@ -111,7 +111,7 @@ def leaf_paths(tree: Any, root: str = "") -> list[str]:
         return [path for k, child in enumerate(tree) for path in leaf_paths(child, f"{root}[{k}]")]
     if isinstance(tree, dict):
         return [path for key, child in tree.items() for path in leaf_paths(child, f"{root}[{key!r}]")]
-    if hasattr(tree, "__tree_leaves__"):
+    if hasattr(type(tree), "__tree_leaves__"):
         return [f"{root}.{name}" for name in tree.__tree_leaves__()]
     return [root]
 

@@ -21,7 +21,9 @@ HELP = "show or clear the compiled code that is kept on disk"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("action", choices=("show", "clear"), help="show what is kept; clear: delete it")
+    parser.add_argument(
+        "action", choices=("show", "clear"), metavar="{show,clear}", help="show what is kept; clear: delete it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

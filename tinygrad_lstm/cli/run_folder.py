@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygrad_lstm.cli.options import BEST, LAST
 from tinygrad_lstm.errors import FileError
+from tinygrad_lstm.hints import how_to_install
 from tinygrad_lstm.serialization import replacing
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class RunFolder:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError:
-            return f"no {CURVE}: it needs matplotlib; pip install 'tinygrad-lstm[plots]'"
+            return f"no {CURVE}: it needs matplotlib; {how_to_install('plots')}"
         bits = [loss / math.log(2) for loss in trainer.history["loss"]]
         held_out = [loss / math.log(2) for loss in trainer.validations["loss"]]
         # A Figure with its own canvas: no window system, no global state of pyplot.

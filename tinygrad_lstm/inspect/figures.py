@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from tinygrad_lstm.errors import DependencyError
+from tinygrad_lstm.hints import how_to_install
 
 __all__ = ["blank_figure", "picture"]
 
@@ -16,7 +17,7 @@ def blank_figure(who: str, width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise DependencyError(f"{who}: this needs matplotlib; pip install 'tinygrad-lstm[plots]'") from None
+        raise DependencyError(f"{who}: this needs matplotlib; {how_to_install('plots')}") from None
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure

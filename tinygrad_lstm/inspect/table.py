@@ -18,6 +18,7 @@ __all__ = ["Table", "table_of"]
 
 COLUMNS = ("serial", "op", "output", "name", "module", "t", "shape", "dtype", "norm", "source", "value")
 SHOWN = ("serial", "op", "name", "module", "t", "value", "norm", "source")
+_ONE_RECORD = "; a compiled loop is one record, run the model inside of tg.eager()"
 MOST_SHOWN = 60  # rows of a printed table; more are left out in the middle
 
 
@@ -116,10 +117,12 @@ def _texts(row: dict[str, Any]) -> tuple[str, ...]:
 def table_of(tape: Tape, t: Any = None, module: str | None = None, gate: Any = None) -> Table:
     """The rows of a tape; see :meth:`~tinygrad_lstm.Tape.to_table` for the selections."""
     rows = [(record, index, value) for record, _, outputs in tape.entries for index, value in enumerate(outputs)]
-    chosen = _chosen_steps(t, [record.place.step for record, _, _ in rows])
-    names = _chosen_names(gate, [_label(record, index) for record, index, _ in rows])
+    steps = [record.place.step for record, _, _ in rows]
+    chosen = _chosen_steps(t, steps)
+    unrolled = any(step is not None for step in steps)
+    names = _chosen_names(gate, [_label(record, index) for record, index, _ in rows], unrolled)
     if module is not None:
-        _check_module(module, {record.place.where for record, _, _ in rows})
+        _check_module(module, {record.place.where for record, _, _ in rows}, unrolled)
     return Table(
         _row(record, index, value)
         for record, index, value in rows
@@ -167,16 +170,13 @@ def _chosen_steps(t: Any, steps: Iterable[int | None]) -> set[int] | None:
         raise DTypeError(f"to_table: time steps are ints, found {t!r}")
     there = {step for step in steps if step is not None}
     if not there:
-        raise ArgumentError(
-            "to_table: no record of this tape has a time step; a compiled loop is one record, "
-            "run the model inside of tg.eager()"
-        )
+        raise ArgumentError(f"to_table: no record of this tape has a time step{_ONE_RECORD}")
     if missing := [int(k) for k in chosen if k not in there]:
         raise ArgumentError(f"to_table: no records of t = {missing}; the steps are {min(there)} to {max(there)}")
     return {int(k) for k in chosen}
 
 
-def _chosen_names(gate: Any, labels: Iterable[str | None]) -> set[str] | None:
+def _chosen_names(gate: Any, labels: Iterable[str | None], unrolled: bool) -> set[str] | None:
     if gate is None:
         return None
     wanted = [gate] if isinstance(gate, str) else list(gate) if isinstance(gate, Iterable) else [gate]
@@ -184,12 +184,15 @@ def _chosen_names(gate: Any, labels: Iterable[str | None]) -> set[str] | None:
         raise DTypeError(f"to_table: gate is a name given with tg.name, or several of them, found {gate!r}")
     there = {label for label in labels if label is not None}
     if missing := [name for name in wanted if name not in there]:
-        raise ArgumentError(f"to_table: no value named {missing}; named are {sorted(there)}")
+        raise ArgumentError(
+            f"to_table: no value named {missing}; named are {sorted(there)}{'' if unrolled else _ONE_RECORD}"
+        )
     return set(wanted)
 
 
-def _check_module(module: Any, paths: set[str]) -> None:
+def _check_module(module: Any, paths: set[str], unrolled: bool) -> None:
     if not isinstance(module, str):
         raise DTypeError(f"to_table: module is a path such as 'encoder.l0', found {module!r}")
     if not any(_is_within(path, module) for path in paths):
-        raise ArgumentError(f"to_table: nothing ran in module {module!r}; the paths are {sorted(paths)}")
+        hint = "" if unrolled else _ONE_RECORD
+        raise ArgumentError(f"to_table: nothing ran in module {module!r}; the paths are {sorted(paths)}{hint}")

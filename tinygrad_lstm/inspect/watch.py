@@ -162,13 +162,10 @@ def _values(tape: Tape) -> dict[tuple[str, str, bool, int], dict[int, Tensor]]:
                 crossing[path, place, index] = None
     labels = {key: _label(steps, key[2]) for key, steps in outputs.items()}
     found: dict[tuple[str, str, bool, int], dict[int, Tensor]] = {}
-    unnamed = [key for key in crossing if labels[key] is None and _inherited(outputs[key], labels, position) is None]
     for key, steps in outputs.items():
         label, crosses = labels[key], key in crossing
         if label is None and crosses:
-            label = _inherited(outputs[key], labels, position)
-            if label is None:
-                label = "state" if len(unnamed) == 1 else f"state{unnamed.index(key)}"
+            label = _inherited(steps, labels, position) or _part(steps, key[2])
         if label is not None:
             first = min(record.serial for record, _ in steps.values())
             found[key[0], label, crosses, first] = {step: tensor for step, (_, tensor) in steps.items()}
@@ -185,6 +182,12 @@ def _label(steps: dict[int, tuple[Record, Tensor]], index: int) -> str | None:
     record = next(iter(steps.values()))[0]
     labels = None if record.extra is None else record.extra.label
     return None if labels is None else labels.get(index)
+
+
+def _part(steps: dict[int, tuple[Record, Tensor]], index: int) -> str:
+    """The name of a part of the state that has no other; the last step's value may be one of the others too."""
+    parts = [r.extra.part[index] for r, _ in steps.values() if r.extra and r.extra.part and index in r.extra.part]
+    return parts[0] if parts else "state"
 
 
 def _inherited(

@@ -133,16 +133,20 @@ def _div(call: Call) -> Any:
     x, y = call.args
     if x.dtype.kind == "f":
         return ops.divide(x, y)
-    if not call.static:
-        raise UnsupportedError("dividing integers is supported for constants and shapes only")
-    return np.trunc(np.divide(x, y)).astype(x.dtype)  # towards zero
+    if call.static:
+        return np.trunc(np.divide(x, y)).astype(x.dtype)  # towards zero
+    return ops.sign(x) * ops.sign(y) * ops.floor_divide(ops.abs(x), ops.abs(y))
 
 
 @operator("Mod")
 def _mod(call: Call) -> Any:
-    if not call.static:
-        raise UnsupportedError("is supported for constants and shapes only")
-    return (np.fmod if call.get("fmod") else np.mod)(*call.args)
+    if call.static:
+        return (np.fmod if call.get("fmod") else np.mod)(*call.args)
+    x, y = call.args
+    if not call.get("fmod"):
+        return ops.remainder(x, y)
+    left = ops.remainder(ops.abs(x), ops.abs(y))  # it has the sign of the dividend
+    return ops.where(ops.less(x, 0), -left, left)
 
 
 def _folded(name: str, function: Callable[..., Any]) -> None:

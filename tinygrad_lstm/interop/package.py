@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinygrad_lstm.errors import DependencyError
+from tinygrad_lstm.hints import how_to_install
 
 __all__ = ["onnx_library"]
 
@@ -14,5 +15,5 @@ def onnx_library(who: str) -> Any:
     try:
         import onnx
     except ImportError:
-        raise DependencyError(f"{who} needs the package onnx; pip install 'tinygrad-lstm[onnx]'") from None
+        raise DependencyError(f"{who} needs the package onnx; {how_to_install('onnx')}") from None
     return onnx

@@ -31,6 +31,7 @@ OPERATORS = {
     "where": "Where", "exp": "Exp", "log": "Log", "sin": "Sin", "cos": "Cos", "tan": "Tan", "arcsin": "Asin",
     "arccos": "Acos", "arctan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "arcsinh": "Asinh",
     "arccosh": "Acosh", "arctanh": "Atanh", "erf": "Erf", "sigmoid": "Sigmoid", "softplus": "Softplus",
+    "remainder": "Mod",
 }  # fmt: skip
 # NumPy's arithmetic on booleans is logic.
 _ON_BOOLEANS = {"add": "Or", "maximum": "Or", "multiply": "And", "minimum": "And", "equal": "Equal", "where": "Where"}
@@ -52,6 +53,12 @@ def _arctan2(y: Any, x: Any) -> Any:
     return e.where(x > 0.0, slope, e.where(x < 0.0, slope + turned, upright))
 
 
+def _floor_divide(x: Any, y: Any) -> Any:
+    """What is left after the remainder is a multiple of y, but for rounding."""
+    half_above = (x - e.remainder(x, y)) / y + 0.5
+    return half_above - e.remainder(half_above, 1.0)
+
+
 COMPOSED: dict[str, Callable[..., Any]] = {
     "square": lambda x: x * x,
     "not_equal": lambda x, y: e.logical_not(e.equal(x, y)),
@@ -61,6 +68,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     "log2": lambda x: e.log(x) * (1.0 / math.log(2.0)),
     "log1p": _log1p,
     "arctan2": _arctan2,
+    "floor_divide": _floor_divide,
 }
 
 
@@ -142,6 +150,18 @@ def _leaf(b: Builder, name: str, operands: list[Any], dtype: np.dtype) -> Value:
 
 
 def _node(b: Builder, operator: str | None, name: str, operands: list[Any], dtype: np.dtype) -> Value:
+    if name == "remainder" and dtype.kind == "f":  # Mod of floats has the sign of the dividend
+        divisor = operands[1]
+        left = b.one("Mod", operands, dtype, fmod=1)
+        zero = b.constant(np.zeros((), dtype))
+        below = [b.one("Less", [value, zero], bool) for value in (left, divisor)]
+        moved = b.one(
+            "And", [b.one("Xor", below, bool), b.one("Not", [b.one("Equal", [left, zero], bool)], bool)], bool
+        )
+        return b.one("Where", [moved, b.one("Add", [left, divisor], dtype), left], dtype)
+    if name == "floor_divide" and dtype.kind in "iu":
+        multiple = b.one("Sub", [operands[0], b.one("Mod", operands, dtype)], dtype)
+        return b.one("Div", [multiple, operands[1]], dtype)
     if operator is not None:
         return b.one(operator, operands, dtype)
     built = e.build(COMPOSED[name], len(operands))

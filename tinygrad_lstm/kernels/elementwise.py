@@ -33,7 +33,7 @@ _INTEGERS = frozenset({"int32", "int64"})
 # What integers have an instruction for; where the result is a float, they are converted first.
 _WHOLE_OPS = frozenset(
     {"input", "cast", "add", "subtract", "multiply", "negative", "square", "absolute", "sign", "maximum", "minimum",
-     "where"}
+     "where", "remainder", "floor_divide"}
 )  # fmt: skip
 
 

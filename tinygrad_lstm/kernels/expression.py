@@ -109,6 +109,18 @@ class Expr:
     def __rtruediv__(self, other: Operand) -> Expr:
         return _apply("divide", other, self)
 
+    def __mod__(self, other: Operand) -> Expr:
+        return _apply("remainder", self, other)
+
+    def __rmod__(self, other: Operand) -> Expr:
+        return _apply("remainder", other, self)
+
+    def __floordiv__(self, other: Operand) -> Expr:
+        return _apply("floor_divide", self, other)
+
+    def __rfloordiv__(self, other: Operand) -> Expr:
+        return _apply("floor_divide", other, self)
+
     def __pow__(self, other: Operand) -> Expr:
         # The two rewrites that ndarray.__pow__ makes and that keep the dtype.
         if type(other) in (int, float) and other == 2 and type(other) is int:

@@ -195,11 +195,44 @@ def _sign(x: Value) -> Value:
     return (x > 0.0).choose(1.0, below)
 
 
+def _opposite(a: Value, b: Value) -> Value:
+    """Where one is below zero and the other is not."""
+    return ((a < 0) & ~(b < 0)) | (~(a < 0) & (b < 0))
+
+
+def _divisor(b: Value) -> Value:
+    """Of integers: 1 in place of 0 and -1, by which the instruction must not divide."""
+    return (b.equals(0) | b.equals(-1)).choose(1, b)
+
+
+def _remainder(a: Value, b: Value) -> Value:
+    left = a.remainder(_divisor(b) if b.whole else b)
+    result = (left.differs(0) & _opposite(left, b)).choose(left + b, left)
+    return result if b.whole else left.equals(0).choose(b.lanes.constant(0, b.dtype).intrinsic("copysign", b), result)
+
+
+def _floor_divide(a: Value, b: Value) -> Value:
+    if b.whole:
+        divisor = _divisor(b)
+        left, quotient = a.remainder(divisor), a.quotient(divisor)
+        quotient = (left.differs(0) & _opposite(left, b)).choose(quotient - 1, quotient)
+        return b.equals(0).choose(0, b.equals(-1).choose(-a, quotient))
+    left, ratio = a.remainder(b), a / b
+    exact = (a - left) / b  # an integer, but for rounding
+    exact = (left.differs(0) & _opposite(left, b)).choose(exact - 1, exact)
+    below = exact.intrinsic("floor")
+    result = (exact - below > 0.5).choose(below + 1, below)
+    zero = exact.lanes.constant(0, exact.dtype).intrinsic("copysign", ratio)
+    return b.equals(0).choose(ratio, exact.equals(0).choose(zero, result))
+
+
 _RULES: dict[str, Callable[..., Value]] = {
     "add": lambda a, b: a + b,
     "subtract": lambda a, b: a - b,
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
+    "remainder": _remainder,
+    "floor_divide": _floor_divide,
     "negative": lambda x: -x,
     "reciprocal": lambda x: 1.0 / x,
     "square": lambda x: x * x,

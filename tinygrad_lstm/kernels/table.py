@@ -53,6 +53,8 @@ _ROWS = (
     Leaf("subtract", 2, np.subtract, "arithmetic"),
     Leaf("multiply", 2, np.multiply, "arithmetic"),
     Leaf("divide", 2, np.divide, "arithmetic"),
+    Leaf("remainder", 2, np.remainder, "arithmetic"),
+    Leaf("floor_divide", 2, np.floor_divide, "arithmetic"),
     Leaf("negative", 1, np.negative, "arithmetic"),
     Leaf("reciprocal", 1, np.reciprocal, "arithmetic"),
     Leaf("square", 1, np.square, "arithmetic"),

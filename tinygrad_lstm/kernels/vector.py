@@ -102,6 +102,14 @@ class Value:
     def __rtruediv__(self, other: Any) -> Value:
         return self._wrap(self.lanes.builder.fdiv(self._other(other), self.ir))
 
+    def remainder(self, other: Value) -> Value:
+        """What truncated division leaves, of the sign of the dividend, as C's ``%`` and ``fmod``."""
+        return self._wrap(self._either("frem", "srem")(self.ir, other.ir))
+
+    def quotient(self, other: Value) -> Value:
+        """Truncated division of integers."""
+        return self._wrap(self.lanes.builder.sdiv(self.ir, other.ir))
+
     def __neg__(self) -> Value:
         return 0 - self if self.whole else self._wrap(self.lanes.builder.fneg(self.ir))
 

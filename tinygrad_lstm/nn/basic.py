@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.checks import check_int, check_probability
+from tinygrad_lstm.checks import check_dtype, check_int, check_probability
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.kernels import expression as e
 from tinygrad_lstm.nn import init
@@ -51,6 +51,7 @@ class Linear(Module):
         generator: Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        dtype = check_dtype("Linear", dtype)
         check_int("Linear: in_features", in_features)
         check_int("Linear: out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
@@ -133,6 +134,7 @@ class Embedding(Module):
         generator: Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        dtype = check_dtype("Embedding", dtype)
         check_int("Embedding: num_embeddings", num_embeddings)
         check_int("Embedding: embedding_dim", embedding_dim)
         if padding_idx is not None:
@@ -194,6 +196,7 @@ class LayerNorm(Module):
         bias: bool = True, *, dtype: Any = np.float32,
     ) -> None:  # fmt: skip
         super().__init__()
+        dtype = check_dtype("LayerNorm", dtype)
         shape = tuple(normalized_shape) if isinstance(normalized_shape, (Sequence, np.ndarray)) else (normalized_shape,)
         for length in shape:
             check_int("LayerNorm: every length of normalized_shape", length)

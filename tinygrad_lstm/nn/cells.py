@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.checks import check_int
+from tinygrad_lstm.checks import check_dtype, check_int
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.nn import init
 from tinygrad_lstm.nn.basic import LayerNorm
@@ -51,6 +51,7 @@ class GatedCell(Module):
                 "hidden_size, bias, proj_size (LSTM), dtype, generator"
             )
         positive(type(self).__name__, input_size=input_size, hidden_size=hidden_size)
+        dtype = check_dtype(type(self).__name__, dtype)
         if proj_size and self.gates != 4:
             raise ArgumentError(f"{type(self).__name__}: proj_size={proj_size}, but only LSTM cells have a projection")
         if proj_size and not 0 < proj_size < hidden_size:

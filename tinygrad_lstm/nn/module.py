@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from tinygrad_lstm.calls import misfit
-from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.checks import check_dtype
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError
 from tinygrad_lstm.foreign import array_of
+from tinygrad_lstm.hints import missing_attribute, suffix_hint
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, check_differentiable, no_gradients, to_array
@@ -62,6 +64,24 @@ class Parameter(Tensor):
 
     def __repr__(self) -> str:
         return "Parameter" + super().__repr__()[len("tensor") :]
+
+
+def _refused(operator: str) -> Any:
+    def method(self: Parameter, other: Any) -> Any:
+        raise GraphError(
+            f"p {operator}= ... would leave a Parameter of shape {self.shape} as it is and make p the name of another "
+            f"tensor; write p.data {operator}= ... to change its values, or p = p {operator} ... for a new tensor"
+        )
+
+    return method
+
+
+# An augmented assignment rebinds the name; of a Parameter, that is never meant.
+for _name, _operator in (
+    ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"), ("mod", "%"), ("pow", "**"),
+    ("matmul", "@"),
+):  # fmt: skip
+    setattr(Parameter, f"__i{_name}__", _refused(_operator))
 
 
 class Place(NamedTuple):
@@ -181,6 +201,11 @@ class Module:
                 _STATE.reset(token)
 
     # ------------------------------------------------------------------ attributes
+
+    if not TYPE_CHECKING:  # a type checker is to see the attributes that there are
+
+        def __getattr__(self, name):  # of what is missing only
+            raise missing_attribute(self, name, self.__dict__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, (Module, Parameter, list, tuple, dict)):
@@ -355,7 +380,8 @@ class Module:
             problems += [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
         if problems:
             kind = ShapeError if misfits and len(problems) == 1 else ArgumentError
-            raise kind(f"{type(self).__name__}.load_state_dict: {'. '.join(problems)}")
+            hint = suffix_hint(missing, unexpected)
+            raise kind(f"{type(self).__name__}.load_state_dict: {'. '.join(problems)}{hint}")
         for name, parameter in places.items():
             if name in arrays:
                 parameter._replace(np.array(arrays[name], parameter.dtype, order="C"))
@@ -363,13 +389,7 @@ class Module:
 
     def astype(self: M, dtype: Any) -> M:
         """Convert every parameter in place to a floating dtype; gradients are dropped.  Returns the module."""
-        try:
-            dtype = np.dtype(dtype)
-        except TypeError:
-            raise DTypeError(
-                f"{type(self).__name__}.astype: {dtype!r} is no dtype; expected something like np.float64 or 'float32'"
-            ) from None
-        check_differentiable(dtype)
+        dtype = check_dtype(f"{type(self).__name__}.astype", dtype)
         for parameter in self.parameters():
             parameter._replace(parameter._data.astype(dtype))
             parameter.grad = None

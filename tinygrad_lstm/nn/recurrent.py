@@ -23,6 +23,7 @@ from tinygrad_lstm.nn.ready import find, keep_recurrent
 from tinygrad_lstm.nn.states import checked_state
 from tinygrad_lstm.ops.control import scan_with
 from tinygrad_lstm.ops.lengths import check_lengths
+from tinygrad_lstm.record import part_name
 from tinygrad_lstm.tape import recording
 from tinygrad_lstm.tape import state as recording_state
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -118,7 +119,7 @@ def _selected(named: dict[str, Tensor], carry: Any, gates: bool) -> Trajectories
     leaves = flatten(carry)[0]
     chosen = {}
     for k, leaf in enumerate(leaves):
-        chosen[labels.get(id(leaf), "state" if len(leaves) == 1 else f"state{k}")] = leaf
+        chosen[labels.get(id(leaf), part_name(k, len(leaves)))] = leaf
     if gates:
         chosen.update({label: value for label, value in named.items() if label not in chosen})
     return chosen
@@ -218,6 +219,8 @@ class Recurrent(Budgeted):
         Parameters
         ----------
         x : ``(T, B, ...)``, or a tree of such (``(B, T, ...)`` with batch_first)
+            With two axes, one number or id per row and step.  One sequence ``(T, features)`` is ``x[:, None]``; which
+            of both a cell of one's own means, nothing tells.
         state : tree of ``(B, ...)``, optional
         lengths : B ints in 0..T, optional
             Outputs past a sequence's length are zero, its final state is that of its last valid step; what the

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.checks import check_dtype
 from tinygrad_lstm.compiler.schedule import check_memory
 from tinygrad_lstm.errors import DTypeError, ShapeError
+from tinygrad_lstm.hints import missing_attribute
 from tinygrad_lstm.nn.budget import Budgeted
 from tinygrad_lstm.nn.cells import GatedCell, GRUCell, LSTMCell, RNNCell, check_input, describe, positive
 from tinygrad_lstm.nn.module import Module, Parameter, Place
@@ -51,6 +53,7 @@ class RecurrentLayers(Budgeted):
     ) -> None:  # fmt: skip
         super().__init__()
         who = type(self).__name__
+        dtype = check_dtype(who, dtype)
         positive(who, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_between(who, dropout, num_layers)
         self.input_size, self.hidden_size, self.num_layers = int(input_size), int(hidden_size), int(num_layers)
@@ -102,7 +105,8 @@ class RecurrentLayers(Budgeted):
     def __getattr__(self, name: str) -> Any:
         place = None if name.startswith("_") else self._place(name)
         if place is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            made = not name.startswith("_") and "_suffixes" in self.__dict__
+            raise missing_attribute(self, name, {**self.__dict__, **self.__tree_leaves__()} if made else None)
         return place.value
 
     def __setattr__(self, name: str, value: Any) -> None:

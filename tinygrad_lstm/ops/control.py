@@ -21,6 +21,7 @@ from tinygrad_lstm.ops.reduction import argmax, max
 from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
+from tinygrad_lstm.record import note_parts
 from tinygrad_lstm.tape import recording, state
 from tinygrad_lstm.tensor import Tensor, asarray, tensor
 from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
@@ -376,6 +377,8 @@ def _stepwise(
         with recording(step=t if outer is None else outer):
             new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))
         new, leaves, y_tree = _results(new_carry, y, carry, carry_tree)
+        if state().tapes:
+            note_parts(new)
         current = unflatten(carry_tree, new)
         rows.append(leaves)
     if reverse:

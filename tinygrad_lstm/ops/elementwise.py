@@ -38,6 +38,19 @@ divide: Primitive = elementwise(
     (lambda g, y: g / y, lambda g, y, out: -(g * out / y)),
     doc="x / y (true division), elementwise with broadcasting.",
 )
+floor_divide: Primitive = elementwise(
+    "floor_divide",
+    e.floor_divide,
+    (lambda g: zeros(Aval(g.shape, g.dtype)), lambda g: zeros(Aval(g.shape, g.dtype))),
+    doc="The largest integer that is not above x / y, in the common dtype, x // y; the derivatives are 0 everywhere.",
+)
+remainder: Primitive = elementwise(
+    "remainder",
+    e.remainder,
+    (lambda g: g, lambda g, x, y: -(g * floor_divide(x, y))),
+    doc="x - y * floor(x / y), x % y: it has the sign of y, as numpy.remainder; also called mod.",
+)
+mod = remainder
 negative: Primitive = elementwise("negative", e.negative, (lambda g: -g,), doc="-x, elementwise.")
 
 
@@ -280,9 +293,10 @@ invert: Primitive = _bits("invert", np.invert, "All bits flipped, ~x,")
 __all__ = [
     "abs", "add", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "bitwise_and", "bitwise_or",
     "bitwise_xor", "clip", "cos", "cosh",
-    "divide", "elu", "equal", "erf", "exp", "exp2", "expm1", "gelu", "greater", "greater_equal", "hard_sigmoid",
-    "hard_tanh", "invert", "isfinite", "isinf", "isnan",
+    "divide", "elu", "equal", "erf", "exp", "exp2", "expm1", "floor_divide", "gelu",
+    "greater", "greater_equal", "hard_sigmoid", "hard_tanh", "invert", "isfinite", "isinf", "isnan",
     "leaky_relu", "less", "less_equal", "log", "log1p", "log2", "logical_and",
-    "logical_not", "logical_or", "maximum", "minimum", "multiply", "negative", "not_equal", "power", "relu", "sigmoid",
+    "logical_not", "logical_or", "maximum", "minimum", "mod", "multiply", "negative", "not_equal", "power", "relu",
+    "remainder", "sigmoid",
     "sign", "silu", "sin", "sinh", "softplus", "sqrt", "square", "subtract", "tan", "tanh", "where",
 ]  # fmt: skip

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from types import FunctionType
 from typing import Any
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.calls import says_what_it_takes
 from tinygrad_lstm.operands import as_operands
 from tinygrad_lstm.ops.dispatch import array_function, array_ufunc
 from tinygrad_lstm.tensor import Tensor
@@ -43,6 +46,7 @@ _BITWISE = {
 }  # fmt: skip
 _OPERATORS = {
     "add": ops.add, "sub": ops.subtract, "mul": ops.multiply, "truediv": ops.divide, "pow": ops.power,
+    "mod": ops.remainder, "floordiv": ops.floor_divide,
 }  # fmt: skip
 
 
@@ -59,6 +63,9 @@ def _shape_argument(function: Any) -> Any:
 
 
 def _method(function: Any) -> Any:
+    if isinstance(function, FunctionType):
+        return function
+
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
@@ -69,6 +76,14 @@ def _method(function: Any) -> Any:
 
 def install() -> None:
     """Called once, when the ops are imported."""
+    for name in ops.__all__:
+        function = getattr(ops, name)
+        if isinstance(function, FunctionType) and not {"axis", "axes"}.isdisjoint(signature(function).parameters):
+            called = says_what_it_takes(
+                function, f"ops.{function.__name__}", of_object=False
+            )  # for PyTorch an axis is dim
+            called.__module__ = ops.__name__  # where it can be found
+            setattr(ops, name, called)
     for name, primitive in _OPERATORS.items():
         setattr(Tensor, f"__{name}__", _binary(primitive))
         setattr(Tensor, f"__r{name}__", _reflected(primitive))

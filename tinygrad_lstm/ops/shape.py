@@ -140,7 +140,8 @@ def transpose(a: Any, axes: Any = None) -> Any:
     else:
         order = tuple(normal_axis(a, x.ndim, "transpose") for a in as_lengths(axes, "transpose"))
         if sorted(order) != list(range(-x.ndim, 0)):
-            raise ShapeError(f"transpose: axes {axes} are no permutation of the {x.ndim} axes of {x.shape}")
+            swap = f"; swapaxes({axes[0]}, {axes[1]}) exchanges two" if len(order) == 2 else ""
+            raise ShapeError(f"transpose: axes {axes} are no permutation of the {x.ndim} axes of {x.shape}{swap}")
     return _transpose(x, axes=order)
 
 
@@ -201,12 +202,17 @@ def _part(g: Any, shapes: Sequence[Any], position: int, axis: int) -> Any:
     return g[tuple(index)]
 
 
+def _joinable(shape: Sequence[Any], other: Sequence[Any], axis: int) -> bool:
+    """Whether two shapes are the same but for their lengths along the axis."""
+    if len(shape) != len(other):
+        return False
+    return all(m == n for k, (m, n) in enumerate(zip(shape, other, strict=True)) if k - len(other) != axis)
+
+
 def _concatenate_aval(*xs: Aval, axis: int) -> Aval:
     first = xs[0].shape
     for x in xs:
-        if len(x.shape) != len(first) or any(
-            m != n for k, (m, n) in enumerate(zip(x.shape, first, strict=True)) if k - len(first) != axis
-        ):
+        if not _joinable(x.shape, first, axis):
             raise ValueError
     shape = list(first)
     shape[axis] = 0
@@ -246,7 +252,15 @@ def concatenate(arrays: Sequence[Any], axis: int | None = 0) -> Any:
         return tensors[0]
     if tensors[0].ndim == 0:
         raise ShapeError("concatenate of 0-d values; use stack")
-    return _concatenate(*tensors, axis=normal_axis(axis, tensors[0].ndim, "concatenate"))
+    place = normal_axis(axis, tensors[0].ndim, "concatenate")
+    first = tensors[0].shape
+    for k, t in enumerate(tensors):
+        if not _joinable(t.shape, first, place):
+            raise ShapeError(
+                f"concatenate along axis {axis}: array {k} has shape {t.shape}, array 0 has {first}; they have to "
+                f"agree in the number of axes and in every length but that of axis {axis}"
+            )
+    return _concatenate(*tensors, axis=place)
 
 
 def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
