@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError, TraceError
-from tinygrad_lstm.hints import missing_attribute
 from tinygrad_lstm.kernels.pool import copied
 from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
 from tinygrad_lstm.record import _STATE, SILENT, state
@@ -88,10 +87,6 @@ class Tensor:
         def __getitem__(self, index: Any) -> Tensor: ...
         def __iter__(self) -> Iterator[Tensor]: ...
         def __getattr__(self, name: str) -> Any: ...
-    else:
-
-        def __getattr__(self, name):  # of what is missing only
-            raise missing_attribute(self, name)
 
     def __init__(self, data: np.ndarray, requires_grad: bool = False) -> None:
         self._data = data

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from tinygrad_lstm.calls import misfit
 from tinygrad_lstm.checks import check_dtype
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError
 from tinygrad_lstm.foreign import array_of
-from tinygrad_lstm.hints import missing_attribute, suffix_hint
+from tinygrad_lstm.hints import explain_missing, suffix_hint
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, check_differentiable, no_gradients, to_array
@@ -201,11 +201,6 @@ class Module:
                 _STATE.reset(token)
 
     # ------------------------------------------------------------------ attributes
-
-    if not TYPE_CHECKING:  # a type checker is to see the attributes that there are
-
-        def __getattr__(self, name):  # of what is missing only
-            raise missing_attribute(self, name, self.__dict__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, (Module, Parameter, list, tuple, dict)):
@@ -455,3 +450,6 @@ class Module:
             yield f"{indent}  {place.name}: {p.shape} {p.dtype}{frozen}"
         for child_name, child in self.named_children():
             yield from child._lines(child_name, depth + 1, seen)
+
+
+explain_missing(Module, "Module")

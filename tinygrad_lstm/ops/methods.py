@@ -8,6 +8,7 @@ from typing import Any
 
 from tinygrad_lstm import ops
 from tinygrad_lstm.calls import says_what_it_takes
+from tinygrad_lstm.hints import explain_missing
 from tinygrad_lstm.operands import as_operands
 from tinygrad_lstm.ops.dispatch import array_function, array_ufunc
 from tinygrad_lstm.tensor import Tensor
@@ -113,6 +114,7 @@ def install() -> None:
         setattr(Tensor, name, value)
     for name in _METHODS:
         setattr(Tensor, name, _method(getattr(ops, name)))
+    explain_missing(Tensor, "Tensor", ops.__all__)
 
 
 _METHODS = [
