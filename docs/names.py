@@ -36,8 +36,8 @@ Coming from PyTorch:
 * As in NumPy, `dim` and `keepdim` are `axis` and `keepdims`, and `ops.concatenate`, `reshape`, `expand_dims` stand for
   `cat`, `view`, `unsqueeze`. `x.max(axis=1)` gives the values alone; indices come from `x.argmax(axis=1)`.
 * Losses are plain functions, `nn.mse_loss(output, target)`, with no modules such as `MSELoss()`; so are activations.
-* There are no methods that write in place (`add_`, `zero_`), and `p -= step` makes another tensor. An update by hand is
-  `p.data -= lr * p.grad`: `data` and `grad` are arrays, and nothing of it is recorded.
+* There are no methods that write in place (`add_`, `zero_`); `t -= step` makes another tensor, and is refused of a
+  Parameter. An update by hand is `p.data -= lr * p.grad`: `data` and `grad` are arrays, and nothing of it is recorded.
 * `optim.clip_grad_norm` has no underscore; `loss.backward(grad)` takes the cotangent by that name; `x.numpy()` needs no
   `detach`.
 * The layout of weights, gates and arguments of `nn.LSTM`, `nn.GRU` and `nn.RNN` is PyTorch's.

@@ -61,6 +61,8 @@ def test_what_is_said_to_those_who_come_from_pytorch() -> None:
     (p * p).sum().backward()
     p.data -= 0.25 * p.grad
     assert p is before and p.tolist() == [0.5, 0.5] and isinstance(p.grad, np.ndarray)
-    with tg.no_grad():
+    with tg.no_grad(), pytest.raises(tg.GraphError, match=r"p\.data -= "):
         p -= 1.0
-    assert p is not before and before.tolist() == [0.5, 0.5]
+    assert p is before and before.tolist() == [0.5, 0.5]
+    x -= 1.0
+    assert x.tolist() == [[0.0, 2.0], [4.0, 1.0]]
