@@ -219,3 +219,11 @@ def test_operands_that_were_one(counter: Counter, rng: np.random.Generator) -> N
     check(loss, [x], counter)
     check(lambda x: loss(x, True), [x], counter)
     check(loss, [x], counter, times=2)
+
+
+def test_only_what_nobody_else_holds_is_doubled_in_place() -> None:
+    share = np.ones(3)
+    view = share[:]
+    for array in (share, view):
+        assert replays._doubled(array).tolist() == [2.0] * 3
+    assert share.tolist() == [1.0] * 3 and view.base is share

@@ -111,9 +111,9 @@ def _summed(present: np.ndarray, share: np.ndarray) -> np.ndarray:
     return total if total.__class__ is np.ndarray else np.asarray(total)  # NumPy gives numbers for 0-d arrays
 
 
-def _doubled(share: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
-    """The sum of a share and the same once more, in place where it is an array of its own."""
-    if share is not cotangent and share.base is not cotangent and is_array_alone(share):
+def _doubled(share: np.ndarray) -> np.ndarray:
+    """The sum of a share and the same once more, in place where it is nobody else's."""
+    if is_array_alone(share):
         share += share
         return share
     total = share + share
@@ -315,7 +315,7 @@ class _Builder:
         for inputs, line in offer.lines:
             if inputs[0] in twice:
                 first = shares[twice[inputs[0]]]
-                self.lines.append(f"{first} = doubled({first}, {given[0]})")
+                self.lines.append(f"{first} = doubled({first})")
                 continue
             targets = ", ".join(f"s{k}_{j}" for j in inputs)
             for j in inputs:
