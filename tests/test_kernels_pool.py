@@ -6,10 +6,12 @@ import gc
 import os
 import threading
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tinygrad_lstm import nn
 from tinygrad_lstm.kernels import pool
 from tinygrad_lstm.kernels.locks import Lock
 
@@ -177,3 +179,31 @@ def test_a_lock_that_is_held_at_a_fork_is_free_in_the_child() -> None:
         if not child:
             os._exit(0 if lock.acquire(blocking=False) else 1)
     assert os.waitpid(child, 0)[1] == 0 and lock.acquire(blocking=False)
+
+
+# ---------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (7, 3), (64, 33)])
+def test_a_copy_on_lines(shape: tuple[int, ...], order: Any) -> None:
+    array = np.asarray(np.random.default_rng(0).standard_normal(shape), order=order)
+    copy = pool.on_lines(array)
+    assert copy.ctypes.data % pool.LINE == 0
+    assert not np.may_share_memory(copy, array)
+    assert (copy.flags.c_contiguous, copy.flags.f_contiguous) == (array.flags.c_contiguous, array.flags.f_contiguous)
+    np.testing.assert_array_equal(copy, array, strict=True)
+    np.testing.assert_array_equal(pool.on_lines(array, np.float32), array.astype(np.float32), strict=True)
+
+
+def test_parameters_start_on_lines_however_they_were_made() -> None:
+    layer = nn.LSTM(5, 3)
+
+    def places() -> set[int]:
+        return {p.data.ctypes.data % pool.LINE for p in layer.parameters()}
+
+    assert places() == {0}
+    layer.load_state_dict({name: value.copy() for name, value in layer.state_dict().items()})
+    assert places() == {0}
+    layer.astype(np.float64)
+    assert places() == {0}

@@ -32,14 +32,22 @@ LAYERS: dict[str, Callable[[], Any]] = {
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of a layer was a known one."""
     seen: list[bool] = []
-    captures = ready._Ready.captures
+    captures, silent = ready._Ready.captures, ready.ReadyLayers.silent
 
     def watched(self: Any, cells: Any, current: Any) -> Any:
         found = captures(self, cells, current)
         seen.append(found is not None)
         return found
 
+    def watched_whole(self: Any, *arguments: Any) -> Any:
+        before = len(seen)
+        found = silent(self, *arguments)
+        if len(seen) == before:  # not asked for captures
+            seen.append(found is not None)
+        return found
+
     monkeypatch.setattr(ready._Ready, "captures", watched)
+    monkeypatch.setattr(ready.ReadyLayers, "silent", watched_whole)
     return seen
 
 

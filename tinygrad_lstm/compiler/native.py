@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,6 +78,15 @@ def switched_off() -> bool:
     return _mode() == "never" or (_mode() == "auto" and os.environ.get("TINYGRAD_LSTM_NATIVE", "1") == "0")
 
 
+class Entry(NamedTuple):
+    """Addresses of a compiled loop and of what packs matrices for it, and what calls them (see kernels/launch.py)."""
+
+    loop: int
+    prepare: int
+    plain: Callable[..., bool]
+    advance: Callable[..., int]
+
+
 class NativeLoop:
     """A loop body of certain shapes in native code.  The code itself knows neither the number of steps nor (with
     ``split``) the number of rows."""
@@ -91,16 +100,16 @@ class NativeLoop:
         self.rows = row_count  # of the batch; 1 where rows mix
         self.flops = sum(times * _flops(op) for op, times in walk(lowered.operations))
         self.n_carry, self.n_stacked = len(lowered.kept), n_stacked
-        self._entry: tuple[int, int, Any, Any] | None = None
+        self._entry: Entry | None = None
         self.spaces: list[Workspace] = []  # that no call uses
         self._lock = Lock()
 
-    def entry(self) -> tuple[int, int, Any, Any]:
-        """Addresses of the loop and of what packs matrices for it, and what calls them; compiled at the first call."""
+    def entry(self) -> Entry:
+        """Compiled at the first call."""
         if self._entry is None:
             with self._lock:
                 program = codecache.load(self.source, stem="loop")
-                self._entry = (program.address("loop"), program.address("prepare"), *threads.loop_functions())
+                self._entry = Entry(program.address("loop"), program.address("prepare"), *threads.loop_functions())
         return self._entry
 
     def run(self, frame: Frame, space: Workspace, operands: tuple[np.ndarray, ...], parts: int) -> int:
@@ -180,8 +189,8 @@ class Frame:
 
     def find_launch(self) -> tuple[Any, int, int]:
         """What runs the loop, and the addresses of what packs its matrices (0: nothing to pack) and of itself."""
-        loop, prepare, _, advance = self.loop.entry()
-        self.launch = found = advance, prepare if self.packs else 0, loop
+        entry = self.loop.entry()
+        self.launch = found = entry.advance, entry.prepare if self.packs else 0, entry.loop
         return found
 
     def tidied(self, carry: Any, sequence: Any, invariant: Any, buffers: Any, space: Workspace) -> tuple[Any, ...]:

@@ -10,10 +10,10 @@ import numpy as np
 from tinygrad_lstm.compiler.fuse import FUSED, worth_compiling
 from tinygrad_lstm.compiler.loop import LoopPlan
 from tinygrad_lstm.compiler.report import publish
-from tinygrad_lstm.compiler.straight import Results, Straight, owned, straight
+from tinygrad_lstm.compiler.straight import ARRAYS, Form, Results, Straight, owned, straight
 from tinygrad_lstm.kernels.pool import empty
 
-__all__ = ["loop_call", "run_loop"]
+__all__ = ["loop_call", "loop_call_in", "run_loop"]
 
 
 def run_loop(plan: LoopPlan, operands: Sequence[np.ndarray], reverse: bool) -> Results:
@@ -28,14 +28,20 @@ def loop_call(plan: LoopPlan, reverse: bool) -> Straight:
     """The loop with what runs before and behind it, as a function of all arrays; compiles it."""
     call: Straight | None = plan.calls.get(reverse)
     if call is None:
-        if plan.steps == 0:
-            call = _nothing(plan)
-        elif plan.compiled and plan.native.rows:
-            call = straight(plan, plan.native, reverse, lambda *operands: _over_numpy(plan, reverse)(*operands))
-        else:
-            call = _over_numpy(plan, reverse)
-        plan.calls[reverse] = call
+        call = plan.calls[reverse] = _call_of(plan, reverse, ARRAYS)
     return call
+
+
+def loop_call_in(form: Form, plan: LoopPlan, reverse: bool) -> Callable[..., Any]:
+    """As :func:`loop_call` in another form; made anew at every call."""
+    return _call_of(plan, reverse, form)
+
+
+def _call_of(plan: LoopPlan, reverse: bool, form: Form) -> Callable[..., Any]:
+    if plan.steps and plan.compiled and plan.native.rows:
+        return straight(plan, plan.native, reverse, lambda *operands: _over_numpy(plan, reverse)(*operands), form)
+    call = _over_numpy(plan, reverse) if plan.steps else _nothing(plan)
+    return call if form is ARRAYS else form.around(call, plan.n_carry, len(plan.behind.outputs))
 
 
 def _nothing(plan: LoopPlan) -> Straight:

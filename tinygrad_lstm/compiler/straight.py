@@ -7,39 +7,65 @@ caches for something else, the questions would take longer than the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_lstm.compiler.native import Frame, NativeLoop, shares
+from tinygrad_lstm.compiler.native import SLICE, Frame, NativeLoop, shares
 from tinygrad_lstm.compiler.report import publish
 
 if TYPE_CHECKING:
     from tinygrad_lstm.compiler.loop import LoopPlan
 
-__all__ = ["Results", "Straight", "owned", "straight"]
+__all__ = ["ARRAYS", "Form", "Results", "Straight", "owned", "straight"]
 
 Results = tuple[list[np.ndarray], list[np.ndarray]]  # final carry; ys and sums
 Straight = Callable[..., Results]
 
 
-def straight(plan: LoopPlan, native: NativeLoop, reverse: bool, otherwise: Straight) -> Straight:
-    """``call(*carry, *xs, *captures)``: (final carry, [ys..., sums...]).  Compiles the loop.
+class Form(NamedTuple):
+    """What a function around a loop takes and returns, as text."""
 
-    ``otherwise`` is called where native code met an index out of range: it says which one.
+    array: str  # of an argument
+    result: Callable[[Sequence[str], Sequence[str]], str]  # from variables with the final carry, and with ys and sums
+    names: Mapping[str, Any]  # what the text refers to
+
+    def around(self, call: Straight, n_carry: int, n_outs: int) -> Callable[..., Any]:
+        """A function in this form that has its results from a function of arrays."""
+        lines = [
+            "def around(*taken):",
+            f"    final, outs = call(*[{self.array.format('item')} for item in taken])",
+            f"    return {self.result(_items('final', n_carry), _items('outs', n_outs))}",
+        ]
+        names = {**self.names, "call": call}
+        exec(compile("\n".join(lines), "<loop>", "exec"), names)
+        function: Callable[..., Any] = names["around"]
+        return function
+
+
+ARRAYS = Form("{}", lambda final, outs: f"[{', '.join(final)}], [{', '.join(outs)}]", {})
+
+
+def straight(
+    plan: LoopPlan, native: NativeLoop, reverse: bool, otherwise: Straight, form: Form = ARRAYS
+) -> Callable[..., Any]:
+    """``call(*carry, *xs, *captures)``, in the form ``ARRAYS`` a :data:`Straight`.  Compiles the loop.
+
+    ``otherwise`` is called (on arrays) where native code met an index out of range: it says which one.
     """
     private = [k for k in range(len(plan.stacked)) if ("stack", k) not in plan.roots]
     frame = Frame(native, plan.steps, reverse, private)
     names: dict[str, Any] = {
-        "frame": frame, "native": native, "plain": native.entry()[2], "spaces": native.spaces,
+        **form.names, "frame": frame, "native": native, "plain": native.entry().plain, "spaces": native.spaces,
         "ndarray": id(np.ndarray), "shares": shares, "owned": owned, "publish": publish, "report": plan.report,
         "otherwise": otherwise,
     }  # fmt: skip
     carry = [f"c{k}" for k in range(plan.n_carry)]
     given = [f"x{k}" for k in range(len(plan.before.inputs))] + [f"w{k}" for k in range(len(plan.before.captures))]
     lines, values, constants = plan.before.text(given, "_", given)
-    lines.insert(0, "publish(report)")
+    taken = [*carry, *given]
+    lines[:0] = ["publish(report)", *(f"{name} = {form.array.format(name)}" for name in taken if form is not ARRAYS)]
     names.update(constants)
     sequence = [values[k] for k in plan.loop_sequence]
     invariant = [values[plan.n_sequence + k] for k in plan.loop_invariant]
@@ -52,14 +78,10 @@ def straight(plan: LoopPlan, native: NativeLoop, reverse: bool, otherwise: Strai
         "try: space = spaces.pop()",
         "except IndexError: space = native.workspace()",
     ]
-    # With one row there is nothing to share out.
-    parts, chunk = ("1", "1") if native.rows < 2 else ("parts", "chunk")
-    if native.rows >= 2:
-        lines.append(f"parts, chunk = shares({native.rows})")
-    lines += [
-        f"stamp = ({plan.steps}, {reverse}, {chunk}, {parts})",
-        "if space.stamp != stamp: space.prepare_for(frame, stamp)",
-    ]
+    names.update(stamp=(plan.steps, reverse, 1, 1), parts=1)
+    if native.rows >= 2:  # else there is nothing to share out
+        lines += [f"parts, chunk = shares({native.rows})", f"stamp = ({plan.steps}, {reverse}, chunk, parts)"]
+    lines.append("if space.stamp is not stamp and space.stamp != stamp: space.prepare_for(frame, stamp)")
     parts_of = ", ".join(_tuple(names) for names in (carry, sequence, invariant, buffers))
     pool = [*carry, *sequence, *invariant, *buffers, *(f"space.turns[{k}]" for k in range(len(frame.turns)))]
     lines += [
@@ -67,17 +89,24 @@ def straight(plan: LoopPlan, native: NativeLoop, reverse: bool, otherwise: Strai
         f"if not plain(id(operands), 0, {frame.checked}, ndarray):",
         f"    operands = frame.tidied({parts_of}, space)",
     ]
+    failed = "native.run(frame, space, operands, parts)"
+    if form is not ARRAYS and native.rows < 2 and frame.work <= SLICE:  # nor to be called in pieces
+        names["advance"], pack, loop = frame.find_launch()
+        failed = f"advance(0, {pack}, {loop}, space.address, id(operands), 0, {plan.steps}, 1)"
     lines += [
-        f"if native.run(frame, space, operands, {parts}): return otherwise({', '.join([*carry, *given])})",
+        f"if {failed}:",
+        f"    final, outs = otherwise({', '.join(taken)})",
+        f"    return {form.result(_items('final', plan.n_carry), _items('outs', len(plan.behind.outputs)))}",
         "spaces.append(space)",
         "del operands",
-    ]  # fmt: skip
+    ]
 
     stacks = []
     for k, (buffer, rows) in enumerate(frame.stacks):
         stacks.append(f"y{k}" if rows is not None else buffers[buffer])
         if rows is not None:
-            lines.append(f"y{k} = {buffers[buffer]}[{rows.start}:{rows.stop}]")
+            names[f"rows{k}"] = rows
+            lines.append(f"y{k} = {buffers[buffer]}[rows{k}]")
     final = buffers[frame.n_buffers : frame.n_buffers + plan.n_carry]
     sums = buffers[frame.n_buffers + plan.n_carry :]
     arguments = [*stacks, *sums, *values]
@@ -86,13 +115,17 @@ def straight(plan: LoopPlan, native: NativeLoop, reverse: bool, otherwise: Strai
     more, outs, constants = plan.behind.text(arguments, "__", stay)
     lines += more
     names.update(constants)
-    everything = _tuple([*carry, *given])
+    everything = _tuple(taken)
     outs = [f"owned({out}, {everything})" if k in plan.borrowed else out for k, out in enumerate(outs)]
-    lines.append(f"return [{', '.join(final)}], [{', '.join(outs)}]")
-    text = "\n    ".join([f"def call({', '.join([*carry, *given])}):", *lines])
+    lines.append(f"return {form.result(final, outs)}")
+    text = "\n    ".join([f"def call({', '.join(taken)}):", *lines])
     exec(compile(text, "<native loop>", "exec"), names)
-    function: Straight = names.pop("call")
+    function: Callable[..., Any] = names.pop("call")
     return function
+
+
+def _items(name: str, count: int) -> list[str]:
+    return [f"{name}[{k}]" for k in range(count)]
 
 
 def _tuple(items: Sequence[str]) -> str:

@@ -237,17 +237,41 @@ def dot_products(module: Any, tile: Tile) -> Any:
                 for line, s in zip(lines, sums, strict=True)
             ]
 
+        def last_terms(k: Any, sums: list[Any], multiply: Any = multiply) -> list[Any]:
+            return multiply(k, sums, rest)
+
         sums = code.carry(0, full, lanes, [code.constant(0.0)] * group, multiply)
-        sums = multiply(full, sums, rest)
-        distance = 1
-        while distance < lanes:
-            half = len(sums) // 2
-            # As in a transposition, but what would be exchanged is added.
-            pairs = [(sums[2 * j], sums[2 * j + 1]) for j in range(half)] if half else [(sums[0], sums[0])]
-            sums = [build.fadd(*_exchanged(code, x, y, distance)) for x, y in pairs]
-            distance *= 2
+        sums = code.carry(full, length, lanes, sums, last_terms)
+        for even, odd in _halves(tile):
+            pairs = list(zip(sums[::2], sums[1::2], strict=True)) if len(sums) > 1 else [(sums[0], sums[0])]
+            sums = [build.fadd(build.shuffle_vector(x, y, even), build.shuffle_vector(x, y, odd)) for x, y in pairs]
         target = code.index(c, (m, c_row), (n, item))
         stored = code.mask(code.least(build.sub(columns, n), group))
         old = code.vector(target, build.and_(stored, adds), -0.0)
         code.put_vector(build.fadd(old, sums[0]), target, stored)
     return code.end()
+
+
+def _halves(tile: Tile) -> list[tuple[Any, Any]]:
+    """Shuffles of two vectors, round by round, of which the sums are the sums of all lanes of the vectors, in order.
+
+    First within the blocks of 16 bytes, in which shuffles are cheapest.
+    """
+    block = 16 // tile.itemsize
+    type_, rounds, distance = ir.VectorType(I32, tile.lanes), [], 1
+    while distance < tile.lanes:
+        if distance < block:
+            low = [
+                j + k + side * tile.lanes
+                for j in range(0, tile.lanes, block)
+                for m in range(0, block // 2, distance)
+                for side in (0, 1)
+                for k in range(m, m + distance)
+            ]
+            high = [j + block // 2 for j in low]
+        else:
+            low = [j + k for j in range(0, 2 * tile.lanes, 2 * block) for k in range(block)]
+            high = [j + block for j in low]
+        rounds.append((ir.Constant(type_, low), ir.Constant(type_, high)))
+        distance *= 2
+    return rounds

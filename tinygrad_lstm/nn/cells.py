@@ -39,6 +39,7 @@ class GatedCell(Module):
     """
 
     gates = 1
+    noise: Any = None  # nothing is drawn; said here, since to ask a class for what it has not is slow
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, *, proj_size: int = 0,

@@ -20,6 +20,7 @@ import numpy as np
 from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.hints import MissingNameError
+from tinygrad_lstm.kernels.pool import on_lines
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tensor import Tensor
 
@@ -57,7 +58,7 @@ def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
         grown = np.broadcast_to(given, parameter.shape)
     except ValueError:
         raise ShapeError(f"copy: values of shape {given.shape} for a parameter of shape {parameter.shape}") from None
-    parameter._replace(np.array(grown, parameter.dtype, order="C"))
+    parameter._replace(on_lines(np.asarray(grown, order="C"), parameter.dtype))
     return parameter
 
 

@@ -17,6 +17,7 @@ from tinygrad_lstm.checks import check_dtype
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError
 from tinygrad_lstm.foreign import array_of
 from tinygrad_lstm.hints import explain_missing, suffix_hint
+from tinygrad_lstm.kernels.pool import on_lines
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
 from tinygrad_lstm.tensor import Tensor, check_differentiable, no_gradients, to_array
@@ -58,9 +59,9 @@ class Parameter(Tensor):
     __slots__ = ()
 
     def __init__(self, array: Any, requires_grad: bool = True) -> None:
-        copied = to_array(array, copy=True)
-        check_differentiable(copied.dtype)
-        super().__init__(copied, requires_grad)
+        found = to_array(array)
+        check_differentiable(found.dtype)
+        super().__init__(on_lines(found), requires_grad)
 
     def __repr__(self) -> str:
         return "Parameter" + super().__repr__()[len("tensor") :]
@@ -379,14 +380,14 @@ class Module:
             raise kind(f"{type(self).__name__}.load_state_dict: {'. '.join(problems)}{hint}")
         for name, parameter in places.items():
             if name in arrays:
-                parameter._replace(np.array(arrays[name], parameter.dtype, order="C"))
+                parameter._replace(on_lines(np.asarray(arrays[name], order="C"), parameter.dtype))
         return LoadResult(missing, unexpected)
 
     def astype(self: M, dtype: Any) -> M:
         """Convert every parameter in place to a floating dtype; gradients are dropped.  Returns the module."""
         dtype = check_dtype(f"{type(self).__name__}.astype", dtype)
         for parameter in self.parameters():
-            parameter._replace(parameter._data.astype(dtype))
+            parameter._replace(on_lines(parameter._data, dtype))
             parameter.grad = None
         _changes[0] = next(_versions)
         return self

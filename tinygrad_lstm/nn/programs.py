@@ -157,8 +157,11 @@ def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Cal
             names.update({f"h{k}_{j}": holder, f"k{k}_{j}": key})
         names.update({f"s{k}": aval.shape, f"d{k}": np.dtype(aval.dtype)})
         # Its array answers sooner; what stands in for a parameter while something is recorded has none.
-        lines.append(f"t{k} = h{k}_0[k{k}_0]; a = t{k}._data if t{k}.__class__ is Parameter else t{k}")
-        unlike = [f"not isinstance(t{k}, Tensor) or a.shape != s{k} or (a.dtype is not d{k} and a.dtype != d{k})"]
+        lines.append(f"t{k} = h{k}_0[k{k}_0]")
+        lines.append(f"if t{k}.__class__ is Parameter: a = t{k}._data")
+        lines.append(f"elif isinstance(t{k}, Tensor): a = t{k}")
+        lines.append("else: return None")
+        unlike = [f"a.shape != s{k} or (a.dtype is not d{k} and a.dtype != d{k})"]
         unlike += [f"h{k}_{j + 1}[k{k}_{j + 1}] is not t{k}" for j in range(len(others))]
         lines.append(f"if {' or '.join(unlike)}: return None")
     body = "\n        ".join([*lines, f"return [{', '.join(f't{k}' for k in range(len(places)))}]"])

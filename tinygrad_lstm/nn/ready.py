@@ -7,14 +7,14 @@ of one row and few steps the questions take ten times as long as the loops.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm import ops
-from tinygrad_lstm.compiler.runner import loop_call
+from tinygrad_lstm.compiler.runner import loop_call_in
+from tinygrad_lstm.compiler.straight import Form
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.nn.cells import GatedCell
 from tinygrad_lstm.nn.module import Module, changes
@@ -39,11 +39,7 @@ class _Run:
     def __init__(
         self, cell: Any, recorded: Any, carry: list[Tensor] | None, steps: int, reverse: bool
     ) -> None:  # fmt: skip
-        self.cell, self.kind = cell, type(cell)
-        present = [name for name in _METHODS if getattr(self.kind, name, None) is not None]
-        self.absent = [name for name in _METHODS if name not in present]
-        self.look = operator.attrgetter(*present)
-        self.methods = self.look(self.kind)
+        self.cell = cell
         self.outside = recorded.entry.outside
         # Parameters are looked up anew at each call: those of now may be stand-ins, which must not live on here.
         self.program, self.captures, self.carry = recorded.program, recorded.entry.captures, carry
@@ -52,18 +48,23 @@ class _Run:
         self.sites: dict[tuple[bool, ...], Site] = {}
         self.silent: dict[bool, Any] = {}  # calls that nobody differentiates, by ``lead``
 
-    def stands(self, cell: Any) -> bool:
-        """Whether this is the cell, with the equations that were recorded."""
-        kind = self.kind
-        try:
-            if cell is not self.cell or self.look(kind) != self.methods:
-                return False
-        except AttributeError:
-            return False
-        for name in self.absent:
-            if getattr(kind, name, None) is not None:
-                return False
-        return self.outside is None or self.outside.unchanged()
+    def stands(self, k: int) -> tuple[list[str], dict[str, Any]]:
+        """Lines of a function that returns None unless ``cell{k}`` is this cell, with the equations that were recorded,
+        and what they refer to."""
+        kind = type(self.cell)
+        names: dict[str, Any] = {f"own{k}": self.cell, f"kind{k}": kind}
+        unlike = [f"cell{k} is not own{k}"]
+        for name in _METHODS:
+            found = getattr(kind, name, self)
+            if found is self:
+                unlike.append(f"hasattr(kind{k}, {name!r})")
+            else:
+                names[f"{name}{k}"] = found
+                unlike.append(f"kind{k}.{name} != {name}{k}")
+        if self.outside is not None:
+            names[f"unchanged{k}"] = self.outside.unchanged
+            unlike.append(f"not unchanged{k}()")
+        return [f"if {' or '.join(unlike)}: return None"], names
 
     def __call__(
         self, x: Tensor, captures: list[Tensor], current: State, lead: bool = False, carry: list[Tensor] | None = None
@@ -82,25 +83,23 @@ class _Run:
                 return bind_site(site, operands, True, current, lead=lead)
         call = self.silent.get(lead)
         if call is None:
-            call = self.silent[lead] = self._silent(len(captures), lead)
+            call = self.silent[lead] = self.silently(lead, lambda final, ys: f"{', '.join([*final, *ys])},")
         outs: tuple[Tensor, ...] = call(*carry, x, *captures)
         return outs
 
-    def _silent(self, n_captures: int, lead: bool) -> Any:
-        """The loop on tensors, none of which is differentiated, as one expression."""
+    def silently(self, lead: bool, result: Callable[[Sequence[str], Sequence[str]], str]) -> Any:
+        """The loop on tensors, none of which is differentiated, as one expression.
+
+        ``result`` is its text, from those of the parts of the final state and of the outputs.
+        """
         plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
-        names = [f"t{k}" for k in range(self.n_carry + 1 + n_captures)]
-        final = [f"Tensor(final[{k}]{'[None]' if lead else ''})" for k in range(self.n_carry)]
-        ys = "ys" if self.n_ys < 2 else "apart(ys)"
-        lines = [
-            f"def call({', '.join(names)}):",
-            f"    final, ys = loop({', '.join(f'{name}._data' for name in names)})",
-            f"    ys = {ys}",
-            f"    return {', '.join([*final, *(f'Tensor(ys[{k}])' for k in range(self.n_ys))])},",
-        ]
-        found = {"loop": loop_call(plan, self.reverse), "Tensor": Tensor, "apart": apart}
-        exec(compile("\n".join(lines), "<layer call>", "exec"), found)
-        return found.pop("call")
+
+        def tensors(final: Sequence[str], ys: Sequence[str]) -> str:
+            final = [f"Tensor({part}{'[None]' if lead else ''})" for part in final]
+            several = [f"*map(Tensor, apart([{', '.join(ys)}]))"]
+            return result(final, several if len(ys) > 1 else [f"Tensor({y})" for y in ys])
+
+        return loop_call_in(Form("{}._data", tensors, {"Tensor": Tensor, "apart": apart}), plan, self.reverse)
 
 
 class _Ready:
@@ -108,25 +107,40 @@ class _Ready:
 
     def __init__(self, runs: Sequence[_Run]) -> None:
         self.runs = runs
-        self.changes, self.generation, self.mode = changes(), Primitive.generation, compile_mode()
+        self.changes = changes()
+        lines, names = self._looking()
+        found = ", ".join(f"found{k}" for k in range(len(runs)))
+        self._captures = _written([*lines, f"return [{found}]"], names)
 
     def captures(self, cells: Sequence[Any], current: State) -> list[list[Tensor]] | None:
         """What the runs capture; None where something was changed since, or somebody looks at single operations."""
-        if (
-            not current.plain
-            or self.changes != changes()
-            or self.generation != Primitive.generation
-            or self.mode != compile_mode()
-            or len(cells) != len(self.runs)
-        ):
-            return None
-        found = []
-        for k, run in enumerate(self.runs):
-            captures = run.captures() if run.stands(cells[k]) else None
-            if captures is None:
-                return None
-            found.append(captures)
+        found: list[list[Tensor]] | None = self._captures(cells, current)
         return found
+
+    def _looking(self) -> tuple[list[str], dict[str, Any]]:
+        """What is asked at every call, written down once: lines of a function of ``cells`` and ``current`` that returns
+        None where :meth:`captures` does, else finds ``found0``, ...; and what they refer to."""
+        names: dict[str, Any] = {
+            "now": changes, "changes": self.changes, "Primitive": Primitive, "generation": Primitive.generation,
+            "mode_now": compile_mode, "mode": compile_mode(),
+        }  # fmt: skip
+        same = "now() != changes or Primitive.generation != generation or mode_now() != mode"
+        count = len(self.runs)
+        lines = [f"if not current.plain or {same} or len(cells) != {count}: return None"]
+        lines.append(f"{', '.join(f'cell{k}' for k in range(count))}, = cells")
+        for k, run in enumerate(self.runs):
+            more, found = run.stands(k)
+            lines += [*more, f"found{k} = captures{k}()", f"if found{k} is None: return None"]
+            names.update(found)
+            names[f"captures{k}"] = run.captures
+        return lines, names
+
+
+def _written(lines: list[str], names: dict[str, Any]) -> Any:
+    body = "\n        ".join(lines)
+    text = f"def call(cells, current, x=None):\n    try:\n        {body}\n    except AttributeError: return None"
+    exec(compile(text, "<known call>", "exec"), names)
+    return names.pop("call")
 
 
 class ReadyLayers(_Ready):
@@ -136,6 +150,34 @@ class ReadyLayers(_Ready):
         super().__init__(runs)
         self.directions, self.parts = directions, parts
         self.avals = [((len(runs), *t.shape), t.dtype) for t in runs[0].carry or []]
+        self._silent: Any = None
+
+    def silent(self, x: Tensor, cells: Sequence[Any], current: State) -> tuple[Tensor, Any] | None:
+        """The call from zero states where nothing is recorded, as a whole; None where :meth:`captures` is None."""
+        call = self._silent
+        if call is None:
+            call = self._silent = self._silently()
+        result: tuple[Tensor, Any] | None = call(cells, current, x)
+        return result
+
+    def _silently(self) -> Any:
+        if len(self.runs) > 1:
+
+            def stacked(cells: Sequence[Any], current: State, x: Tensor) -> Any:
+                captures = self.captures(cells, current)
+                return None if captures is None else self(x, captures, current)
+
+            return stacked
+        lines, names = self._looking()
+        (run,) = self.runs
+
+        def result(final: Sequence[str], ys: Sequence[str]) -> str:
+            return f"{ys[0]}, {final[0]}" if self.parts == 1 else f"{ys[0]}, ({', '.join(final)})"
+
+        names["loop"] = run.silently(True, result)
+        names.update({f"c{k}": t for k, t in enumerate(run.carry or [])})
+        carry = "".join(f"c{k}, " for k in range(run.n_carry))
+        return _written([*lines, f"return loop({carry}x, *found0)"], names)
 
     def starts(self, state: Any, current: State) -> list[list[Tensor]] | None:
         """The state of every cell from one in PyTorch's form; None where it is not as it should be."""
@@ -234,7 +276,8 @@ def keep(layer: Any, cells: Sequence[Any], directions: int, parts: int, x: Tenso
 
 def keep_recurrent(layer: Any, cell: Any, reverse: bool, x: Tensor, given: Tensor, start: Any) -> None:
     """Keep a call of ``nn.Recurrent`` that was just made from the state ``start``, as :func:`keep`."""
-    if not isinstance(cell, Module) or hasattr(cell, "noise") or not vars(cell).keys().isdisjoint(_OVERRIDES):
+    drawn = getattr(cell, "noise", None) is not None
+    if not isinstance(cell, Module) or drawn or not vars(cell).keys().isdisjoint(_OVERRIDES):
         return
     like = Tensor(np.broadcast_to(np.zeros((), x.dtype), x.shape))
     carry, tree = leaves_of(start, "init")

@@ -295,7 +295,7 @@ class Recurrent(Budgeted):
 
 def draw_noise(cell: Any, steps: int, batch: int) -> Any:
     """What a cell draws for all steps before the loop (``cell.noise(steps, batch)``), or None."""
-    return cell.noise(steps, batch) if hasattr(cell, "noise") else None
+    return cell.noise(steps, batch) if getattr(cell, "noise", None) is not None else None
 
 
 def joined(trajectories: Sequence[Trajectories]) -> Trajectories:
