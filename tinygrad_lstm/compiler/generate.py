@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import count
 
+from tinygrad_lstm.compiler.ahead import BLOCK, block_rows, early, emit_ahead, emit_room, row_bytes
 from tinygrad_lstm.compiler.lowering import Lowered
 from tinygrad_lstm.compiler.stages import Operation, Product, emit_all, grouped, walk
 from tinygrad_lstm.compiler.writer import Writer
@@ -86,8 +87,9 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
         writer.line(f"matrix{k}, matrix{k}_row, matrix{k}_col = load64(o + {_HEAD}) + {pack.offset}, {row}, {column}")
     writer.line("r0 = part * chunk")
     writer.line("r1 = min(rows, r0 + chunk)")
-    crossing = _crossing(lowered)
-    _scratch(lowered, used, crossing, writer)
+    first = early(lowered)
+    emit_room(first, writer)
+    _scratch(lowered, used, writer)
     _carry(writer, lowered, split, place, first=True)
     writer.line("for step in range(start, stop):")
     writer.indent += 1
@@ -106,7 +108,8 @@ def generate(lowered: Lowered, split: bool, title: str) -> str:
             writer.line(f"b_{name} = a_{name} + step * s_{name}")
         else:
             writer.line(f"b_{name} = a_{name}")
-    emit_all(lowered.operations, writer)
+    emit_ahead(first, writer)
+    emit_all([op for op in lowered.operations if op not in first], writer)
     writer.indent = 0
     _carry(writer, lowered, split, place, first=False)
     body = "\n".join("    " + line for line in writer.lines)
@@ -236,29 +239,52 @@ def _crossing(lowered: Lowered) -> set[str]:
     return {name for name in found if name[0] == "t"}
 
 
-def _scratch(lowered: Lowered, used: set[str], crossing: set[str], writer: Writer) -> None:
-    """Addresses of scratch: buffers of one row first, then those with a row for every row of the part."""
-    offset = 0
+def _scratch(lowered: Lowered, used: set[str], writer: Writer) -> None:
+    """Addresses of scratch: buffers of one row first, then those with a row for every row of the part, or of a block
+    of products."""
+    crossing, wide = _crossing(lowered), _wide(lowered)
+    fixed = per_row = per_wide = 0
     for k, nbytes in enumerate(lowered.scratch):
-        if f"t{k}" in used and f"t{k}" not in crossing:
-            writer.line(f"b_t{k} = scratch + part * scratch_size + {offset}")
-            writer.line(f"r_t{k} = 0")
-            offset += nbytes
-    per_row = 0
+        name = f"t{k}"
+        if name not in used:
+            continue
+        start = "scratch + part * scratch_size"
+        if name not in crossing:
+            writer.line(f"b_{name} = {start} + {fixed}")
+            writer.line(f"r_{name} = 0")
+            fixed += nbytes
     for k, nbytes in enumerate(lowered.scratch):
-        if f"t{k}" in crossing:
-            # Address of row 0 of the batch, as for every other buffer: rows of the part start at r0.
-            writer.line(f"b_t{k} = scratch + part * scratch_size + {offset} + {per_row} * chunk - r0 * {nbytes}")
-            writer.line(f"r_t{k} = {nbytes}")
-            per_row += nbytes
+        name = f"t{k}"
+        if name not in crossing:
+            continue
+        writer.line(f"r_{name} = {nbytes}")
+        if name in wide:
+            continue
+        # Address of row 0 of the batch, as for every other buffer: rows of the part start at r0.
+        writer.line(f"b_{name} = scratch + part * scratch_size + {fixed} + {per_row} * chunk - r0 * {nbytes}")
+        per_row += nbytes
+    for k, nbytes in enumerate(lowered.scratch):
+        if f"t{k}" in wide:
+            place = f"{fixed} + {per_row} * chunk + {per_wide} * max(chunk, {BLOCK})"
+            writer.line(f"e_t{k} = scratch + part * scratch_size + {place}")
+            per_wide += nbytes
+    if wide:
+        place = f"{fixed} + {per_row} * chunk + {per_wide} * max(chunk, {BLOCK})"
+        writer.line(f"together = scratch + part * scratch_size + {place}")
+
+
+def _wide(lowered: Lowered) -> set[str]:
+    return {product.target.root.name for product in early(lowered)}
 
 
 def scratch_bytes(lowered: Lowered, chunk: int) -> int:
     """Bytes of scratch of one part with so many rows."""
-    crossing = _crossing(lowered)
+    crossing, wide = _crossing(lowered), _wide(lowered)
     used = {v.root.name for op in lowered.operations for v in (*op.reads(), *op.writes())}
     total = 0
     for k, nbytes in enumerate(lowered.scratch):
         if f"t{k}" in used:
-            total += nbytes * (chunk if f"t{k}" in crossing else 1)
+            rows = block_rows(chunk) if f"t{k}" in wide else chunk if f"t{k}" in crossing else 1
+            total += nbytes * rows
+    total += row_bytes(early(lowered)) * BLOCK
     return -(-max(total, 64) // 4096) * 4096

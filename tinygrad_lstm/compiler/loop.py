@@ -222,9 +222,21 @@ class _Planner:
     def _stays(self, equation: Equation) -> bool:
         """Whether native code does this in passing, row by row: anything but products and gathers."""
         out = equation.outputs[0]
-        if self.together:
+        if self.together or self._is_projection(equation):
             return True
         return self.native and equation.primitive.name not in _APART and out not in self.mixed and out not in self.apart
+
+    def _is_projection(self, equation: Equation) -> bool:
+        """Whether this is the product of a row of an input with a matrix that stays: made in the loop (see ahead.py),
+        it needs no memory for all steps."""
+        if not self.native or self.mixed or equation.primitive.name != "matmul":
+            return False
+        left, right = equation.operands
+        if left not in self.body.inputs[self.n_carry :] or self._kind(right) != INVARIANT or right.__class__ is not int:
+            return False
+        avals = [self.body.avals[slot] for slot in (left, right, *equation.outputs)]
+        same = len({np.dtype(aval.dtype) for aval in avals}) == 1 and np.dtype(avals[0].dtype).kind == "f"
+        return same and all(len(aval.shape) == 2 for aval in avals)
 
     def _keep_what_stays(self) -> None:
         """Leave in the loop what nothing in front of it reads; it is stacked where it is a result."""

@@ -34,6 +34,7 @@ __all__ = ["FEW", "Frame", "NativeLoop", "Workspace", "native_loop", "shares", "
 # Loops that do less per call than this many elementary operations are left to NumPy: compiling takes a second.
 LEAST_WORK = 2_000
 FEW = 4  # rows times steps: so few are multiplied sooner than a matrix is packed
+ALONE = 2e6  # floating-point operations of a loop from which on a thread may have one row
 SLICE = 2e9  # floating-point operations of a launch: 100 ms at a tenth of what a thread does at best
 _ALIGN = 64
 
@@ -185,6 +186,8 @@ class Frame:
         self.packed = steps * loop.rows > FEW
         self.packs = bool(low.packs) and self.packed
         self.work = steps * loop.flops * loop.rows
+        # A row alone reads all matrices, as two do together: another thread pays where there is much to do.
+        self.least = 1 if self.work >= ALONE else 2
         self.launch: tuple[Any, int, int] | None = None
 
     def find_launch(self) -> tuple[Any, int, int]:
@@ -215,12 +218,12 @@ def _plain(array: np.ndarray, lead: int) -> np.ndarray:
     return array
 
 
-def shares(rows: int) -> tuple[int, int]:
-    """Parts and rows of a part: whole tiles of the matrix product where there are enough rows."""
+def shares(rows: int, least: int = 2) -> tuple[int, int]:
+    """Parts and rows of a part (``least`` at least): whole tiles of the matrix product where there are enough rows."""
     if rows < 2:
         return 1, 1
     count = threads.count()
-    if count == 1 or rows < 2 * count:
+    if count == 1 or rows < least * count:
         return 1, rows
     chunk = -(-rows // count)
     return -(-rows // chunk), chunk

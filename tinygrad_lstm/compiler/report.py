@@ -243,6 +243,7 @@ def fused_groups(program: Program) -> list[str]:
 def loop_report(plan: LoopPlan) -> Report:
     """The report of a loop plan: what left the loop, and how what stayed runs."""
     from tinygrad_lstm.compiler.native import NativeLoop, switched_off
+    from tinygrad_lstm.compiler.stages import Product
 
     groups = fused_groups(plan.body)
     moved = [f"in front, for all steps at once: {line}" for line in names_of(_real(plan.before))]
@@ -262,6 +263,8 @@ def loop_report(plan: LoopPlan) -> Report:
                 else "the rows cannot be told apart"
             )
             notes = [f"one thread runs the whole batch: {why}"]
+        if any(isinstance(op, Product) and op.early for op in native.lowered.operations):
+            notes.append("products of inputs are made for several steps at once where these have few rows")
         fused = fused_groups(native.program)
         return Report(title, fused=fused, moved=moved, lowered=[*fused, *names_of(rest)], notes=notes)
     rest = [e for e in plan.body.equations if "kernel" not in e.params]

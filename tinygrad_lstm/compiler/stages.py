@@ -244,17 +244,30 @@ class Product(Operation):
     def writes(self) -> list[View]:
         return [self.target]
 
+    @property
+    def early(self) -> bool:
+        """Whether it can be made before its step (see ahead.py)."""
+        left = self.left
+        return left.root.kind == "x" and left.strides[-1] == left.dtype.itemsize and self.target.root.kind == "t"
+
+    @property
+    def sizes(self) -> str:
+        """N, K."""
+        return f"{self.pack.shape[1]}, {self.pack.shape[0]}"
+
     def emit(self, writer: Writer) -> None:
-        k, n = self.pack.shape
         a, c = self.left, self.target
-        left = f"r1 - r0, {n}, {k}, {writer.address(a, 'r0')}, r_{a.root.name}, {a.strides[-1]}"
+        rows = f"r1 - r0, {self.sizes}, {writer.address(a, 'r0')}, r_{a.root.name}, {a.strides[-1]}"
+        self.emit_call(writer, rows, f"{writer.address(c, 'r0')}, r_{c.root.name}, 0")
+
+    def emit_call(self, writer: Writer, rows: str, out: str) -> None:
+        """The product of these rows of the left side."""
         right = f"matrix{self.packed}, matrix{self.packed}_row, matrix{self.packed}_col"
-        out = f"{writer.address(c, 'r0')}, r_{c.root.name}, 0"
         # A few rows in all are multiplied sooner than the matrix is packed.
         writer.line("if packed:")
-        writer.line(f"    call_address(g_{self.pack.dtype}, {left}, p{self.packed}, {out})")
+        writer.line(f"    call_address(g_{self.pack.dtype}, {rows}, p{self.packed}, {out})")
         writer.line("else:")
-        writer.line(f"    call_address(h_{self.pack.dtype}, {left}, {right}, {out})")
+        writer.line(f"    call_address(h_{self.pack.dtype}, {rows}, {right}, {out})")
 
 
 @dataclass

@@ -80,7 +80,10 @@ def straight(
     ]
     names.update(stamp=(plan.steps, reverse, 1, 1), parts=1)
     if native.rows >= 2:  # else there is nothing to share out
-        lines += [f"parts, chunk = shares({native.rows})", f"stamp = ({plan.steps}, {reverse}, chunk, parts)"]
+        lines += [
+            f"parts, chunk = shares({native.rows}, {frame.least})",
+            f"stamp = ({plan.steps}, {reverse}, chunk, parts)",
+        ]
     lines.append("if space.stamp is not stamp and space.stamp != stamp: space.prepare_for(frame, stamp)")
     parts_of = ", ".join(_tuple(names) for names in (carry, sequence, invariant, buffers))
     pool = [*carry, *sequence, *invariant, *buffers, *(f"space.turns[{k}]" for k in range(len(frame.turns)))]
