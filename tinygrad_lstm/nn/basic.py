@@ -52,6 +52,7 @@ class Linear(Module):
     ) -> None:  # fmt: skip
         super().__init__()
         dtype = check_dtype("Linear", dtype)
+        check_generator("Linear", generator)
         check_int("Linear: in_features", in_features)
         check_int("Linear: out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
@@ -135,6 +136,7 @@ class Embedding(Module):
     ) -> None:  # fmt: skip
         super().__init__()
         dtype = check_dtype("Embedding", dtype)
+        check_generator("Embedding", generator)
         check_int("Embedding: num_embeddings", num_embeddings)
         check_int("Embedding: embedding_dim", embedding_dim)
         if padding_idx is not None:
