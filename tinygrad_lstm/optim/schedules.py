@@ -9,7 +9,7 @@ uninterrupted one bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinygrad_lstm.calls import SaysWhatItTakes
@@ -20,6 +20,16 @@ from tinygrad_lstm.optim.base import Optimizer
 __all__ = [
     "CosineAnnealingLR", "ExponentialLR", "LinearWarmup", "OneCycleLR", "ReduceLROnPlateau", "Schedule", "StepLR",
 ]  # fmt: skip
+
+
+def _one_per_group(what: str, rates: float | Sequence[float], groups: list[dict[str, Any]]) -> list[float]:
+    """A rate for each group, from one for all or a list."""
+    each: list[Any] = list(rates) if isinstance(rates, (list, tuple)) else [rates] * len(groups)
+    if len(each) != len(groups):
+        raise ArgumentError(f"{what} has {len(each)} values for {len(groups)} groups")
+    for rate in each:
+        check_number(what, rate)
+    return [float(rate) for rate in each]
 
 
 class Schedule(SaysWhatItTakes):
@@ -204,9 +214,7 @@ class OneCycleLR(Schedule):
         if anneal_strategy not in ("cos", "linear"):
             raise ArgumentError(f"OneCycleLR: anneal_strategy is 'cos' or 'linear', found {anneal_strategy!r}")
         groups = optimizer.param_groups
-        self.max_lrs = list(max_lr) if isinstance(max_lr, (list, tuple)) else [float(max_lr)] * len(groups)
-        if len(self.max_lrs) != len(groups):
-            raise ArgumentError(f"OneCycleLR: {len(self.max_lrs)} values of max_lr for {len(groups)} groups")
+        self.max_lrs = _one_per_group("OneCycleLR: max_lr", max_lr, groups)
         self.linear = anneal_strategy == "linear"
         self.div_factor, self.final_div_factor = div_factor, final_div_factor
         self.low, self.high = base_momentum, max_momentum
@@ -268,7 +276,8 @@ class ReduceLROnPlateau(Schedule):
     threshold : float
     threshold_mode : "rel" or "abs"
         What counts as an improvement: by this fraction of the best, or by this amount.
-    min_lr, eps : float
+    min_lr : float or list of floats, one per group
+    eps : float
         A change of the rate of at most eps is not made.
 
     Examples
@@ -286,7 +295,8 @@ class ReduceLROnPlateau(Schedule):
 
     def __init__(
         self, optimizer: Optimizer, mode: str = "min", factor: float = 0.1, patience: int = 10, threshold: float = 1e-4,
-        threshold_mode: str = "rel", cooldown: int = 0, min_lr: float = 0.0, eps: float = 1e-8,
+        threshold_mode: str = "rel", cooldown: int = 0, min_lr: float | list[float] = 0.0,
+        eps: float = 1e-8,
     ) -> None:  # fmt: skip
         if mode not in ("min", "max") or threshold_mode not in ("rel", "abs"):
             raise ArgumentError(
@@ -296,10 +306,11 @@ class ReduceLROnPlateau(Schedule):
         if not 0.0 <= factor < 1.0:
             raise ArgumentError(f"ReduceLROnPlateau: factor lies in [0, 1), found {factor}")
         self.mode, self.factor, self.patience, self.cooldown = mode, factor, patience, cooldown
-        self.threshold, self.threshold_mode, self.min_lr, self.eps = threshold, threshold_mode, min_lr, eps
+        self.threshold, self.threshold_mode, self.eps = threshold, threshold_mode, eps
         self.best: float | None = None
         self.bad_steps = self.cooling = 0
         super().__init__(optimizer)
+        self.min_lrs = _one_per_group("ReduceLROnPlateau: min_lr", min_lr, optimizer.param_groups)
 
     def next_rate(self, current: float, base: float, step: int) -> float:
         """The rate in force: what changes it is the metric."""
@@ -326,8 +337,8 @@ class ReduceLROnPlateau(Schedule):
         if self.cooling > 0:
             self.cooling, self.bad_steps = self.cooling - 1, 0
         if self.bad_steps > self.patience:
-            for group in self.optimizer.param_groups:
-                lower = max(group["lr"] * self.factor, self.min_lr)
+            for group, least in zip(self.optimizer.param_groups, self.min_lrs, strict=True):
+                lower = max(group["lr"] * self.factor, least)
                 if group["lr"] - lower > self.eps:
                     group["lr"] = lower
             self.cooling, self.bad_steps = self.cooldown, 0
