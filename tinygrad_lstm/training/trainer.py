@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -18,7 +19,14 @@ from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import ReduceLROnPlateau, clip_grad_norm
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, loss_of, model_output
+from tinygrad_lstm.training.arguments import (
+    check_fit,
+    check_iterable,
+    check_parts,
+    loss_of,
+    model_output,
+    rate_factor,
+)
 from tinygrad_lstm.training.batches import Batches, Unpacked, has_padding, real_steps, unpack
 from tinygrad_lstm.training.callbacks import Callback, ProgressBar
 from tinygrad_lstm.training.state import detached, restore, snapshot
@@ -277,7 +285,7 @@ class Trainer(SaysWhatItTakes):
                     f"the gradient's norm is {norm} at step {self.step}; a lower learning rate may help"
                 )
         if callable(self.schedule):
-            factor = self.schedule(self.step, self.total)
+            factor = rate_factor(self.schedule(self.step, self.total), self.step)
             for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
                 group["lr"] = base * factor
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -347,6 +355,8 @@ class Trainer(SaysWhatItTakes):
 
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Unpacked]]:
         check_iterable(batches)
+        if batches is self.batches and hasattr(batches, "state_dict"):
+            batches = copy.copy(batches)  # so that the place where the run stands in them is not lost
         training = self.model.training
         self.model.eval()
         state = None
