@@ -15,7 +15,7 @@ from typing import Any
 from tinygrad_lstm.calls import SaysWhatItTakes
 from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError
-from tinygrad_lstm.optim.base import Optimizer
+from tinygrad_lstm.optim.base import Optimizer, as_float
 
 __all__ = [
     "CosineAnnealingLR", "ExponentialLR", "LinearWarmup", "OneCycleLR", "ReduceLROnPlateau", "Schedule", "StepLR",
@@ -118,6 +118,7 @@ class StepLR(Schedule):
 
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
         check_int("StepLR: step_size", step_size)
+        check_number("StepLR: gamma", gamma)
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer)
 
@@ -206,7 +207,15 @@ class OneCycleLR(Schedule):
     ) -> None:  # fmt: skip
         if total_steps is None and (epochs is None or steps_per_epoch is None):
             raise ArgumentError("OneCycleLR: total_steps, or epochs and steps_per_epoch, are needed")
+        counts = {"total_steps": total_steps, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+        for name, count in counts.items():
+            if count is not None:
+                check_int(f"OneCycleLR: {name}", count)
         self.total_steps = int(total_steps if total_steps is not None else epochs * steps_per_epoch)  # type: ignore[operator]
+        for name, number in (("div_factor", div_factor), ("final_div_factor", final_div_factor)):
+            check_number(f"OneCycleLR: {name}", number)
+            if not number > 0:
+                raise ArgumentError(f"OneCycleLR: {name} is positive, found {number}")
         if self.total_steps < 1 or not 0.0 <= pct_start <= 1.0:
             raise ArgumentError(
                 f"OneCycleLR: total_steps={self.total_steps} is at least 1, pct_start={pct_start} lies in [0, 1]"
@@ -303,6 +312,10 @@ class ReduceLROnPlateau(Schedule):
                 "ReduceLROnPlateau: mode is 'min' or 'max', threshold_mode 'rel' or 'abs', "
                 f"found {mode!r} and {threshold_mode!r}"
             )
+        for name, count in (("patience", patience), ("cooldown", cooldown)):
+            check_int(f"ReduceLROnPlateau: {name}", count, 0)
+        for name, number in (("factor", factor), ("threshold", threshold), ("eps", eps)):
+            check_number(f"ReduceLROnPlateau: {name}", number)
         if not 0.0 <= factor < 1.0:
             raise ArgumentError(f"ReduceLROnPlateau: factor lies in [0, 1), found {factor}")
         self.mode, self.factor, self.patience, self.cooldown = mode, factor, patience, cooldown
@@ -328,7 +341,7 @@ class ReduceLROnPlateau(Schedule):
         """Take the metric of a step (a number or a Tensor with one element)."""
         if metric is None:
             raise ArgumentError("ReduceLROnPlateau.step needs the metric: step(loss)")
-        value = float(metric)
+        value = as_float("ReduceLROnPlateau.step: the metric", metric)
         self.last_epoch += 1
         if self._better(value):
             self.best, self.bad_steps = value, 0
