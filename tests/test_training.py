@@ -246,7 +246,15 @@ def test_a_plateau_is_stepped_with_the_validation_loss() -> None:
         made().fit(line(), steps=6)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.RNN])
+def test_divergence_is_said_once(layer: Any) -> None:
+    """By the error: NumPy's warnings of overflow, which are errors in these tests, do not come before it."""
+    model = nn.Sequential(layer(2, 3, dtype=np.float64), nn.Linear(3, 1, dtype=np.float64))
+    trainer = Trainer(model, optim.SGD(model, lr=1e200), nn.mse_loss)
+    with pytest.raises(DivergedError, match=r"the loss is (inf|nan) at step"):
+        trainer.fit([(np.ones((4, 5, 2)), np.zeros((4, 5, 1)))], steps=20)
+
+
 def test_divergence_is_noticed_before_the_step(tmp_path: Path) -> None:
     model = Linear(1.0)
     bad = [(np.array([1.0]), np.array([2.0])), (np.array([math.inf]), np.array([2.0]))]

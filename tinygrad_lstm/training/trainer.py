@@ -271,12 +271,15 @@ class Trainer(SaysWhatItTakes):
     def _train_step(self, batch: Any) -> dict[str, float]:
         parts = unpack(batch, self.model)
         self.optimizer.zero_grad()
-        output, state = self.forward(parts.inputs, self.carried, parts.lengths)
-        loss = self._loss(output, parts)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {self.step}; a lower learning rate or clip_norm may help")
-        loss.backward()
+        with _quiet():
+            output, state = self.forward(parts.inputs, self.carried, parts.lengths)
+            loss = self._loss(output, parts)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"the loss is {value} at step {self.step}; a lower learning rate or clip_norm may help"
+                )
+            loss.backward()
         norm = math.nan
         if self.clip_norm is not None:
             norm = float(clip_grad_norm(self.model.parameters(), self.clip_norm))
@@ -336,7 +339,7 @@ class Trainer(SaysWhatItTakes):
         """
         total, weight = 0.0, 0
         for output, batch in self._outputs(batches):
-            with no_grad():
+            with no_grad(), _quiet():
                 value = self._loss(output, batch).item()
             total, weight = total + value * batch.weight, weight + batch.weight
         if weight == 0:
@@ -363,7 +366,7 @@ class Trainer(SaysWhatItTakes):
         try:
             for batch in batches:
                 parts = unpack(batch, self.model)
-                with no_grad():
+                with no_grad(), _quiet():
                     output, state = self.forward(parts.inputs, state, parts.lengths)
                 yield output, parts
         finally:
@@ -413,6 +416,11 @@ class Trainer(SaysWhatItTakes):
             checkpoint(self)
         elif checkpoint is not None:
             self.save(checkpoint)
+
+
+def _quiet() -> np.errstate:
+    """Without NumPy's warnings of what is no longer finite: a Trainer says it of the loss, once."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def _array(leaf: Any) -> np.ndarray:
