@@ -413,3 +413,17 @@ def test_warmup_cosine() -> None:
     for bad in ({"warmup": -1}, {"floor": 1.5}):
         with pytest.raises(ArgumentError):
             WarmupCosine(**bad)  # type: ignore[arg-type]
+
+
+def test_any_number_is_better_than_a_validation_that_was_nan() -> None:
+    class Told(Trainer):
+        losses = iter([math.nan, math.nan, 3.0, math.nan, 2.0, 2.5, 2.5])
+
+        def evaluate(self, batches: Any) -> float:
+            return next(self.losses)
+
+    model = Linear(1.0)
+    trainer = Told(model, optim.SGD(model.parameters(), lr=0.1), nn.mse_loss)
+    trainer.fit(line(), steps=20, validation=line(), validate_every=1, patience=2)
+    assert (trainer.step, trainer.stop_reason) == (7, "early stopping")
+    assert trainer.best is not None and (trainer.best["step"], trainer.best["loss"]) == (5, 2.0)

@@ -317,7 +317,8 @@ class Trainer(SaysWhatItTakes):
         value = self.evaluate(validation)
         self.validations["step"].append(self.step)
         self.validations["loss"].append(value)
-        is_best = self.best is None or value < self.best["loss"]
+        best = math.nan if self.best is None else self.best["loss"]
+        is_best = self.best is None or value < best or (math.isnan(best) and not math.isnan(value))
         self.since_best = 0 if is_best else self.since_best + 1
         if is_best:
             model = {name: np.array(array) for name, array in self.model.state_dict().items()}
