@@ -235,6 +235,23 @@ def test_wrong_arguments(arguments: list[str], reason: str, capsys: pytest.Captu
     assert [name for name in os.listdir() if name != "__pycache__"] == ["own.py"]
 
 
+SINGLE = """
+import sys
+import numpy as np
+from tinygrad_lstm import nn, tensor
+
+class Single(nn.Module):
+    def initial_state(self, batch):
+        return tensor(np.zeros((batch, 2)))
+
+    def forward(self, x, h):
+        return x + h
+
+def exits():
+    sys.exit(0)
+"""
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -243,6 +260,10 @@ def test_wrong_arguments(arguments: list[str], reason: str, capsys: pytest.Captu
         (["inspect", "."], "a folder without best.safetensors"),
         (["inspect", "text.txt"], "no checkpoint"),
         (["inspect", "bad.py:Cell"], "bad.py cannot be imported: SyntaxError"),
+        (["inspect", "exits.py:Cell"], "exits.py cannot be imported: SystemExit: done"),
+        (["gradcheck", "exits.py:Cell"], "exits.py cannot be imported: SystemExit: done"),
+        (["bench", "single.py:exits"], "single.py:exits cannot be made: SystemExit: 0"),
+        (["gradcheck", "single.py:Single"], "Single.forward returned Tensor, expected a pair (output, state)"),
         (["inspect", "own.py:Raises", "--flow"], "KeyError: 'what'"),
         (["bench", "own.py:Raises"], "own.py:Raises failed (own.py:"),
         (["gradcheck", "own.py:Raises"], "own.py:Raises failed (own.py:"),
@@ -253,6 +274,8 @@ def test_wrong_arguments(arguments: list[str], reason: str, capsys: pytest.Captu
 )
 def test_what_fails(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.py").write_text("class Cell(:\n")
+    Path("exits.py").write_text("import sys\nsys.exit('done')\n")
+    Path("single.py").write_text(SINGLE)
     Path("text.txt").write_text("some text")
     assert main(arguments) == 1
     assert reason in one_line(capsys)

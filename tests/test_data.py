@@ -264,6 +264,9 @@ def test_streams_of_wrong_ids() -> None:
         TextStreams(np.arange(9), 1, 0)
 
 
+IDS = SequenceDataset([[1, 2], [3]], [np.array([0, 1], np.uint8), np.array([1], np.uint8)])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -271,6 +274,17 @@ def test_streams_of_wrong_ids() -> None:
         (lambda: DataLoader([np.ones((3, 2))]), DTypeError, r"dataset is a list.*DataLoader\(SequenceDataset\("),
         (lambda: DataLoader(ragged([2, 3]), batch_size=2.5), DTypeError, r"batch_size is an int, found 2\.5"),
         (lambda: DataLoader(ragged([2, 3]), batch_size=0), ArgumentError, "batch_size is at least 1, found 0"),
+        (lambda: DataLoader(ragged([2, 3]), generator=3), DTypeError, r"generator is a tg\.Generator, found int"),
+        (lambda: DataLoader(ragged([2, 3]), pad_value="x"), DTypeError, "pad_value is a number, found 'x'"),
+        (lambda: DataLoader(IDS, pad_value=1.5), ArgumentError, r"pad_value=1\.5 is no int64"),
+        (lambda: DataLoader(IDS, pad_value=np.nan), ArgumentError, "pad_value=nan is no int64"),
+        (lambda: DataLoader(IDS, target_pad_value=-1), ArgumentError, "target_pad_value=-1 is no uint8"),
+        (lambda: IDS["a"], DTypeError, "an index is an int, found 'a'"),
+        (lambda: IDS[:1], DTypeError, r"an index is an int, found slice"),
+        (lambda: DataLoader(IDS).load_state_dict({}), ArgumentError, "no state of a DataLoader"),
+        (lambda: TextStreams(np.arange(9), 1, 2).load_state_dict({}), ArgumentError, "no state of streams"),
+        (lambda: TextStreams(np.arange(9), 1.5, 2), DTypeError, r"batch_size is an int, found 1\.5"),
+        (lambda: TextStreams(np.arange(9), 1, "2"), DTypeError, "seq_len is an int, found '2'"),
         (lambda: windows(np.arange(9), 3.5), DTypeError, r"windows: length is an int, found 3\.5"),
         (lambda: windows(np.arange(9), 3, "1"), DTypeError, "windows: horizon is an int, found '1'"),
         (lambda: SequenceDataset(None), DTypeError, "inputs are a list of arrays, or one array, found None"),

@@ -284,3 +284,51 @@ def test_too_much_memory_is_refused(x: np.ndarray, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("tinygrad_lstm.inspect.watch.MOST_BYTES", 1000)
     with pytest.raises(tg.ArgumentError, match=r"would take \d+ MB, at most .* shorter sequence"):
         inspect.gradient_flow(Model(), x, loss_of)
+
+
+class Quiet(nn.Module):
+    """A cell that names nothing, with an output beside its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(np.linspace(-0.5, 0.5, I * I).reshape(I, I))
+
+    def initial_state(self, batch: int) -> Any:
+        return np.zeros((batch, I)), np.zeros((batch, I))
+
+    def forward(self, x: Any, state: Any) -> Any:
+        h, m = state
+        h = ops.tanh(h @ self.W + x)
+        m = 0.9 * m + h
+        return m * h, (h, m)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LSTM(I, H, dtype=np.float64),
+        lambda: nn.GRU(I, H, dtype=np.float64),
+        lambda: nn.Recurrent(nn.PeepholeLSTMCell(I, H, dtype=np.float64), reverse=True),
+        lambda: nn.Recurrent(Quiet()),
+    ],
+    ids=["lstm", "gru", "reverse", "unnamed"],
+)
+def test_with_lengths_each_row_is_as_if_it_were_alone(make: Any, x: np.ndarray) -> None:
+    layer, lengths = make(), [T, 2]
+    of_outputs = lambda out: (out[0] ** 2).sum()
+    whole = inspect.gradient_flow(layer, x, of_outputs, lengths=lengths)
+    rows = [inspect.gradient_flow(layer, x[:n, [b]], of_outputs) for b, n in enumerate(lengths)]
+    assert whole.states.keys() == rows[0].states.keys()
+    for name, norms in whole.states.items():
+        each = [np.pad(row.states[name], (0, T - row.steps)) for row in rows]
+        # In reverse the padding comes first, and hands on the state that the row starts from.
+        both = slice(0, 2 if getattr(layer, "reverse", False) else T)
+        np.testing.assert_allclose(norms[both], np.hypot(*each)[both], rtol=1e-10)
+
+
+def test_with_lengths_a_state_is_handed_through_the_padding(x: np.ndarray) -> None:
+    layer = nn.GRU(I, H, dtype=np.float64)
+    of_state = lambda out: (out[1][:, -1] ** 2).sum()
+    norms = inspect.gradient_flow(layer, x, of_state, lengths=[T, 2]).states["h"]
+    alone = inspect.gradient_flow(layer, x[:2, [1]], of_state).states["h"]
+    np.testing.assert_allclose(norms, [*alone, *[alone[-1]] * (T - 2)], rtol=1e-10)

@@ -72,6 +72,27 @@ def test_sizes_are_ints():
     with pytest.raises(tg.DTypeError, match=r"LSTM: hidden_size is an int, found 4\.0"):
         nn.LSTM(4, 4.0)
 
+    with pytest.raises(tg.DTypeError, match=r"LSTMCell: proj_size is an int, found 1\.5"):
+        nn.LSTM(4, 4, proj_size=1.5)
+    for cell in (nn.GRUCell(4, 4), nn.PeepholeLSTMCell(4, 4)):
+        with pytest.raises(tg.DTypeError, match=r"initial_state: batch is an int, found 1\.5"):
+            cell.initial_state(1.5)
+        with pytest.raises(tg.ArgumentError, match="initial_state: batch is at least 0, found -1"):
+            cell.initial_state(-1)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.RNNCell, nn.Linear, nn.Embedding])
+def test_a_generator_is_one_of_this_package(kind):
+    with pytest.raises(tg.DTypeError, match=rf"{kind.__name__}: generator is a tg\.Generator, found int"):
+        kind(4, 4, generator=3)
+
+
+def test_lengths_of_one_sequence():
+    layer, x = nn.LSTM(F, H), np.ones((5, F), np.float32)
+    np.testing.assert_array_equal(layer(x, lengths=2)[0].numpy(), layer(x, lengths=[2])[0].numpy())
+    with pytest.raises(tg.ShapeError, match=r"LSTM: lengths of shape \(2,\), expected \(1,\)"):
+        layer(x, lengths=[1, 2])
+
 
 def test_replacing_a_parameter_by_its_flat_name():
     layer = nn.LSTM(F, H)

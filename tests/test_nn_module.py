@@ -402,3 +402,17 @@ def test_arguments_that_are_none():
         model.astype("foo")
     with pytest.raises(tg.DTypeError, match="int32"):
         model.astype("int32")
+
+
+def test_slices_of_a_sequential_keep_parts_and_names():
+    model = nn.Sequential(nn.Linear(2, 3), ops.tanh, nn.Linear(3, 4), nn.Linear(4, 1))
+    x = np.ones((5, 2), np.float32)
+    front, back = model[:2], model[2:]
+    assert front[0] is model[0] and back[-1] is model[3] and len(back) == 2 and len(model[4:]) == 0
+    assert list(back.state_dict()) == ["2.weight", "2.bias", "3.weight", "3.bias"]  # as in PyTorch
+    np.testing.assert_array_equal(back(front(x)).numpy(), model(x).numpy())
+    back.append(nn.Linear(1, 1))  # takes the place of none
+    assert len(back) == 3 and back[1] is model[3] and back(front(x)).shape == (5, 1)
+    for index, error in ((4, tg.OutOfRangeError), (-5, tg.OutOfRangeError), ("0", tg.DTypeError)):
+        with pytest.raises(error, match="Sequential: "):
+            model[index]

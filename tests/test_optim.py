@@ -116,6 +116,11 @@ def test_lbfgs_finds_the_minimum():
     optimizer.step(closure)
     np.testing.assert_allclose(p.numpy(), [1, 1], atol=1e-4)
     assert not other.numpy().any()
+    for closure, message in ((3, "takes a closure or nothing, found 3"), (lambda: None, "the closure returns .* None")):
+        with pytest.raises(tg.DTypeError, match=message):
+            optimizer.step(closure)
+    with pytest.raises(tg.DTypeError, match=r"SGD\.step takes a closure or nothing"):
+        optim.SGD([nn.Parameter([1.0])]).step(3)
     with pytest.raises(tg.ArgumentError, match="closure"):
         optimizer.step()
 

@@ -222,16 +222,40 @@ def test_a_loaded_plateau_goes_on():
     assert other.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
+@pytest.mark.conformance
+def test_a_lowest_rate_for_each_group():
+    torch = pytest.importorskip("torch")
+    ours = optim.SGD([{"params": [nn.Parameter([1.0])]}, {"params": [nn.Parameter([1.0])], "lr": 0.2}], lr=0.1)
+    ones = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    theirs = torch.optim.SGD([{"params": [ones[0]]}, {"params": [ones[1]], "lr": 0.2}], lr=0.1)
+    options = {"patience": 0, "factor": 0.5, "min_lr": [0.01, 0.05]}
+    schedule = optim.ReduceLROnPlateau(ours, **options)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, **options)
+    for _ in range(8):
+        schedule.step(1.0)
+        reference.step(1.0)
+        found = [group["lr"] for group in ours.param_groups]
+        assert found == pytest.approx([group["lr"] for group in theirs.param_groups])
+
+
 def test_refusals():
     optimizer = optim.RMSprop([nn.Parameter([1.0])])
     for make, pattern in (
         (lambda: optim.StepLR(optimizer, 0), "step_size"),
         (lambda: optim.StepLR(nn.Linear(1, 1), 1), "found Linear"),
         (lambda: optim.OneCycleLR(optimizer, 0.1), "total_steps"),
+        (lambda: optim.OneCycleLR(optimizer, 0.1, 2.5), r"total_steps is an int, found 2\.5"),
+        (lambda: optim.OneCycleLR(optimizer, 0.1, 5, div_factor=0), "div_factor is positive, found 0"),
+        (lambda: optim.StepLR(optimizer, 1, gamma="a"), "gamma is a number, found 'a'"),
+        (lambda: optim.ReduceLROnPlateau(optimizer, patience=-1), "patience is at least 0, found -1"),
+        (lambda: optim.ReduceLROnPlateau(optimizer, factor="a"), "factor is a number, found 'a'"),
+        (lambda: optim.ReduceLROnPlateau(optimizer).step("a"), "the metric is a number .* found 'a'"),
+        (lambda: optim.ReduceLROnPlateau(optimizer).step(np.ones(3)), "the metric is a number .* found array"),
+        (lambda: optim.ReduceLROnPlateau(optimizer, min_lr=[0.1, 0.2]), "min_lr has 2 values for 1 groups"),
         (lambda: optim.OneCycleLR(optim.Adagrad([nn.Parameter([1.0])]), 0.1, 10), "no momentum to cycle"),
         (lambda: optim.ReduceLROnPlateau(optimizer, mode="up"), "'up'"),
         (lambda: optim.ReduceLROnPlateau(optimizer).step(), "metric"),
         (lambda: optim.StepLR(optimizer, 1).load_state_dict({}), "no state"),
     ):
-        with pytest.raises(tg.ArgumentError, match=pattern):
+        with pytest.raises((tg.ArgumentError, tg.DTypeError), match=pattern):
             make()

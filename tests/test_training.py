@@ -246,7 +246,15 @@ def test_a_plateau_is_stepped_with_the_validation_loss() -> None:
         made().fit(line(), steps=6)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.RNN])
+def test_divergence_is_said_once(layer: Any) -> None:
+    """By the error: NumPy's warnings of overflow, which are errors in these tests, do not come before it."""
+    model = nn.Sequential(layer(2, 3, dtype=np.float64), nn.Linear(3, 1, dtype=np.float64))
+    trainer = Trainer(model, optim.SGD(model, lr=1e200), nn.mse_loss)
+    with pytest.raises(DivergedError, match=r"the loss is (inf|nan) at step"):
+        trainer.fit([(np.ones((4, 5, 2)), np.zeros((4, 5, 1)))], steps=20)
+
+
 def test_divergence_is_noticed_before_the_step(tmp_path: Path) -> None:
     model = Linear(1.0)
     bad = [(np.array([1.0]), np.array([2.0])), (np.array([math.inf]), np.array([2.0]))]
@@ -405,3 +413,17 @@ def test_warmup_cosine() -> None:
     for bad in ({"warmup": -1}, {"floor": 1.5}):
         with pytest.raises(ArgumentError):
             WarmupCosine(**bad)  # type: ignore[arg-type]
+
+
+def test_any_number_is_better_than_a_validation_that_was_nan() -> None:
+    class Told(Trainer):
+        losses = iter([math.nan, math.nan, 3.0, math.nan, 2.0, 2.5, 2.5])
+
+        def evaluate(self, batches: Any) -> float:
+            return next(self.losses)
+
+    model = Linear(1.0)
+    trainer = Told(model, optim.SGD(model.parameters(), lr=0.1), nn.mse_loss)
+    trainer.fit(line(), steps=20, validation=line(), validate_every=1, patience=2)
+    assert (trainer.step, trainer.stop_reason) == (7, "early stopping")
+    assert trainer.best is not None and (trainer.best["step"], trainer.best["loss"]) == (5, 2.0)

@@ -129,3 +129,20 @@ def test_an_optimizer_of_ones_own() -> None:
     assert Quick(nn.Linear(1, 1), speed=2.0).lr == 2.0
     assert list(inspect.signature(Quick).parameters) == ["params", "speed"]
     assert pickle.loads(pickle.dumps(optim.Adam(nn.Linear(1, 1), lr=0.5))).lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "message"),
+    [
+        (None, tg.DTypeError, "factor at step 0 is a number, found None"),
+        (np.nan, tg.ArgumentError, "factor at step 0 is nan, expected a finite number"),
+    ],
+)
+def test_a_schedule_that_gives_no_rate(factor: Any, error: type[Exception], message: str) -> None:
+    model = nn.Linear(2, 1)
+    before = model.state_dict()
+    with pytest.raises(error, match=message):
+        trainer(model, schedule=lambda step, total: factor).fit(
+            [(np.ones((3, 2), np.float32), np.ones((3, 1)))], steps=1
+        )
+    np.testing.assert_array_equal(model.state_dict()["weight"], before["weight"])

@@ -212,3 +212,31 @@ def test_a_run_of_another_optimizer_is_refused_with_nothing_changed(tmp_path: Pa
     with pytest.raises(tg.CheckpointError):  # its schedule is missing: after model and optimizer were loaded
         trainer.load(tmp_path / "adam")
     assert str(trainer.state_dict()) == before
+
+
+class Peek(Callback):
+    """Looks at the training data in between."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def on_step(self, trainer: Trainer, row: dict[str, float]) -> None:
+        trainer.predict(self.batches)
+
+
+@pytest.mark.parametrize("make", [language_run, shuffled_run])
+@pytest.mark.parametrize("stop", [2, 4, 7])
+def test_validating_on_the_training_data_leaves_their_place(make: Any, stop: int, tmp_path: Path) -> None:
+    def run(at: int | None, load: bool = False) -> Trainer:
+        trainer, batches, _ = make()
+        trainer.callbacks = [Peek(batches), *([] if at is None else [StopAt(at)])]
+        if load:
+            trainer.load(tmp_path / "run")
+        return trainer.fit(
+            batches, steps=None if load else 14, validation=batches, validate_every=2, checkpoint=tmp_path / "run"
+        )
+
+    straight = run(None)
+    assert straight.history["epoch"] == [step // (len(straight.batches)) for step in range(14)]  # type: ignore[arg-type]
+    run(stop)
+    compare(straight, run(None, load=True))

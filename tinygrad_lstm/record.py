@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from types import CodeType
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
 __all__ = [
-    "Aval", "Node", "Output", "Record", "State", "eager", "name", "no_grad", "note_parts", "part_name", "recording",
+    "Aval", "Node", "Output", "Record", "State", "eager", "name", "no_grad", "note_parts", "note_selected", "part_name",
+    "recording",
     "scope", "state",
 ]  # fmt: skip
 
@@ -130,7 +131,7 @@ def recording(**changes: Any) -> Iterator[None]:
 class Extra:
     """What few records have; made on demand so that the common record stays small."""
 
-    __slots__ = ("hooks", "inputs", "label", "part", "retained", "tape_only", "tapes")
+    __slots__ = ("hooks", "inputs", "label", "part", "retained", "selected", "tape_only", "tapes")
 
     def __init__(self) -> None:
         self.hooks: dict[int, list[Callable[..., Any]]] | None = None  # by output index
@@ -138,6 +139,7 @@ class Extra:
         self.label: dict[int, str] | None = None  # names given with tg.name, by output index
         self.part: dict[int, str] | None = None  # names as parts of a loop's state, by output index
         self.retained: dict[int, Any] | None = None  # weak references to outputs whose gradient is kept, by index
+        self.selected = False  # whether it chose, by lengths, between a step's new state and the old one
         self.tape_only = False  # recorded only because a Tape was active
         self.tapes = 0  # how many Tapes own this record
 
@@ -388,6 +390,13 @@ def note_parts(carry: Sequence[Tensor]) -> None:
             record, index = (node.record, node.index) if isinstance(node, Output) else (node, 0)
             extra = record.more()
             extra.part = {**(extra.part or {}), index: part_name(k, len(carry))}
+
+
+def note_selected(states: Iterable[Tensor]) -> None:
+    """Note on the tape that lengths chose these values: the new state, or the old one behind a row's end."""
+    for t in states:
+        if isinstance(t._node, Record):
+            t._node.more().selected = True
 
 
 def _free_name(names: dict[str, Tensor], t: Tensor, label: str) -> str:

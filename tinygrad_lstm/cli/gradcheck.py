@@ -51,6 +51,7 @@ def check(subject: Subject, args: argparse.Namespace) -> str:
     """Check one module; what was checked, in words."""
     from tinygrad_lstm import gradcheck
     from tinygrad_lstm.inspect.recorded import is_cell
+    from tinygrad_lstm.nn.recurrent import check_pair
     from tinygrad_lstm.tree import flatten, unflatten
 
     module = subject.module.astype(np.float64).eval()
@@ -63,7 +64,13 @@ def check(subject: Subject, args: argparse.Namespace) -> str:
         leaves, treedef = flatten(module.initial_state(args.batch))
         rng = np.random.default_rng(args.seed + 1)
         state = [rng.standard_normal(leaf.shape) for leaf in leaves]
-        _check(gradcheck, lambda m, x, *s: m(x, unflatten(treedef, s)), args.order, module, x[0], *state)
+
+        def step(cell: Any, x: Any, *parts: Any) -> Any:
+            result = cell(x, unflatten(treedef, parts))
+            check_pair(type(cell).__name__, result)
+            return result
+
+        _check(gradcheck, step, args.order, module, x[0], *state)
         return f"{module.count()} parameters, x, the state ({len(state)}), order {args.order}"
     _check(gradcheck, lambda m, x: m(x), args.order, module, x)
     return f"{module.count()} parameters, x, {args.steps} steps, order {args.order}"

@@ -46,7 +46,7 @@ class Subject(NamedTuple):
         """One line for whatever the code of a user's module raises."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not self.is_users or isinstance(error, (Error, OSError)):
                 raise
             line = traceback.extract_tb(error.__traceback__)[-1]
@@ -128,7 +128,7 @@ def _from_file(path: str, name: str, inputs: int, hidden: int) -> Any:
         )
     try:
         made = found(inputs, hidden) if needed else found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Error(f"{path}:{name} cannot be made: {type(error).__name__}: {error}") from None
     if not isinstance(made, Module):
         raise DTypeError(f"{path}:{name} made a {type(made).__name__}, expected a Module")
@@ -144,7 +144,7 @@ def _imported(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end with sys.exit(main())
         raise Error(f"{path} cannot be imported: {type(error).__name__}: {error}") from None
     return module
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinygrad_lstm.calls import SaysWhatItTakes
-from tinygrad_lstm.checks import check_int
+from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
+from tinygrad_lstm.ops.random import check_generator
 from tinygrad_lstm.random import Generator, default_generator
 
 __all__ = ["Batch", "DataLoader", "SequenceDataset", "windows"]
@@ -126,6 +127,7 @@ class SequenceDataset(SaysWhatItTakes):
 
     def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Sequence ``n`` and its target (None without targets)."""
+        check_int("SequenceDataset: an index", n, None)
         if not -len(self) <= n < len(self):
             raise OutOfRangeError(f"sequence {n} of a dataset with {len(self)}")
         return self.inputs[n], None if self.targets is None else self.targets[n]
@@ -186,10 +188,10 @@ class DataLoader(SaysWhatItTakes):
         self.batch_size = int(batch_size)
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.generator = generator
+        self.generator = check_generator("DataLoader", generator)
         self.batch_first = batch_first
-        self.pad_value = pad_value
-        self.target_pad_value = target_pad_value
+        self.pad_value = _fitting(pad_value, "pad_value", dataset.inputs)
+        self.target_pad_value = _fitting(target_pad_value, "target_pad_value", dataset.targets)
         self._epoch = 0
         self._position = 0
         self._order: np.ndarray | None = None
@@ -235,6 +237,10 @@ class DataLoader(SaysWhatItTakes):
         ArgumentError
             The state belongs to other data or to another batch size.
         """
+        if not isinstance(state, Mapping) or not {"epoch", "position", "order", "generator"} <= state.keys():
+            raise ArgumentError(
+                "DataLoader.load_state_dict: this is no state of a DataLoader; pass what state_dict() gave"
+            )
         order, position = state["order"], int(state["position"])
         if order is not None and (len(order) != len(self.dataset) or not 0 <= position < len(self)):
             raise ArgumentError(
@@ -323,6 +329,19 @@ def _alike(items: Sequence[Any] | np.ndarray, what: str, time_axis: bool) -> lis
                 f"{first.dtype}; " + ("only the first axis may differ" if time_axis else "they have to be alike")
             )
     return arrays
+
+
+def _fitting(pad: Any, name: str, items: list[np.ndarray] | None) -> Any:
+    """The number; raises unless the dtype of the arrays that it fills up has it."""
+    if pad is None or not items:
+        return pad
+    if not isinstance(pad, (bool, np.bool_)):
+        check_number(f"DataLoader: {name}", pad)
+    dtype = items[0].dtype
+    bounds = np.iinfo(dtype) if dtype.kind in "iu" else None
+    if bounds is not None and not (bounds.min <= pad <= bounds.max and pad == int(pad)):
+        raise ArgumentError(f"DataLoader: {name}={pad} is no {dtype}, which the sequences are")
+    return pad
 
 
 def _padded(items: list[np.ndarray], lengths: np.ndarray, pad: float, batch_first: bool) -> np.ndarray:

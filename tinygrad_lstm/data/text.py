@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.checks import check_number
+from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 
 __all__ = ["TextCorpus", "TextStreams"]
@@ -193,9 +193,8 @@ class TextStreams:
         array = np.asarray(ids)
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ShapeError(f"ids is a 1-d array of ints, found shape {array.shape} and dtype {array.dtype}")
-        for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
-            if value < 1:
-                raise ArgumentError(f"{name} is at least 1, found {value}")
+        check_int("TextStreams: batch_size", batch_size)
+        check_int("TextStreams: seq_len", seq_len)
         steps = (len(array) - 1) // batch_size
         if steps < (seq_len if drop_last else 1):
             raise ShapeError(
@@ -239,6 +238,8 @@ class TextStreams:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict` of streams over the same ids."""
+        if not isinstance(state, Mapping) or not {"epoch", "position"} <= state.keys():
+            raise ArgumentError("TextStreams.load_state_dict: this is no state of streams; pass what state_dict() gave")
         position = int(state["position"])
         if not 0 <= position < len(self):
             raise ArgumentError(f"this state names chunk {position}, an epoch here has {len(self)}: other data")

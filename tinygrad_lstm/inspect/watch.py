@@ -105,6 +105,10 @@ def watch(who: str, model: Any, x: Any, loss: Callable[..., Any], target: Any = 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     sources: list[Tensor] = [tensor for one in found.values() for tensor in one.values() if tensor.dtype.kind == "f"]
     watched = {id(tensor): k for k, tensor in enumerate(sources)}
+    chosen = _chosen_by_lengths(tape)
+    for _, fresh in chosen.values():
+        watched.setdefault(id(fresh), len(sources))
+        sources.append(fresh)
     uses = _uses(tape, names, sources)
     count = len(sources)
     sources += list(model.parameters())
@@ -119,7 +123,7 @@ def watch(who: str, model: Any, x: Any, loss: Callable[..., Any], target: Any = 
     series = []
     for (name, kind), one in _named(found).items():
         if len(one) == steps and len({tensor.shape for tensor in one.values()}) == 1:
-            series.append(_series(name, kind, one, gradients, watched))
+            series.append(_series(name, kind, one, gradients, watched, chosen))
     series.sort(key=lambda s: s.kind != "state")
     return Watched(float(value._data.reshape(())), steps, series, added, accumulated, totals)
 
@@ -223,14 +227,46 @@ def _named(found: dict[tuple[str, str, bool, int], dict[int, Tensor]]) -> dict[t
     return named
 
 
-def _series(name: str, kind: str, one: dict[int, Tensor], gradients: list[Any], watched: dict[int, int]) -> Series:
+Chosen = dict[int, tuple[Record, Tensor]]
+
+
+def _chosen_by_lengths(tape: Tape) -> Chosen:
+    """id of a state that lengths chose -> the operation that did, and the new state, which it is in rows that go on."""
+    made: dict[tuple[int, int], Tensor] = {}
+    chosen: Chosen = {}
+    for record, _, tensors in tape.entries:
+        made.update(((record.serial, k), tensor) for k, tensor in enumerate(tensors))
+        if record.extra is not None and record.extra.selected and record.parents:
+            before, index = _maker(record.parents[1])
+            if before is not None and (before.serial, index) in made:
+                chosen[id(tensors[0])] = record, made[before.serial, index]
+    return chosen
+
+
+def _of_chosen(record: Record, gradient: Any, fresh: Any) -> Any:
+    """The gradient of a state that lengths chose: the step's output and its other values use the new state itself."""
+    if gradient is None:
+        return None if fresh is None else fresh._data
+    with no_grad():
+        pulled = record.primitive.pull(record, gradient, [False, True, False])[1]
+    rest = gradient._data if pulled is None else gradient._data - pulled._data
+    return rest if fresh is None else rest + fresh._data
+
+
+def _series(
+    name: str, kind: str, one: dict[int, Tensor], gradients: list[Any], watched: dict[int, int], chosen: Chosen
+) -> Series:
     order = list(one)
     values = np.stack([one[t]._data for t in sorted(one)])
     slopes = np.zeros(values.shape, values.dtype if values.dtype.kind == "f" else np.float32)
     for t, tensor in one.items():
         gradient = gradients[watched[id(tensor)]] if id(tensor) in watched else None
-        if gradient is not None:
-            slopes[t] = gradient._data
+        slope = None if gradient is None else gradient._data
+        if id(tensor) in chosen:
+            record, fresh = chosen[id(tensor)]
+            slope = _of_chosen(record, gradient, gradients[watched[id(fresh)]])
+        if slope is not None:
+            slopes[t] = slope
     return Series(name, kind, values, slopes, order != sorted(order))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class Linear(Module):
     ) -> None:  # fmt: skip
         super().__init__()
         dtype = check_dtype("Linear", dtype)
+        check_generator("Linear", generator)
         check_int("Linear: in_features", in_features)
         check_int("Linear: out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
@@ -135,6 +137,7 @@ class Embedding(Module):
     ) -> None:  # fmt: skip
         super().__init__()
         dtype = check_dtype("Embedding", dtype)
+        check_generator("Embedding", generator)
         check_int("Embedding: num_embeddings", num_embeddings)
         check_int("Embedding: embedding_dim", embedding_dim)
         if padding_idx is not None:
@@ -296,17 +299,26 @@ class Sequential(Module):
         setattr(self, name, part)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([part for name, part in self.__dict__.items() if name.isdigit() or name in self._named])
+        return iter(self._parts().values())
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: part for name, part in self.__dict__.items() if name.isdigit() or name in self._named}
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return len(self._parts())
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | slice) -> Any:
+        """A part; of a slice, a Sequential of the parts under their names."""
+        if isinstance(index, slice):
+            return Sequential(dict(list(self._parts().items())[index]))
+        check_int("Sequential: an index", index, None)
+        if not -len(self) <= index < len(self):
+            raise OutOfRangeError(f"Sequential: part {index} of {len(self)}")
         return list(self)[index]
 
     def append(self, part: Any) -> Sequential:
         """Add a part at the end."""
-        self._add(str(len(self)), part)
+        self._add(str(next(n for n in itertools.count(len(self)) if not hasattr(self, str(n)))), part)
         return self
 
     def forward(self, x: Any) -> Any:

@@ -19,6 +19,7 @@ from tinygrad_lstm.nn import init
 from tinygrad_lstm.nn.basic import LayerNorm
 from tinygrad_lstm.nn.module import Module, Parameter
 from tinygrad_lstm.nn.states import as_part
+from tinygrad_lstm.ops.random import check_generator
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tape import name
 from tinygrad_lstm.tensor import Tensor, asarray
@@ -53,6 +54,8 @@ class GatedCell(Module):
             )
         positive(type(self).__name__, input_size=input_size, hidden_size=hidden_size)
         dtype = check_dtype(type(self).__name__, dtype)
+        check_generator(type(self).__name__, generator)
+        check_int(f"{type(self).__name__}: proj_size", proj_size, None)
         if proj_size and self.gates != 4:
             raise ArgumentError(f"{type(self).__name__}: proj_size={proj_size}, but only LSTM cells have a projection")
         if proj_size and not 0 < proj_size < hidden_size:
@@ -87,7 +90,14 @@ class GatedCell(Module):
 
     def initial_state(self, batch: int) -> Any:
         """Zeros: ``h (B, H)``."""
-        return Tensor(np.zeros((batch, self.hidden_size), self.weight_ih.dtype))
+        return self._zeros(batch, self.hidden_size)
+
+    def _zeros(self, batch: int, width: int) -> Tensor:
+        try:
+            return Tensor(np.zeros((batch, width), self.weight_ih.dtype))
+        except (TypeError, ValueError):
+            check_int(f"{describe(self)}.initial_state: batch", batch, 0)
+            raise
 
     def __call__(self, x: Any, state: Any = None) -> tuple[Any, Any]:
         """One step: ``x (B, I)`` and a state (zeros without it) to ``(output, state)``."""
@@ -215,7 +225,7 @@ class LSTMCell(GatedCell):
 
     def initial_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """Zeros: ``h (B, R), c (B, H)``."""
-        h, c = [Tensor(np.zeros((batch, size), self.weight_ih.dtype)) for size in self.state_sizes()]
+        h, c = [self._zeros(batch, size) for size in self.state_sizes()]
         return h, c
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:

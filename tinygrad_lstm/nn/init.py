@@ -21,6 +21,7 @@ from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.kernels.pool import on_lines
+from tinygrad_lstm.ops.random import check_generator
 from tinygrad_lstm.random import Generator, default_generator
 from tinygrad_lstm.tensor import Tensor
 
@@ -49,6 +50,11 @@ def _filled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return draw(parameter, *args, **options)
 
     return initialiser
+
+
+def _source(who: str, generator: Generator | None) -> Generator:
+    """Where an initialiser draws from."""
+    return check_generator(who, generator) or default_generator()
 
 
 def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
@@ -88,9 +94,9 @@ def uniform(parameter: Tensor, low: float = 0.0, high: float = 1.0, generator: G
     """Uniform on ``[low, high)``."""
     check_number("uniform: low", low)
     check_number("uniform: high", high)
-    if low > high:
-        raise ArgumentError(f"uniform: low is at most high, found low={low}, high={high}")
-    return copy(parameter, (generator or default_generator()).uniform(low, high, parameter.shape))
+    if not low <= high or not math.isfinite(high - low):
+        raise ArgumentError(f"uniform: both are finite, low is at most high, found low={low}, high={high}")
+    return copy(parameter, _source("uniform", generator).uniform(low, high, parameter.shape))
 
 
 @_filled
@@ -98,9 +104,9 @@ def normal(parameter: Tensor, mean: float = 0.0, std: float = 1.0, generator: Ge
     """Normal with the given mean and standard deviation."""
     check_number("normal: mean", mean)
     check_number("normal: std", std)
-    if std < 0:
+    if not std >= 0:
         raise ArgumentError(f"normal: std is not negative, found {std}")
-    return copy(parameter, (generator or default_generator()).normal(mean, std, parameter.shape))
+    return copy(parameter, _source("normal", generator).normal(mean, std, parameter.shape))
 
 
 @_filled
@@ -129,7 +135,7 @@ def kaiming_uniform(parameter: Tensor, a: float = 0.0, generator: Generator | No
 def orthogonal(parameter: Tensor, gain: float = 1.0, generator: Generator | None = None) -> Tensor:
     """Rows or columns (the fewer) orthonormal, times gain (Saxe, McClelland & Ganguli 2014)."""
     _fans(parameter.shape, "orthogonal")
-    return copy(parameter, gain * _orthogonal(parameter.shape, generator or default_generator()))
+    return copy(parameter, gain * _orthogonal(parameter.shape, _source("orthogonal", generator)))
 
 
 def _orthogonal(shape: tuple[int, ...], generator: Generator) -> np.ndarray:
@@ -155,7 +161,7 @@ def lstm_default(module: Any, generator: Generator | None = None) -> Any:
     except ``bias_ih`` of an LSTM's forget gate, which is 1 (Jozefowicz, Zaremba & Sutskever 2015).
     """
     _check_module(module, "lstm_default")
-    drawn = generator or default_generator()
+    drawn = _source("lstm_default", generator)
     for name, parameter in module.named_parameters():
         leaf = name.rpartition(".")[2]
         gates = _gates_of(leaf, parameter, module)

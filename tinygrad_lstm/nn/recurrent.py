@@ -63,6 +63,15 @@ def run_cell(
     return (*((ys, final) if not (states or gates) else (ys[0], final)), ys[1] if states or gates else {})
 
 
+def check_pair(who: str, result: Any) -> None:
+    """Raise unless a cell returned an output and a state."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise DTypeError(
+            f"{who}.forward returned {type(result).__name__}, expected a pair (output, state); "
+            "a cell whose output is its state returns (h, h)"
+        )
+
+
 def _stepped(cell: Any, x: Any, carry: Any, *noise: Any) -> tuple[Any, Any]:
     """One step of the cell; errors in terms of a cell, not of a scan."""
     who = type(cell).__name__
@@ -76,11 +85,7 @@ def _stepped(cell: Any, x: Any, carry: Any, *noise: Any) -> tuple[Any, Any]:
             f"{who}.initial_state returned {carry!r}, a state without any array, with which {who}.forward failed: "
             f"{error}; return an array (B, ...), or a tree of them"
         ) from error
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise DTypeError(
-            f"{who}.forward returned {type(result).__name__}, expected a pair (output, state); "
-            "a cell whose output is its state returns (h, h)"
-        )
+    check_pair(who, result)
     old, old_tree = flatten(carry)
     new, new_tree = flatten(result[1])
     if new_tree != old_tree:

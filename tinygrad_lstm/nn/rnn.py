@@ -20,6 +20,7 @@ from tinygrad_lstm.nn.ready import find, keep
 from tinygrad_lstm.nn.recurrent import check_between, joined, run_cell
 from tinygrad_lstm.nn.states import as_part
 from tinygrad_lstm.ops.lengths import check_lengths
+from tinygrad_lstm.ops.random import check_generator
 from tinygrad_lstm.primitive import REGISTRY
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tape import _STATE
@@ -59,7 +60,7 @@ class RecurrentLayers(Budgeted):
         self.input_size, self.hidden_size, self.num_layers = int(input_size), int(hidden_size), int(num_layers)
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, float(dropout), bidirectional
         self.return_states, self.return_gates = return_states, return_gates
-        self.generator, self.memory = generator, check_memory(memory, who)
+        self.generator, self.memory = check_generator(who, generator), check_memory(memory, who)
         if not set(options) <= set(self.cell_options):
             unknown = ", ".join(sorted(set(options) - set(self.cell_options)))
             raise DTypeError(f"{who} takes no argument {unknown}; it takes {', '.join(_arguments(self))}")
@@ -188,7 +189,7 @@ class RecurrentLayers(Budgeted):
         elif self.batch_first:
             x = ops.swapaxes(x, 0, 1)
         timed, (steps, batch) = x, x.shape[:2]
-        if unbatched and lengths is not None:
+        if unbatched and lengths is not None and np.ndim(lengths) == 0:
             lengths = np.reshape(lengths, 1)
         if lengths is not None:
             lengths = check_lengths(lengths, steps, batch, who)

@@ -21,7 +21,7 @@ from tinygrad_lstm.ops.reduction import argmax, max
 from tinygrad_lstm.ops.segments import memory_plan
 from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
 from tinygrad_lstm.primitive import Aval, zeros
-from tinygrad_lstm.record import note_parts
+from tinygrad_lstm.record import note_parts, note_selected
 from tinygrad_lstm.tape import recording, state
 from tinygrad_lstm.tensor import Tensor, asarray, tensor
 from tinygrad_lstm.tree import LEAF, TreeDef, describe, flatten, leaf_paths, unflatten
@@ -242,6 +242,8 @@ def _masked(body: Body) -> Body:
         y_leaves, y_tree = flatten(y)
         tensors = together(*old, *new, *y_leaves)[len(old) :]
         kept = [where(_rows(valid, n), n, o) for n, o in zip(tensors, old, strict=False)]
+        if state().eager:
+            note_selected(kept)
         shown = []
         for leaf in tensors[len(new) :]:
             if not leaf.ndim or leaf.shape[0] != valid.shape[0]:

@@ -52,6 +52,19 @@ def as_parameters(params: Any, who: str) -> list[Tensor]:
     return found
 
 
+def check_closure(optimizer: Optimizer, closure: Any) -> None:
+    """Raise where ``step`` was given something else than a function."""
+    if closure is not None and not callable(closure):
+        raise DTypeError(f"{type(optimizer).__name__}.step takes a closure or nothing, found {closure!r:.60}")
+
+
+def as_float(what: str, value: Any) -> float:
+    """A loss or metric as a float; DTypeError where it is none."""
+    if not is_number(value) and getattr(value, "size", 0) != 1:
+        raise DTypeError(f"{what} is a number or a Tensor with one element, found {value!r:.60}")
+    return float(value.item() if hasattr(value, "item") else value)
+
+
 class Optimizer(SaysWhatItTakes):
     """Base class: ``step()`` changes the parameters in place by their ``.grad``.
 
@@ -177,6 +190,7 @@ class Optimizer(SaysWhatItTakes):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; returns ``closure()`` if one is given (run first)."""
+        check_closure(self, closure)
         loss = None if closure is None else closure()
         if recording_state().trace is not None:
             raise ArgumentError(f"{type(self).__name__}.step() inside of a recorded function; call it outside")

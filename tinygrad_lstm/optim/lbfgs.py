@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError
-from tinygrad_lstm.optim.base import Optimizer, flat_gradients
+from tinygrad_lstm.optim.base import Optimizer, as_float, check_closure, flat_gradients
 
 __all__ = ["LBFGS"]
 
@@ -75,12 +75,13 @@ class LBFGS(Optimizer):
         """Up to ``max_iter`` iterations; returns the loss at the start."""
         if closure is None:
             raise ArgumentError("LBFGS.step needs a closure that computes the loss and its gradients and returns it")
+        check_closure(self, closure)
         run = closure
         group = self.param_groups[0]
         params = group["params"]
         own = self.state.setdefault(id(params[0]), {})
         first = run()
-        loss, g = float(first), flat_gradients(params)
+        loss, g = as_float("LBFGS.step: what the closure returns", first), flat_gradients(params)
         evaluations, iterations = 1, 0
         if np.abs(g).max(initial=0.0) <= group["tolerance_grad"]:
             return first

@@ -9,17 +9,27 @@ uninterrupted one bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinygrad_lstm.calls import SaysWhatItTakes
 from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError
-from tinygrad_lstm.optim.base import Optimizer
+from tinygrad_lstm.optim.base import Optimizer, as_float
 
 __all__ = [
     "CosineAnnealingLR", "ExponentialLR", "LinearWarmup", "OneCycleLR", "ReduceLROnPlateau", "Schedule", "StepLR",
 ]  # fmt: skip
+
+
+def _one_per_group(what: str, rates: float | Sequence[float], groups: list[dict[str, Any]]) -> list[float]:
+    """A rate for each group, from one for all or a list."""
+    each: list[Any] = list(rates) if isinstance(rates, (list, tuple)) else [rates] * len(groups)
+    if len(each) != len(groups):
+        raise ArgumentError(f"{what} has {len(each)} values for {len(groups)} groups")
+    for rate in each:
+        check_number(what, rate)
+    return [float(rate) for rate in each]
 
 
 class Schedule(SaysWhatItTakes):
@@ -108,6 +118,7 @@ class StepLR(Schedule):
 
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1) -> None:
         check_int("StepLR: step_size", step_size)
+        check_number("StepLR: gamma", gamma)
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer)
 
@@ -196,7 +207,15 @@ class OneCycleLR(Schedule):
     ) -> None:  # fmt: skip
         if total_steps is None and (epochs is None or steps_per_epoch is None):
             raise ArgumentError("OneCycleLR: total_steps, or epochs and steps_per_epoch, are needed")
+        counts = {"total_steps": total_steps, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+        for name, count in counts.items():
+            if count is not None:
+                check_int(f"OneCycleLR: {name}", count)
         self.total_steps = int(total_steps if total_steps is not None else epochs * steps_per_epoch)  # type: ignore[operator]
+        for name, number in (("div_factor", div_factor), ("final_div_factor", final_div_factor)):
+            check_number(f"OneCycleLR: {name}", number)
+            if not number > 0:
+                raise ArgumentError(f"OneCycleLR: {name} is positive, found {number}")
         if self.total_steps < 1 or not 0.0 <= pct_start <= 1.0:
             raise ArgumentError(
                 f"OneCycleLR: total_steps={self.total_steps} is at least 1, pct_start={pct_start} lies in [0, 1]"
@@ -204,9 +223,7 @@ class OneCycleLR(Schedule):
         if anneal_strategy not in ("cos", "linear"):
             raise ArgumentError(f"OneCycleLR: anneal_strategy is 'cos' or 'linear', found {anneal_strategy!r}")
         groups = optimizer.param_groups
-        self.max_lrs = list(max_lr) if isinstance(max_lr, (list, tuple)) else [float(max_lr)] * len(groups)
-        if len(self.max_lrs) != len(groups):
-            raise ArgumentError(f"OneCycleLR: {len(self.max_lrs)} values of max_lr for {len(groups)} groups")
+        self.max_lrs = _one_per_group("OneCycleLR: max_lr", max_lr, groups)
         self.linear = anneal_strategy == "linear"
         self.div_factor, self.final_div_factor = div_factor, final_div_factor
         self.low, self.high = base_momentum, max_momentum
@@ -268,7 +285,8 @@ class ReduceLROnPlateau(Schedule):
     threshold : float
     threshold_mode : "rel" or "abs"
         What counts as an improvement: by this fraction of the best, or by this amount.
-    min_lr, eps : float
+    min_lr : float or list of floats, one per group
+    eps : float
         A change of the rate of at most eps is not made.
 
     Examples
@@ -286,20 +304,26 @@ class ReduceLROnPlateau(Schedule):
 
     def __init__(
         self, optimizer: Optimizer, mode: str = "min", factor: float = 0.1, patience: int = 10, threshold: float = 1e-4,
-        threshold_mode: str = "rel", cooldown: int = 0, min_lr: float = 0.0, eps: float = 1e-8,
+        threshold_mode: str = "rel", cooldown: int = 0, min_lr: float | list[float] = 0.0,
+        eps: float = 1e-8,
     ) -> None:  # fmt: skip
         if mode not in ("min", "max") or threshold_mode not in ("rel", "abs"):
             raise ArgumentError(
                 "ReduceLROnPlateau: mode is 'min' or 'max', threshold_mode 'rel' or 'abs', "
                 f"found {mode!r} and {threshold_mode!r}"
             )
+        for name, count in (("patience", patience), ("cooldown", cooldown)):
+            check_int(f"ReduceLROnPlateau: {name}", count, 0)
+        for name, number in (("factor", factor), ("threshold", threshold), ("eps", eps)):
+            check_number(f"ReduceLROnPlateau: {name}", number)
         if not 0.0 <= factor < 1.0:
             raise ArgumentError(f"ReduceLROnPlateau: factor lies in [0, 1), found {factor}")
         self.mode, self.factor, self.patience, self.cooldown = mode, factor, patience, cooldown
-        self.threshold, self.threshold_mode, self.min_lr, self.eps = threshold, threshold_mode, min_lr, eps
+        self.threshold, self.threshold_mode, self.eps = threshold, threshold_mode, eps
         self.best: float | None = None
         self.bad_steps = self.cooling = 0
         super().__init__(optimizer)
+        self.min_lrs = _one_per_group("ReduceLROnPlateau: min_lr", min_lr, optimizer.param_groups)
 
     def next_rate(self, current: float, base: float, step: int) -> float:
         """The rate in force: what changes it is the metric."""
@@ -317,7 +341,7 @@ class ReduceLROnPlateau(Schedule):
         """Take the metric of a step (a number or a Tensor with one element)."""
         if metric is None:
             raise ArgumentError("ReduceLROnPlateau.step needs the metric: step(loss)")
-        value = float(metric)
+        value = as_float("ReduceLROnPlateau.step: the metric", metric)
         self.last_epoch += 1
         if self._better(value):
             self.best, self.bad_steps = value, 0
@@ -326,8 +350,8 @@ class ReduceLROnPlateau(Schedule):
         if self.cooling > 0:
             self.cooling, self.bad_steps = self.cooling - 1, 0
         if self.bad_steps > self.patience:
-            for group in self.optimizer.param_groups:
-                lower = max(group["lr"] * self.factor, self.min_lr)
+            for group, least in zip(self.optimizer.param_groups, self.min_lrs, strict=True):
+                lower = max(group["lr"] * self.factor, least)
                 if group["lr"] - lower > self.eps:
                     group["lr"] = lower
             self.cooling, self.bad_steps = self.cooldown, 0

@@ -13,7 +13,10 @@ from tinygrad_lstm.optim import LBFGS, ReduceLROnPlateau
 from tinygrad_lstm.tensor import Tensor
 from tinygrad_lstm.training.callbacks import Callback
 
-__all__ = ["check_batches", "check_fit", "check_iterable", "check_parts", "loss_of", "model_output", "scalar_loss"]
+__all__ = [
+    "check_batches", "check_fit", "check_iterable", "check_parts", "loss_of", "model_output", "rate_factor",
+    "scalar_loss",
+]  # fmt: skip
 
 
 def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm: Any, callbacks: Any) -> None:
@@ -86,6 +89,14 @@ def scalar_loss(value: Any) -> Tensor:
             f"Trainer: the loss has shape {value.shape}, expected a scalar; reduce it to the mean over the targets"
         )
     return value
+
+
+def rate_factor(factor: Any, step: int) -> float:
+    """What a schedule gave; raises unless it is a finite number."""
+    check_number(f"Trainer: the schedule's factor at step {step}", factor)
+    if not math.isfinite(factor):
+        raise ArgumentError(f"Trainer: the schedule's factor at step {step} is {factor}, expected a finite number")
+    return float(factor)
 
 
 def model_output(model: Module, carry_state: bool, inputs: Any, state: Any, lengths: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -18,7 +19,14 @@ from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import ReduceLROnPlateau, clip_grad_norm
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor
-from tinygrad_lstm.training.arguments import check_fit, check_iterable, check_parts, loss_of, model_output
+from tinygrad_lstm.training.arguments import (
+    check_fit,
+    check_iterable,
+    check_parts,
+    loss_of,
+    model_output,
+    rate_factor,
+)
 from tinygrad_lstm.training.batches import Batches, Unpacked, has_padding, real_steps, unpack
 from tinygrad_lstm.training.callbacks import Callback, ProgressBar
 from tinygrad_lstm.training.state import detached, restore, snapshot
@@ -263,12 +271,15 @@ class Trainer(SaysWhatItTakes):
     def _train_step(self, batch: Any) -> dict[str, float]:
         parts = unpack(batch, self.model)
         self.optimizer.zero_grad()
-        output, state = self.forward(parts.inputs, self.carried, parts.lengths)
-        loss = self._loss(output, parts)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {self.step}; a lower learning rate or clip_norm may help")
-        loss.backward()
+        with _quiet():
+            output, state = self.forward(parts.inputs, self.carried, parts.lengths)
+            loss = self._loss(output, parts)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"the loss is {value} at step {self.step}; a lower learning rate or clip_norm may help"
+                )
+            loss.backward()
         norm = math.nan
         if self.clip_norm is not None:
             norm = float(clip_grad_norm(self.model.parameters(), self.clip_norm))
@@ -277,7 +288,7 @@ class Trainer(SaysWhatItTakes):
                     f"the gradient's norm is {norm} at step {self.step}; a lower learning rate may help"
                 )
         if callable(self.schedule):
-            factor = self.schedule(self.step, self.total)
+            factor = rate_factor(self.schedule(self.step, self.total), self.step)
             for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
                 group["lr"] = base * factor
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -306,7 +317,8 @@ class Trainer(SaysWhatItTakes):
         value = self.evaluate(validation)
         self.validations["step"].append(self.step)
         self.validations["loss"].append(value)
-        is_best = self.best is None or value < self.best["loss"]
+        best = math.nan if self.best is None else self.best["loss"]
+        is_best = self.best is None or value < best or (math.isnan(best) and not math.isnan(value))
         self.since_best = 0 if is_best else self.since_best + 1
         if is_best:
             model = {name: np.array(array) for name, array in self.model.state_dict().items()}
@@ -328,7 +340,7 @@ class Trainer(SaysWhatItTakes):
         """
         total, weight = 0.0, 0
         for output, batch in self._outputs(batches):
-            with no_grad():
+            with no_grad(), _quiet():
                 value = self._loss(output, batch).item()
             total, weight = total + value * batch.weight, weight + batch.weight
         if weight == 0:
@@ -347,13 +359,15 @@ class Trainer(SaysWhatItTakes):
 
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Unpacked]]:
         check_iterable(batches)
+        if batches is self.batches and hasattr(batches, "state_dict"):
+            batches = copy.copy(batches)  # so that the place where the run stands in them is not lost
         training = self.model.training
         self.model.eval()
         state = None
         try:
             for batch in batches:
                 parts = unpack(batch, self.model)
-                with no_grad():
+                with no_grad(), _quiet():
                     output, state = self.forward(parts.inputs, state, parts.lengths)
                 yield output, parts
         finally:
@@ -403,6 +417,11 @@ class Trainer(SaysWhatItTakes):
             checkpoint(self)
         elif checkpoint is not None:
             self.save(checkpoint)
+
+
+def _quiet() -> np.errstate:
+    """Without NumPy's warnings of what is no longer finite: a Trainer says it of the loss, once."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def _array(leaf: Any) -> np.ndarray:
