@@ -44,6 +44,8 @@ def normal_axis(axis: Any, ndim: int, who: str) -> int:
     """One axis as a negative number; ShapeError when the array has no such axis."""
     number = as_integer(axis, who, "axis")
     if not -ndim <= number < ndim:
+        if not ndim:
+            raise ShapeError(f"{who}: axis {number} for a 0-d array, which has no axes")
         raise ShapeError(f"{who}: axis {number} for an array with {ndim} axes; expected {-ndim}..{ndim - 1}")
     return number if number < 0 else number - ndim
 

@@ -225,7 +225,7 @@ def clip(a: Any, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: 
     numbers = (int, float, np.number)
     if all(bound is None or isinstance(bound, numbers) for bound in (a_min, a_max)):
         x = x if isinstance(x, e.Expr) else asarray(x)
-        integer = not isinstance(x, e.Expr) and x.dtype.kind in "iu"
+        integer = not isinstance(x, e.Expr) and x.dtype.kind in "iub"
         if integer or (a_min is None and a_max is None):
             low, high = a_min, a_max
             x = x if low is None else maximum(x, low)
