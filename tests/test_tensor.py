@@ -341,3 +341,9 @@ def test_a_read_only_array_is_not_written_to():
     t[0] = 0.1
     t[1:] = [0.2, 0.3]
     assert t.tolist() == [0.1, 0.2, 0.3]
+
+
+def test_asarray_in_another_dtype_keeps_the_graph():
+    x = tg.tensor([1.0, 2.0], requires_grad=True)
+    tg.asarray(x, np.float64).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1.0, 1.0] and x.grad.dtype == np.float32

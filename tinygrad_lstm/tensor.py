@@ -587,9 +587,12 @@ def tensor(a: Any, dtype: Any = None, requires_grad: bool = False) -> Tensor:
 
 
 def asarray(a: Any, dtype: Any = None) -> Tensor:
-    """A tensor that shares memory with the array ``a`` where that is possible; a Tensor is returned as it is."""
-    if isinstance(a, Tensor) and (dtype is None or a.dtype == as_dtype(dtype)):
-        return a
+    """A tensor that shares memory with the array ``a`` where that is possible; a Tensor is returned as it is.
+
+    In another dtype it is ``a.astype(dtype)``, which keeps the graph.
+    """
+    if isinstance(a, Tensor):
+        return a if dtype is None or a.dtype == as_dtype(dtype) else a.astype(dtype)
     out = Tensor(to_array(a, dtype))
     out._store().exposed = True
     return out
@@ -600,6 +603,4 @@ def as_like(value: Any, dtype: Any) -> Tensor:
 
     Python floats have double precision until then: 0.1 in float64 is not 0.1 in float32.
     """
-    if isinstance(value, Tensor):
-        return value if value.dtype == dtype else value.astype(dtype)
     return asarray(value, dtype)
