@@ -329,3 +329,11 @@ def test_moving_nothing_and_joining_one():
     with pytest.raises(tg.ShapeError, match="0-d"):
         ops.concatenate([1.0])
     assert ops.scatter_add(np.zeros(3, np.float32), [0], 2).dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "var", "max", "prod", "any", "argmax", "logsumexp", "norm"])
+@pytest.mark.parametrize("wrong", [np.float64, "no"])
+def test_a_dtype_in_the_place_of_keepdims(name, wrong):
+    with pytest.raises(tg.DTypeError, match="keepdims is True or False"):
+        getattr(ops, name)(A, 0, wrong)
+    assert getattr(ops, name)(A, 0, np.True_).shape == (1, 4)

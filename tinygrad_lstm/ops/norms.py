@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError
-from tinygrad_lstm.ops.axes import normal_axes, normal_axis
+from tinygrad_lstm.ops.axes import as_kept, normal_axes, normal_axis
 from tinygrad_lstm.ops.elementwise import abs, equal, not_equal, where
 from tinygrad_lstm.ops.reduction import Axis, _floating, _open, _weighted, max, min, sum
 from tinygrad_lstm.primitive import Primitive
@@ -48,7 +48,7 @@ def norm(x: Any, axis: Axis = None, keepdims: bool = False, *, ord: Any = None) 
     x = _floating(x)
     axes = normal_axes(axis, x.ndim, "norm")
     if ord is None or (ord == "fro" and len(axes) == 2) or (ord == 2 and len(axes) == 1):
-        return _norm(x, axis=axes, keepdims=bool(keepdims))
+        return _norm(x, axis=axes, keepdims=as_kept(keepdims))
     if len(axes) == 1 and isinstance(ord, (int, float)):
         return _of_vectors(x, axes[0], keepdims, ord)
     if len(axes) == 2 and not isinstance(ord, str) and ord in (1, -1, math.inf, -math.inf):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
-from tinygrad_lstm.ops.axes import every_axis, ndim_of, normal_axes, normal_axis
+from tinygrad_lstm.ops.axes import as_kept, every_axis, ndim_of, normal_axes, normal_axis
 from tinygrad_lstm.ops.elementwise import (
     add,
     divide,
@@ -65,9 +65,9 @@ def sum(
     if dtype is not None or where is not None:
         a = _chosen(a, dtype, where, 0)
     if axis is None and a.__class__ is Tensor:
-        out = _sum.bind((a,), {"axis": every_axis(a._data.ndim), "keepdims": bool(keepdims)})
+        out = _sum.bind((a,), {"axis": every_axis(a._data.ndim), "keepdims": as_kept(keepdims)})
     else:
-        out = _sum(a, axis=normal_axes(axis, ndim_of(a), "sum"), keepdims=bool(keepdims))
+        out = _sum(a, axis=normal_axes(axis, ndim_of(a), "sum"), keepdims=as_kept(keepdims))
     return _started(add, _in(out, dtype), initial)
 
 
@@ -116,7 +116,7 @@ def mean(a: Any, axis: Axis = None, keepdims: bool = False, *, dtype: Any = None
     axes = normal_axes(axis, ndim_of(a), "mean")
     if getattr(a, "dtype", None) == np.float16:  # the sum would overflow at 65504
         return mean(asarray(a).astype(np.float32), axis, keepdims).astype(np.float16)
-    total = _sum(a, axis=axes, keepdims=bool(keepdims))
+    total = _sum(a, axis=axes, keepdims=as_kept(keepdims))
     count = _count(a, axes)
     return divide(total, count) if count else divide(total, np.nan)
 
@@ -135,7 +135,7 @@ def var(a: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any
     axes = normal_axes(axis, ndim_of(a), "var")
     count = _count(a, axes)
     deviation = square(asarray(a) - mean(a, axes, True))
-    total = _sum(deviation, axis=axes, keepdims=bool(keepdims))
+    total = _sum(deviation, axis=axes, keepdims=as_kept(keepdims))
     if count > ddof:
         return divide(total, count - ddof)
     if not count:
@@ -212,7 +212,7 @@ def max(a: Any, axis: Axis = None, keepdims: bool = False, *, initial: Any = Non
     ``initial`` takes part, and is what an empty axis has; ``where`` says which elements count, and needs it.
     """
     if initial is None and (where is None or where is True):
-        return _max(a, axis=normal_axes(axis, ndim_of(a), "max"), keepdims=bool(keepdims))
+        return _max(a, axis=normal_axes(axis, ndim_of(a), "max"), keepdims=as_kept(keepdims))
     return _bounded(_max, maximum, a, axis, keepdims, initial, where)
 
 
@@ -222,7 +222,7 @@ def min(a: Any, axis: Axis = None, keepdims: bool = False, *, initial: Any = Non
     ``initial`` takes part, and is what an empty axis has; ``where`` says which elements count, and needs it.
     """
     if initial is None and (where is None or where is True):
-        return _min(a, axis=normal_axes(axis, ndim_of(a), "min"), keepdims=bool(keepdims))
+        return _min(a, axis=normal_axes(axis, ndim_of(a), "min"), keepdims=as_kept(keepdims))
     return _bounded(_min, minimum, a, axis, keepdims, initial, where)
 
 
@@ -235,8 +235,8 @@ def _bounded(prim: Primitive, pair: Primitive, a: Any, axis: Axis, keepdims: boo
     x = _chosen(x, None, where, initial)
     axes = normal_axes(axis, x.ndim, prim.name)
     if not _count(x, axes):
-        return add(astype(_sum(x, axis=axes, keepdims=bool(keepdims)), x.dtype), initial)
-    return pair(prim(x, axis=axes, keepdims=bool(keepdims)), initial)
+        return add(astype(_sum(x, axis=axes, keepdims=as_kept(keepdims)), x.dtype), initial)
+    return pair(prim(x, axis=axes, keepdims=as_kept(keepdims)), initial)
 
 
 def _flat_or_axis(function: Any) -> Any:
@@ -255,7 +255,7 @@ def _arg_extremum(prim: Primitive, x: Any, axis: int | None, keepdims: bool, who
     if not (x.size if axis is None else x.shape[normal_axis(axis, x.ndim, who)]):
         raise ShapeError(f"{who} of no elements: the array has shape {x.shape}")
     if axis is not None:
-        return prim(x, axis=normal_axis(axis, x.ndim, who), keepdims=bool(keepdims))
+        return prim(x, axis=normal_axis(axis, x.ndim, who), keepdims=as_kept(keepdims))
     found = prim(reshape(x, (x.size,)), axis=-1, keepdims=False)
     return reshape(found, (1,) * x.ndim) if keepdims else found
 
@@ -297,7 +297,7 @@ def prod(
 ) -> Any:
     """Product over axes, as numpy.prod; the gradient is right where factors are zero too."""
     x = _chosen(a, dtype, where, 1)
-    return _started(multiply, _in(_product(x, axis, keepdims), dtype), initial)
+    return _started(multiply, _in(_product(x, axis, as_kept(keepdims)), dtype), initial)
 
 
 def _product(x: Tensor, axis: Axis, keepdims: bool) -> Any:
@@ -326,12 +326,12 @@ _any: Primitive = Primitive(
 
 def all(a: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     """Whether all elements over axes are true (not zero), as numpy.all; boolean, no gradient."""
-    return _all(a, axis=normal_axes(axis, ndim_of(a), "all"), keepdims=bool(keepdims))
+    return _all(a, axis=normal_axes(axis, ndim_of(a), "all"), keepdims=as_kept(keepdims))
 
 
 def any(a: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     """Whether any element over axes is true (not zero), as numpy.any; boolean, no gradient."""
-    return _any(a, axis=normal_axes(axis, ndim_of(a), "any"), keepdims=bool(keepdims))
+    return _any(a, axis=normal_axes(axis, ndim_of(a), "any"), keepdims=as_kept(keepdims))
 
 
 # ---------------------------------------------------------------------------- log-sum-exp and softmax
@@ -367,7 +367,7 @@ def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     10000.693
     """
     x = _floating(x)
-    return _logsumexp(x, axis=normal_axes(axis, x.ndim, "logsumexp"), keepdims=bool(keepdims))
+    return _logsumexp(x, axis=normal_axes(axis, x.ndim, "logsumexp"), keepdims=as_kept(keepdims))
 
 
 def _floating(x: Any) -> Tensor:
