@@ -507,3 +507,13 @@ def test_results_are_plain_where_nobody_can_differentiate_them_again():
         y = tg.tensor(x)
         product = tg.hvp(f, (y,), (v,))[1][0].sum()
     np.testing.assert_allclose(tape.gradient(product, y).numpy(), 6 * v)
+
+
+def test_argnums_may_be_an_integer_of_numpy():
+    found = tg.grad(lambda a, b: (a * b).sum(), np.int64(1))(np.array([2.0]), np.array([3.0]))
+    assert isinstance(found, tg.Tensor) and found.tolist() == [2.0]
+
+
+def test_a_function_with_an_integer_value_has_no_gradient():
+    with pytest.raises(tg.DTypeError, match="returned int64"):
+        tg.grad(ops.argmax)(np.array([1.0, 2.0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -200,3 +201,19 @@ def test_backward_against_torch():
         network(torch.matmul, torch.tanh, *theirs).backward()
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a.grad, b.grad.numpy(), rtol=1e-11)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba", "aab", "abb", "bab"])
+@pytest.mark.parametrize("at", [(2.0, 0.0), (0.5, 0.0), (2.0, 1.0), (3.0, -1.0)])
+def test_mixed_derivatives_of_powers(order, at):
+    x, y = at
+    log = math.log(x)
+    expected = {
+        "ab": x ** (y - 1) * (1 + y * log),
+        "aab": x ** (y - 2) * ((y - 1) * (1 + y * log) + y),
+        "abb": x ** (y - 1) * log * (2 + y * log),
+    }["".join(sorted(order))]
+    f = ops.power
+    for variable in order:
+        f = tg.grad(f, "ab".index(variable))
+    assert f(np.array(x), np.array(y)).item() == pytest.approx(expected, rel=1e-12)

@@ -134,3 +134,42 @@ def test_a_loop_without_a_carry_of_which_everything_leaves(start: Any, runs: Any
         expected = both()
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_results_that_turn_out_to_be_one_value(runs: Any) -> None:  # noqa: F811
+    """A softmax, and the same one written out: every result is an array of its own, and filled."""
+    w, x = draw(H, H), draw(STEPS, B, H)
+
+    def body(c: Any, t: Any) -> Any:
+        z = c @ w + t
+        weights = ops.exp(z - ops.max(z, axis=-1, keepdims=True))
+        return ops.tanh(z), (ops.softmax(z), weights / ops.sum(weights, axis=-1, keepdims=True), ops.softmax(z))
+
+    _, ys = ops.scan(body, np.zeros((B, H)), x)
+    assert runs
+    with tg.eager():
+        _, expected = ops.scan(body, np.zeros((B, H)), x)
+    for found, wanted in zip(ys, expected, strict=True):
+        np.testing.assert_allclose(found.numpy(), wanted.numpy(), rtol=1e-10)
+    assert not np.shares_memory(ys[0].numpy(), ys[1].numpy())
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "max", "min", "prod", "logsumexp", "norm", "var"])
+def test_reductions_of_a_single_number(name: str, runs: Any) -> None:  # noqa: F811
+    reduction = getattr(ops, name)
+
+    def f(w: Any, x: Any) -> Any:
+        def body(c: Any, t: Any) -> Any:
+            counted = ops.sum((t > 0).astype(np.int32)) + ops.max((t * 10).astype(np.int32))
+            return ops.tanh(c * 0.5 + reduction(w * t + c) * 0.3 + 0.01 * counted), c
+
+        carry, ys = ops.scan(body, np.array(0.3), x)
+        return carry + ys.sum()
+
+    args = np.array(1.3), np.array([0.5, -1.2, 0.7, 0.9])
+    found = tg.grad(f, (0, 1))(*args)
+    assert runs
+    with tg.eager():
+        expected = tg.grad(f, (0, 1))(*args)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-10)

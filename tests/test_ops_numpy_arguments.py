@@ -281,3 +281,59 @@ def test_a_known_mask_while_recording():
     assert ys.tolist() == [[0.0, 2.0], [3.0, 5.0]]
     with pytest.raises(tg.GraphError, match="mask"):
         tg.compile(lambda x: x[x > 0])(A)
+
+
+@pytest.mark.parametrize("name", ["sum", "prod", "mean", "cumsum"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool", "int64", "float32"])
+@pytest.mark.parametrize("a", [np.array([[100, 3, 90], [1, 2, 3]]), np.array([[1.5, 2.0, 0.5]], np.float32)])
+def test_the_dtype_that_was_asked_for(name, dtype, a):
+    for axis in (None, -1):
+        expected = getattr(np, name)(a, axis=axis, dtype=dtype)
+        same(getattr(ops, name)(a, axis=axis, dtype=dtype), expected)
+        same(getattr(np, name)(tg.tensor(a), axis=axis, dtype=dtype), expected)
+
+
+@pytest.mark.parametrize("name", ["sum", "prod", "max", "min"])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool", "float32"])
+@pytest.mark.parametrize("initial", [0, 2, 1.5, True])
+def test_what_a_reduction_starts_from_takes_its_dtype(name, dtype, initial):
+    a = np.array([[1, 0, 3], [2, 2, 1]]).astype(dtype)
+    for options in ({}, {"where": a > 1}):
+        expected = getattr(np, name)(a, axis=1, initial=initial, **options)
+        same(getattr(ops, name)(a, axis=1, initial=initial, **options), expected)
+
+
+def test_reductions_at_their_edges():
+    with pytest.raises(tg.OutOfRangeError, match="initial=-2 does not fit uint8"):
+        ops.max(np.ones(2, np.uint8), initial=-2)
+    for dtype in (bool, np.int8, np.uint8):
+        same(ops.prod(np.ones((2, 3), dtype), axis=()), np.prod(np.ones((2, 3), dtype), axis=()))
+    same(ops.max(A, where=True), np.max(A, where=True))
+    with pytest.raises(tg.ShapeError, match="0-d array, which has no axes"):
+        ops.mean(1.5, axis=0)
+
+
+@pytest.mark.parametrize("order", [None, 1, 2, 0, -1, -2, math.inf])
+def test_norms_of_integers_and_infinities(order):
+    for x in (np.array([60000, 60000], np.int32), np.array([100, -100], np.int8), np.full(2, np.inf)):
+        with np.errstate(divide="ignore"):
+            same(ops.norm(x, ord=order), np.linalg.norm(x, order), 1e-14)
+
+
+def test_moving_nothing_and_joining_one():
+    same(ops.roll(A, (), axis=0), A)
+    same(ops.clip(A > 0, 0, 1), np.clip(A > 0, 0, 1))
+    for axis, error in ((2, tg.ShapeError), (0.5, tg.DTypeError)):
+        with pytest.raises(error, match="axis"):
+            ops.concatenate([A], axis)
+    with pytest.raises(tg.ShapeError, match="0-d"):
+        ops.concatenate([1.0])
+    assert ops.scatter_add(np.zeros(3, np.float32), [0], 2).dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["sum", "mean", "var", "max", "prod", "any", "argmax", "logsumexp", "norm"])
+@pytest.mark.parametrize("wrong", [np.float64, "no"])
+def test_a_dtype_in_the_place_of_keepdims(name, wrong):
+    with pytest.raises(tg.DTypeError, match="keepdims is True or False"):
+        getattr(ops, name)(A, 0, wrong)
+    assert getattr(ops, name)(A, 0, np.True_).shape == (1, 4)

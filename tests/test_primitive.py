@@ -336,3 +336,20 @@ def test_jvp_rules_that_return_something_else(declare, jvp, error, message):
 def test_forwards_that_return_something_else(declare, forward, found):
     with pytest.raises(tg.DTypeError, match=f"the forward of .* returned {found}, expected an array of real numbers"):
         declare(forward, lambda g: g)(X)
+
+
+def test_gradcheck_compares_the_jvp_that_was_declared(declare):
+    rules = {"forward": lambda x: x**3, "vjp": lambda g, x: g * 3.0 * x * x}
+    right = declare(**rules, jvp=lambda t, x, out: t[0] * 3.0 * x * x)
+    wrong = declare(**rules, jvp=lambda t, x, out: t[0] * 3.0 * x * abs(x))
+    x = np.array([0.5, 1.5, -0.7])
+    assert tg.gradcheck(right, x)
+    with pytest.raises(tg.GradcheckError, match=r"argument 0, index \(2,\): derivative by jvp"):
+        tg.gradcheck(wrong, x)
+    assert tg.gradcheck(wrong, np.abs(x))
+
+
+@pytest.mark.parametrize("given", [{"vjp": "a"}, {"vjp": (3,)}, {"vjp": lambda g: g, "jvp": "a"}])
+def test_rules_are_functions(given):
+    with pytest.raises(tg.DTypeError, match="made of functions, found"):
+        tg.primitive("rules_are_functions", forward=np.sin, **given)

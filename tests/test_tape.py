@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import ops
+from tinygrad_lstm import nn, ops
 from tinygrad_lstm.program import Program
 
 
@@ -396,3 +396,22 @@ def test_the_line_of_a_function_of_axes_is_the_users():
         ops.sum(np.ones((2, 3)), axis=1)
         tg.tensor([1.0]).mean()
     assert all("test_tape.py" in record.source_line() for record in tape.records)
+
+
+def test_sources_may_come_from_an_iterator():
+    layer = nn.Linear(2, 1)
+    with tg.Tape() as tape:
+        loss = layer(np.ones((1, 2), np.float32)).sum()
+    assert [g.shape for g in tape.gradient(loss, layer.parameters())] == [(1, 2), (1,)]
+
+
+def test_no_grad_decorates_without_parentheses():
+    x = tg.tensor([1.0], requires_grad=True)
+
+    @tg.no_grad
+    def double(x):
+        return x * 2
+
+    assert not double(x).requires_grad and (x * 2).requires_grad and double.__name__ == "double"
+    with pytest.raises(tg.DTypeError, match="found int"):
+        tg.no_grad(3)

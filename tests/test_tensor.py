@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -309,3 +310,40 @@ def test_errors_derive_from_error_and_their_builtin():
     for error, builtin in pairs:
         assert issubclass(error, tg.Error)
         assert issubclass(error, builtin)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "error", "said"),
+    [
+        (5, 1.0, tg.OutOfRangeError, r"index 5 .* shape \(2, 3\)"),
+        ((0, 0, 0), 1.0, tg.OutOfRangeError, r"\(0, 0, 0\)"),
+        ("a", 1.0, tg.OutOfRangeError, "'a'"),
+        (0, np.ones(7), tg.ShapeError, r"shape \(7,\) for t\[0\] of shape \(3,\)"),
+        (0, "x", tg.DTypeError, "str"),
+        (0, None, tg.DTypeError, "NoneType"),
+        (0, 300, tg.OutOfRangeError, "300 does not fit the dtype uint8"),
+        (0, math.nan, tg.ArgumentError, "nan does not fit"),
+    ],
+)
+def test_wrong_writes_are_explained(index, value, error, said):
+    t = tg.tensor(np.zeros((2, 3), np.uint8))
+    with pytest.raises(error, match=said):
+        t[index] = value
+    assert not t.numpy().any()
+
+
+def test_a_read_only_array_is_not_written_to():
+    array = np.zeros(3)
+    array.flags.writeable = False
+    with pytest.raises(tg.ArgumentError, match="read-only"):
+        tg.asarray(array)[0] = 1.0
+    t = tg.tensor(array)
+    t[0] = 0.1
+    t[1:] = [0.2, 0.3]
+    assert t.tolist() == [0.1, 0.2, 0.3]
+
+
+def test_asarray_in_another_dtype_keeps_the_graph():
+    x = tg.tensor([1.0, 2.0], requires_grad=True)
+    tg.asarray(x, np.float64).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1.0, 1.0] and x.grad.dtype == np.float32

@@ -111,6 +111,9 @@ def primitive(
         raise DTypeError(f"primitive: a name is a string, found {name!r}")
     if not callable(forward):
         raise DTypeError(f"primitive {name!r}: forward is a function of arrays, found {type(forward).__name__}")
+    for what, given in (("vjp", vjp if isinstance(vjp, (list, tuple)) else [vjp]), ("jvp", [jvp])):
+        for wrong in (f for f in given if f is not None and not callable(f)):
+            raise DTypeError(f"primitive {name!r}: {what} is made of functions, found {wrong!r}")
     arguments, variadic, _ = signature_of(forward)
     if expression is not None:
         _check_expression(name, expression, forward, len(arguments))

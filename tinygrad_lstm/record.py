@@ -274,6 +274,9 @@ class no_grad(ContextDecorator):
     False
     """
 
+    def __new__(cls, function: Any = None) -> Any:
+        return super().__new__(cls) if function is None else cls()(function)  # @tg.no_grad, without parentheses
+
     def __call__(self, function: Any) -> Any:
         """A function in which nothing is recorded; of a generator function, no step of it."""
         if not callable(function):

@@ -7,7 +7,7 @@ The implicit tape of an output is what can be reached from it through :mod:`tiny
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -395,7 +395,7 @@ class Tape:
         ----------
         target : Tensor
             What to differentiate; a scalar unless ``cotangent`` is given.
-        sources : Tensor, or a list, tuple or dict of them
+        sources : Tensor, or a list, tuple, dict or iterator of them
             Any values on the tape, gates and states included.
         cotangent : array or Tensor of target's shape, optional
 
@@ -408,6 +408,8 @@ class Tape:
         from tinygrad_lstm.tensor import Tensor, seed_cotangent
         from tinygrad_lstm.tree import flatten, unflatten
 
+        if isinstance(sources, Iterator):  # module.parameters()
+            sources = list(sources)
         leaves, treedef = flatten(sources)
         seed = seed_cotangent(target, cotangent, "Tape.gradient")
         for leaf in leaves:

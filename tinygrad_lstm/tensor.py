@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError, TraceError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.kernels.pool import copied
 from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
 from tinygrad_lstm.record import _STATE, SILENT, state
@@ -241,8 +241,28 @@ class Tensor:
                 "writing a tensor that requires a gradient into another one loses the gradient; build the result with "
                 "ops.stack, ops.concatenate, ops.where or ops.scatter_add, or write value.detach()"
             )
-        self._data[index] = value._data if isinstance(value, Tensor) else value
+        self._write(index, value)
         self._bump()
+
+    def _write(self, index: Any, value: Any) -> None:
+        if isinstance(value, Tensor):
+            array: Any = value._data
+        else:
+            array = value if isinstance(value, (int, float)) else to_array(value, self.dtype)
+        if not self._data.flags.writeable:
+            raise ArgumentError(f"the array of this tensor of shape {self.shape} is read-only; tg.tensor makes a copy")
+        try:
+            self._data[index] = array
+        except IndexError:
+            raise OutOfRangeError(f"index {index!r:.80} does not fit an array of shape {self.shape}") from None
+        except OverflowError:
+            raise OutOfRangeError(f"{value!r} does not fit the dtype {self.dtype}") from None
+        except ValueError:
+            if not np.ndim(array):
+                raise ArgumentError(f"{value!r} does not fit the dtype {self.dtype}") from None
+            raise ShapeError(
+                f"a value of shape {array.shape} for t[{index!r:.80}] of shape {self._data[index].shape}"
+            ) from None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What copy.deepcopy and pickle ask: the value of a leaf; there is no copy of a graph."""
@@ -567,9 +587,12 @@ def tensor(a: Any, dtype: Any = None, requires_grad: bool = False) -> Tensor:
 
 
 def asarray(a: Any, dtype: Any = None) -> Tensor:
-    """A tensor that shares memory with the array ``a`` where that is possible; a Tensor is returned as it is."""
-    if isinstance(a, Tensor) and (dtype is None or a.dtype == as_dtype(dtype)):
-        return a
+    """A tensor that shares memory with the array ``a`` where that is possible; a Tensor is returned as it is.
+
+    In another dtype it is ``a.astype(dtype)``, which keeps the graph.
+    """
+    if isinstance(a, Tensor):
+        return a if dtype is None or a.dtype == as_dtype(dtype) else a.astype(dtype)
     out = Tensor(to_array(a, dtype))
     out._store().exposed = True
     return out
@@ -580,6 +603,4 @@ def as_like(value: Any, dtype: Any) -> Tensor:
 
     Python floats have double precision until then: 0.1 in float64 is not 0.1 in float32.
     """
-    if isinstance(value, Tensor):
-        return value if value.dtype == dtype else value.astype(dtype)
     return asarray(value, dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.autodiff.forward import jvp
 from tinygrad_lstm.autodiff.reverse import check_callable, grad, opened, vjp
-from tinygrad_lstm.errors import ArgumentError, DTypeError, GradcheckError
+from tinygrad_lstm.errors import ArgumentError, DTypeError, Error, GradcheckError
 from tinygrad_lstm.tape import no_grad
 from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import flatten, leaf_paths, unflatten
@@ -20,6 +22,8 @@ def gradcheck(
     f: Callable[..., Any], *args: Any, order: int = 1, rtol: float = 1e-5, atol: float = 1e-7, step: float = 1e-6
 ) -> bool:
     """Compare the gradients of ``f`` with central differences; True, or an error that says where they differ.
+
+    Then ``jvp`` is compared with the gradients: a primitive may declare one of its own.
 
     Parameters
     ----------
@@ -81,7 +85,8 @@ def gradcheck(
         return total
 
     labels = [names[k] for k in chosen]
-    _compare(projected, points, labels, rtol, atol, step, "gradient")
+    gradients = _compare(projected, points, labels, rtol, atol, step, "gradient")
+    _compare_forward(projected, points, labels, gradients, rtol, atol, rng)
     if order == 2:
         directions = [rng.standard_normal(p.shape) for p in points]
 
@@ -121,7 +126,7 @@ def _compare(
     atol: float,
     step: float,
     what: str,
-) -> None:
+) -> list[np.ndarray]:
     out, pullback = vjp(f, *points)
     analytic = [g._data for g in pullback(np.ones(out.shape))]
     for k, (point, label) in enumerate(zip(points, labels, strict=True)):
@@ -142,6 +147,41 @@ def _compare(
                 raise GradcheckError(
                     f"{label}, index {index}: analytic {what} {found:.10g}, numeric {numeric:.10g} "
                     f"(difference {abs(found - numeric):.3g}, allowed {allowed:.3g})"
+                )
+    return analytic
+
+
+def _compare_forward(
+    f: Callable[..., Tensor],
+    points: list[np.ndarray],
+    labels: list[str],
+    gradients: list[np.ndarray],
+    rtol: float,
+    atol: float,
+    rng: np.random.Generator,
+) -> None:
+    """jvp against the gradients: along one direction, and along every axis where that differs."""
+
+    def differ(found: float, expected: float, scale: float) -> bool:
+        return not abs(found - expected) <= atol + rtol * scale and not math.isnan(found) and not math.isnan(expected)
+
+    direction = [rng.standard_normal(p.shape) for p in points]
+    shares = [g * d for g, d in zip(gradients, direction, strict=True)]
+    scale = sum(float(np.abs(s).sum()) for s in shares)
+    try:
+        slope = jvp(f, tuple(points), tuple(direction))[1].item()
+    except Error:  # something in f has no forward mode
+        return
+    if not differ(slope, sum(float(s.sum()) for s in shares), scale):
+        return
+    for k, (point, label) in enumerate(zip(points, labels, strict=True)):
+        for index in np.ndindex(point.shape):
+            along = [np.zeros(p.shape) for p in points]
+            along[k][index] = 1.0
+            found, expected = jvp(f, tuple(points), tuple(along))[1].item(), float(gradients[k][index])
+            if differ(found, expected, max(abs(found), abs(expected))):
+                raise GradcheckError(
+                    f"{label}, index {index}: derivative by jvp {found:.10g}, numeric and by vjp {expected:.10g}"
                 )
 
 

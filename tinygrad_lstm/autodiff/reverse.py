@@ -50,6 +50,8 @@ def _check_scalar(out: Any, who: str) -> Tensor:
         raise DTypeError(f"{who}: the function returned {type(out).__name__}, expected a scalar Tensor")
     if out.size != 1:
         raise ShapeError(f"{who}: the function returned shape {out.shape}, expected a scalar; reduce it (sum, mean)")
+    if out.dtype.kind != "f":
+        raise DTypeError(f"{who}: the function returned {out.dtype}, which has no derivative; expected a float")
     return out
 
 
@@ -123,7 +125,7 @@ def value_and_grad(
         for treedef, count in spans:
             grads.append(unflatten(treedef, found[start : start + count]))
             start += count
-        return result, (grads[0] if isinstance(argnums, int) else tuple(grads))
+        return result, (tuple(grads) if isinstance(argnums, (tuple, list)) else grads[0])
 
     return wrapped
 

@@ -66,7 +66,7 @@ def _expanded(program: Program, rule_of: Callable[[Program, Any], Rule | None]) 
 def _wanted(program: Program, equation: Any) -> Rule | None:
     name = equation.primitive.name
     if name in {"sum", "max", "min"}:
-        return _one_axis_at_a_time(name) if len(equation.params["axis"]) > 1 else None
+        return _one_axis_at_a_time(name) if len(equation.params["axis"]) != 1 else None
     if name == "einsum":
         return _einsum if _is_product(equation.params["subscripts"]) else None
     if name in {"softmax", "log_softmax"} and not program.aval(equation.operands[0]).shape[equation.params["axis"]]:
@@ -81,7 +81,14 @@ def _is_product(subscripts: str) -> bool:
 
 
 def _one_axis_at_a_time(name: str) -> Rule:
-    return lambda x, params: _closed(_reduced(name, x, params), params)
+    def rule(x: Any, params: Mapping[str, Any]) -> Any:
+        if params["axis"]:
+            return _closed(_reduced(name, x, params), params)
+        # Over no axes (of a 0-d value): x, small integers as long ones.
+        long = np.add.reduce(np.zeros(1, x.dtype)).dtype if name == "sum" else x.dtype
+        return REGISTRY["alias"](x) if x.dtype == long else REGISTRY["astype"](x, dtype=long)
+
+    return rule
 
 
 def _softmax(x: Any, params: Mapping[str, Any]) -> Any:

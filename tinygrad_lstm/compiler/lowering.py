@@ -285,7 +285,11 @@ class Lowering:
         """What is stacked or carried or summed and has not been written by its own equation."""
         written = {view.root.name for op in self.operations for view in op.writes()}
         for k, slot in enumerate(self.stacked_slots):
-            if slot not in self.made and slot not in self.carry_in:
+            home = self.home.get(slot)
+            if home is not None and home.root.kind == "y" and home.root.number < k:
+                # Two results that turned out to be one value: each has an array of its own.
+                self.operations.append(Copy(home, self._root("y", k, *self.aval(slot))))
+            elif slot not in self.made and slot not in self.carry_in:
                 self.operations.append(Copy(self.view(slot), self.home[slot]))
             elif slot in self.made and f"y{k}" not in written and self.home.get(slot) != self.views[slot]:
                 self.operations.append(Copy(self.views[slot], self.home[slot]))

@@ -11,9 +11,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tinygrad_lstm.errors import DTypeError, ShapeError
 
-__all__ = ["as_integer", "as_lengths", "every_axis", "ndim_of", "normal_axes", "normal_axis"]
+__all__ = ["as_integer", "as_kept", "as_lengths", "every_axis", "ndim_of", "normal_axes", "normal_axis"]
 
 
 def ndim_of(x: Any) -> int:
@@ -40,10 +42,21 @@ def as_lengths(shape: Any, who: str) -> tuple[int, ...]:
         raise DTypeError(f"{who}: a shape is an int or a tuple of ints, found {shape!r}") from None
 
 
+def as_kept(keepdims: Any) -> bool:
+    """``keepdims``: NumPy has a dtype in its place among the positions, which would count as true."""
+    if keepdims is True or keepdims is False:
+        return keepdims
+    if keepdims is None or isinstance(keepdims, (int, np.bool_)):
+        return bool(keepdims)
+    raise DTypeError(f"keepdims is True or False, found {keepdims!r}; a dtype is given by its name, dtype=")
+
+
 def normal_axis(axis: Any, ndim: int, who: str) -> int:
     """One axis as a negative number; ShapeError when the array has no such axis."""
     number = as_integer(axis, who, "axis")
     if not -ndim <= number < ndim:
+        if not ndim:
+            raise ShapeError(f"{who}: axis {number} for a 0-d array, which has no axes")
         raise ShapeError(f"{who}: axis {number} for an array with {ndim} axes; expected {-ndim}..{ndim - 1}")
     return number if number < 0 else number - ndim
 

@@ -57,7 +57,9 @@ negative: Primitive = elementwise("negative", e.negative, (lambda g: -g,), doc="
 def _power_base(g: Any, x: Any, y: Any) -> Any:
     if not isinstance(y, Tensor):  # a number: no branch of the formula is left for run time
         return g * (y * x ** (y - 1)) if y not in (0, 1, 2) else (g * y if y < 2 else g * (2 * x))
-    return g * where(equal(y, 0), 0.0, y * x ** where(equal(y, 0), 1.0, y - 1))
+    # At y = 0, y * x**y / x: it is 0 at x = 0 too, and still a function of y, for the derivatives of this one.
+    zero = equal(y, 0)
+    return g * (y * x ** where(zero, y, y - 1) / where(zero, where(equal(x, 0), math.inf, x), 1.0))
 
 
 power: Primitive = elementwise(
@@ -225,7 +227,7 @@ def clip(a: Any, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: 
     numbers = (int, float, np.number)
     if all(bound is None or isinstance(bound, numbers) for bound in (a_min, a_max)):
         x = x if isinstance(x, e.Expr) else asarray(x)
-        integer = not isinstance(x, e.Expr) and x.dtype.kind in "iu"
+        integer = not isinstance(x, e.Expr) and x.dtype.kind in "iub"
         if integer or (a_min is None and a_max is None):
             low, high = a_min, a_max
             x = x if low is None else maximum(x, low)

@@ -15,7 +15,7 @@ from tinygrad_lstm.ops.elementwise import maximum, minimum, multiply, where
 from tinygrad_lstm.ops.shape import broadcast_to, reshape
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.record import state
-from tinygrad_lstm.tensor import Tensor, as_dtype, asarray
+from tinygrad_lstm.tensor import Tensor, as_dtype, as_like, asarray
 
 # ---------------------------------------------------------------------------- getitem in all NumPy forms
 
@@ -348,7 +348,7 @@ def scatter_add(a: Any, idx: Any, v: Any) -> Any:
     >>> ops.scatter_add([0.0, 0.0, 0.0], [0, 2, 2], [1.0, 2.0, 3.0]).tolist()
     [1.0, 0.0, 5.0]
     """
-    a, v = together(a, v)
+    a, v = together(a, as_like(v, asarray(a).dtype) if v.__class__ is int else v)
     return _scatter_add(a, _integers(idx, "scatter_add"), v)
 
 

@@ -47,6 +47,8 @@ def roll(a: Any, shift: Any, axis: Any = None) -> Any:
         return reshape(roll(ravel(x), shift, 0), x.shape)
     axes = [normal_axis(a, x.ndim, "roll") for a in (axis if isinstance(axis, (list, tuple)) else [axis])]
     shifts = [as_integer(s, "roll", "shift") for s in (shift if isinstance(shift, (list, tuple)) else [shift])]
+    if not shifts or not axes:
+        return x
     if len(shifts) != len(axes) and 1 not in (len(shifts), len(axes)):
         raise ShapeError(f"roll: {len(shifts)} shifts for {len(axes)} axes")
     total: dict[int, int] = {}  # an axis may be named twice: its shifts add up

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.errors import ArgumentError
-from tinygrad_lstm.ops.axes import normal_axes, normal_axis
+from tinygrad_lstm.ops.axes import as_kept, normal_axes, normal_axis
 from tinygrad_lstm.ops.elementwise import abs, equal, not_equal, where
-from tinygrad_lstm.ops.reduction import Axis, _open, _weighted, max, min, sum
+from tinygrad_lstm.ops.reduction import Axis, _floating, _open, _weighted, max, min, sum
 from tinygrad_lstm.primitive import Primitive
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor
 
 _norm: Primitive = Primitive(
     "norm",
@@ -32,7 +32,7 @@ def norm(x: Any, axis: Axis = None, keepdims: bool = False, *, ord: Any = None) 
 
     Parameters
     ----------
-    x : (...), floating
+    x : (...), floating; integers count as float64
     axis : int, tuple of ints, optional
     keepdims : bool
     ord : number or str, optional
@@ -45,10 +45,10 @@ def norm(x: Any, axis: Axis = None, keepdims: bool = False, *, ord: Any = None) 
         An order that there is not, or that does not go with so many axes (the matrix norms 2, -2 and 'nuc' need
         singular values).
     """
-    x = asarray(x)
+    x = _floating(x)
     axes = normal_axes(axis, x.ndim, "norm")
     if ord is None or (ord == "fro" and len(axes) == 2) or (ord == 2 and len(axes) == 1):
-        return _norm(x, axis=axes, keepdims=bool(keepdims))
+        return _norm(x, axis=axes, keepdims=as_kept(keepdims))
     if len(axes) == 1 and isinstance(ord, (int, float)):
         return _of_vectors(x, axes[0], keepdims, ord)
     if len(axes) == 2 and not isinstance(ord, str) and ord in (1, -1, math.inf, -math.inf):
@@ -69,6 +69,8 @@ def _of_vectors(x: Tensor, axis: int, keepdims: bool, order: float) -> Any:
     total = sum(abs(x) if order == 1 else abs(x) ** order, axis, keepdims)
     if order == 1:
         return total
+    if order < 0:
+        return total ** (1.0 / order)
     # The root has an infinite derivative at 0, where the norm is chosen to have none.
     zero = equal(total, 0)
     return where(zero, total, where(zero, np.ones((), x.dtype), total) ** (1.0 / order))

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
-from tinygrad_lstm.ops.axes import every_axis, ndim_of, normal_axes, normal_axis
+from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
+from tinygrad_lstm.ops.axes import as_kept, every_axis, ndim_of, normal_axes, normal_axis
 from tinygrad_lstm.ops.elementwise import (
+    add,
     divide,
     equal,
     exp,
@@ -16,6 +17,7 @@ from tinygrad_lstm.ops.elementwise import (
     logical_or,
     maximum,
     minimum,
+    multiply,
     not_equal,
     sqrt,
     square,
@@ -24,7 +26,7 @@ from tinygrad_lstm.ops.elementwise import where as select
 from tinygrad_lstm.ops.moving import flip
 from tinygrad_lstm.ops.shape import astype, broadcast_to, concatenate, expand_dims, reshape
 from tinygrad_lstm.primitive import Primitive
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, as_like, asarray
 
 Axis = Any
 
@@ -63,17 +65,33 @@ def sum(
     if dtype is not None or where is not None:
         a = _chosen(a, dtype, where, 0)
     if axis is None and a.__class__ is Tensor:
-        out = _sum.bind((a,), {"axis": every_axis(a._data.ndim), "keepdims": bool(keepdims)})
+        out = _sum.bind((a,), {"axis": every_axis(a._data.ndim), "keepdims": as_kept(keepdims)})
     else:
-        out = _sum(a, axis=normal_axes(axis, ndim_of(a), "sum"), keepdims=bool(keepdims))
-    return out if initial is None else out + initial
+        out = _sum(a, axis=normal_axes(axis, ndim_of(a), "sum"), keepdims=as_kept(keepdims))
+    return _started(add, _in(out, dtype), initial)
+
+
+def _in(out: Any, dtype: Any) -> Any:
+    """A result in the dtype that was asked for: of small integers NumPy makes wide ones."""
+    return out if dtype is None else astype(out, dtype)
+
+
+def _started(pair: Primitive, out: Any, initial: Any) -> Any:
+    """A reduced value and the one to start from, which is converted to its dtype as in NumPy."""
+    return out if initial is None else pair(out, _initial(initial, out.dtype))
+
+
+def _initial(value: Any, dtype: np.dtype) -> Any:
+    if isinstance(value, int) and dtype.kind in "iu" and not np.iinfo(dtype).min <= value <= np.iinfo(dtype).max:
+        raise OutOfRangeError(f"initial={value} does not fit {dtype}")
+    return as_like(value, dtype)
 
 
 def _chosen(a: Any, dtype: Any, where: Any, neutral: Any) -> Any:
     """The elements in another dtype, those that do not count replaced."""
     x = asarray(a)
     x = x if dtype is None else astype(x, dtype)
-    return x if where is None else select(_mask(where), x, np.asarray(neutral, x.dtype))
+    return x if where is None else select(_mask(where), x, as_like(neutral, x.dtype))
 
 
 def _mask(where: Any) -> Any:
@@ -98,18 +116,18 @@ def mean(a: Any, axis: Axis = None, keepdims: bool = False, *, dtype: Any = None
     axes = normal_axes(axis, ndim_of(a), "mean")
     if getattr(a, "dtype", None) == np.float16:  # the sum would overflow at 65504
         return mean(asarray(a).astype(np.float32), axis, keepdims).astype(np.float16)
-    total = _sum(a, axis=axes, keepdims=bool(keepdims))
+    total = _sum(a, axis=axes, keepdims=as_kept(keepdims))
     count = _count(a, axes)
     return divide(total, count) if count else divide(total, np.nan)
 
 
 def _mean_of_some(a: Any, axis: Axis, keepdims: bool, dtype: Any, where: Any) -> Any:
     x = asarray(a) if dtype is None else astype(a, dtype)
-    if where is None:
+    if where is None and x.dtype.kind == "f":
         return mean(x, axis, keepdims)
-    total = sum(x, axis, keepdims, where=where)
-    count = sum(broadcast_to(_mask(where), x.shape), axis, keepdims)
-    return divide(total, select(equal(count, 0), np.nan, count).astype(divide(total, 1).dtype))
+    total = sum(x, axis, keepdims, dtype=dtype, where=where)
+    count = sum(broadcast_to(_mask(True if where is None else where), x.shape), axis, keepdims)
+    return _in(divide(total, select(equal(count, 0), np.nan, count).astype(divide(total, 1).dtype)), dtype)
 
 
 def var(a: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any:
@@ -117,7 +135,7 @@ def var(a: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> Any
     axes = normal_axes(axis, ndim_of(a), "var")
     count = _count(a, axes)
     deviation = square(asarray(a) - mean(a, axes, True))
-    total = _sum(deviation, axis=axes, keepdims=bool(keepdims))
+    total = _sum(deviation, axis=axes, keepdims=as_kept(keepdims))
     if count > ddof:
         return divide(total, count - ddof)
     if not count:
@@ -149,7 +167,7 @@ def cumsum(a: Any, axis: int | None = None, *, dtype: Any = None) -> Any:
     x = asarray(a) if dtype is None else astype(a, dtype)
     if axis is None or not x.ndim:
         x, axis = reshape(x, (x.size,)), -1 if axis is None else axis
-    return _cumsum(x, axis=normal_axis(axis, x.ndim, "cumsum"))
+    return _in(_cumsum(x, axis=normal_axis(axis, x.ndim, "cumsum")), dtype)
 
 
 # ---------------------------------------------------------------------------- extrema
@@ -193,8 +211,8 @@ def max(a: Any, axis: Axis = None, keepdims: bool = False, *, initial: Any = Non
 
     ``initial`` takes part, and is what an empty axis has; ``where`` says which elements count, and needs it.
     """
-    if initial is None and where is None:
-        return _max(a, axis=normal_axes(axis, ndim_of(a), "max"), keepdims=bool(keepdims))
+    if initial is None and (where is None or where is True):
+        return _max(a, axis=normal_axes(axis, ndim_of(a), "max"), keepdims=as_kept(keepdims))
     return _bounded(_max, maximum, a, axis, keepdims, initial, where)
 
 
@@ -203,8 +221,8 @@ def min(a: Any, axis: Axis = None, keepdims: bool = False, *, initial: Any = Non
 
     ``initial`` takes part, and is what an empty axis has; ``where`` says which elements count, and needs it.
     """
-    if initial is None and where is None:
-        return _min(a, axis=normal_axes(axis, ndim_of(a), "min"), keepdims=bool(keepdims))
+    if initial is None and (where is None or where is True):
+        return _min(a, axis=normal_axes(axis, ndim_of(a), "min"), keepdims=as_kept(keepdims))
     return _bounded(_min, minimum, a, axis, keepdims, initial, where)
 
 
@@ -212,11 +230,13 @@ def _bounded(prim: Primitive, pair: Primitive, a: Any, axis: Axis, keepdims: boo
     """An extremum with a value that takes part everywhere."""
     if initial is None:
         raise ArgumentError(f"{prim.name}: where= needs initial=, for what no element counts in")
-    x = _chosen(a, None, where, initial)
+    x = asarray(a)
+    initial = _initial(initial, x.dtype)
+    x = _chosen(x, None, where, initial)
     axes = normal_axes(axis, x.ndim, prim.name)
     if not _count(x, axes):
-        return _sum(x, axis=axes, keepdims=bool(keepdims)) + initial
-    return pair(prim(x, axis=axes, keepdims=bool(keepdims)), initial)
+        return add(astype(_sum(x, axis=axes, keepdims=as_kept(keepdims)), x.dtype), initial)
+    return pair(prim(x, axis=axes, keepdims=as_kept(keepdims)), initial)
 
 
 def _flat_or_axis(function: Any) -> Any:
@@ -235,7 +255,7 @@ def _arg_extremum(prim: Primitive, x: Any, axis: int | None, keepdims: bool, who
     if not (x.size if axis is None else x.shape[normal_axis(axis, x.ndim, who)]):
         raise ShapeError(f"{who} of no elements: the array has shape {x.shape}")
     if axis is not None:
-        return prim(x, axis=normal_axis(axis, x.ndim, who), keepdims=bool(keepdims))
+        return prim(x, axis=normal_axis(axis, x.ndim, who), keepdims=as_kept(keepdims))
     found = prim(reshape(x, (x.size,)), axis=-1, keepdims=False)
     return reshape(found, (1,) * x.ndim) if keepdims else found
 
@@ -277,14 +297,11 @@ def prod(
 ) -> Any:
     """Product over axes, as numpy.prod; the gradient is right where factors are zero too."""
     x = _chosen(a, dtype, where, 1)
-    out = _product(x, axis, keepdims)
-    return out if initial is None else out * initial
+    return _started(multiply, _in(_product(x, axis, as_kept(keepdims)), dtype), initial)
 
 
 def _product(x: Tensor, axis: Axis, keepdims: bool) -> Any:
     axes = normal_axes(axis, x.ndim, "prod")
-    if not axes:
-        return x
     kept = [a for a in range(-x.ndim, 0) if a not in axes]
     lengths = [x.shape[a] for a in kept]
     count = _count(x, axes)
@@ -309,12 +326,12 @@ _any: Primitive = Primitive(
 
 def all(a: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     """Whether all elements over axes are true (not zero), as numpy.all; boolean, no gradient."""
-    return _all(a, axis=normal_axes(axis, ndim_of(a), "all"), keepdims=bool(keepdims))
+    return _all(a, axis=normal_axes(axis, ndim_of(a), "all"), keepdims=as_kept(keepdims))
 
 
 def any(a: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     """Whether any element over axes is true (not zero), as numpy.any; boolean, no gradient."""
-    return _any(a, axis=normal_axes(axis, ndim_of(a), "any"), keepdims=bool(keepdims))
+    return _any(a, axis=normal_axes(axis, ndim_of(a), "any"), keepdims=as_kept(keepdims))
 
 
 # ---------------------------------------------------------------------------- log-sum-exp and softmax
@@ -350,7 +367,7 @@ def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> Any:
     10000.693
     """
     x = _floating(x)
-    return _logsumexp(x, axis=normal_axes(axis, x.ndim, "logsumexp"), keepdims=bool(keepdims))
+    return _logsumexp(x, axis=normal_axes(axis, x.ndim, "logsumexp"), keepdims=as_kept(keepdims))
 
 
 def _floating(x: Any) -> Tensor:

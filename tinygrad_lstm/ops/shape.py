@@ -248,11 +248,11 @@ def concatenate(arrays: Sequence[Any], axis: int | None = 0) -> Any:
     tensors = _several(arrays, "concatenate")
     if axis is None:
         tensors, axis = [ravel(t) for t in tensors], 0
-    if len(tensors) == 1:
-        return tensors[0]
     if tensors[0].ndim == 0:
         raise ShapeError("concatenate of 0-d values; use stack")
     place = normal_axis(axis, tensors[0].ndim, "concatenate")
+    if len(tensors) == 1:
+        return tensors[0]
     first = tensors[0].shape
     for k, t in enumerate(tensors):
         if not _joinable(t.shape, first, place):
