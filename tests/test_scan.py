@@ -405,3 +405,20 @@ def test_rows_that_read_rows_which_have_ended(reverse, eager):
     arguments = spread((3,), -1.0, 1.0), spread((3, 3), -0.7, 0.9)
     with tg.eager() if eager else nullcontext():
         assert tg.gradcheck(f, *arguments, order=2)
+
+
+def test_an_inner_loop_whose_rows_read_empty_ones_is_the_same_op_by_op():
+    def f(c: Any, w: Any, xs: Any) -> Any:
+        def inner(s: Any, v: Any) -> Any:
+            return ops.tanh(s @ w + v.mean(axis=0)), None
+
+        def body(c: Any, x: Any) -> Any:
+            c = ops.scan(inner, c, ops.stack([x, c]), lengths=[1, 2, 0])[0]
+            return c, c
+
+        return ops.scan(body, c, xs)
+
+    arguments = spread((B, 3), -1.0, 1.0), spread((3, 3), -0.7, 0.9), spread((T, B, 3), -0.5, 1.5)
+    found = f(*arguments)
+    with tg.eager():
+        close(f(*arguments), found)

@@ -63,9 +63,9 @@ def scan(
     lengths : ints (B,), optional
         Steps per row, 0..T.  Batch is then axis 0 of every carry leaf and axis 1 of every leaf of xs and ys.
         For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at: the
-        body sees the first step of the sequence once more (of another one where the length is 0), as a constant, beside
-        the carry that it ended with, and nothing of what it computes from that is used, unless it lets other rows read
-        this one.
+        body sees the first step of the sequence once more (of another one where the length is 0; ones, where this loop
+        stands in the body of another), as a constant, beside the carry that it ended with, and nothing of what it
+        computes from that is used, unless it lets other rows read this one.
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
     memory : int or float, optional
@@ -218,8 +218,8 @@ def _of_empty_too(first: Tensor, lengths: Tensor) -> Tensor:
     """First steps (B, ...), with that of a longest sequence in place of those that are empty."""
     neutral = np.ones((), first.dtype) if first.dtype.kind == "f" else np.zeros((), first.dtype)
     empty = equal(lengths, 0)
-    recorder = state().trace
-    if recorder is not None and not recorder.runs:
+    current = state()
+    if current.step is not None or (current.trace is not None and not current.trace.runs):
         # In the body of another loop, rows that read each other's values would keep it from being shared out.
         return where(_rows(empty, first), neutral, first)
     donors = where(empty, argmax(lengths), np.arange(lengths.size))
