@@ -240,7 +240,7 @@ ZERO_D["astype"] = [sample(np.array(0.5), dtype=np.dtype(np.float32))]
 SAMPLES["full"] = [sample(shape=(2, 3), dtype=np.dtype(np.float32), value=0)]
 ZERO_SIZE["full"] = [sample(shape=(0, 3), dtype=np.dtype(np.float64), value=1.5)]
 ZERO_D["full"] = [sample(shape=(), dtype=np.dtype(np.float64), value=1.5)]
-for _name in ("alias", "stop_gradient"):
+for _name in ("alias", "stop_gradient", "stop_nan"):
     SAMPLES[_name] = [sample(spread((3, 4)))]
     ZERO_SIZE[_name] = [sample(np.zeros((0, 3)))]
     ZERO_D[_name] = [sample(spread(()))]

@@ -390,3 +390,35 @@ def test_forms_of_results():
     assert ys.tolist() == [7.0] * 3
     carry, ys = ops.scan(lambda h, x: (x, h), np.array(-1.0), xs)
     assert (carry.item(), ys.tolist()) == (2.0, [-1.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["scan", "eager"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_rows_that_read_rows_which_have_ended(reverse, eager):
+    """There they read the carry that those ended with, through which gradients flow."""
+
+    def f(c: Any, w: Any) -> Any:
+        body = lambda c, x: (ops.tanh(c @ w + x), ops.sin(c).mean(axis=0) + x)
+        last, ys = ops.scan(body, c, spread((T, 3), -0.5, 0.5), lengths=[5, 2, 0], reverse=reverse)
+        return (ops.sin(last) * np.arange(1.0, 4.0)).sum() + ops.square(ys).sum()
+
+    arguments = spread((3,), -1.0, 1.0), spread((3, 3), -0.7, 0.9)
+    with tg.eager() if eager else nullcontext():
+        assert tg.gradcheck(f, *arguments, order=2)
+
+
+def test_an_inner_loop_whose_rows_read_empty_ones_is_the_same_op_by_op():
+    def f(c: Any, w: Any, xs: Any) -> Any:
+        def inner(s: Any, v: Any) -> Any:
+            return ops.tanh(s @ w + v.mean(axis=0)), None
+
+        def body(c: Any, x: Any) -> Any:
+            c = ops.scan(inner, c, ops.stack([x, c]), lengths=[1, 2, 0])[0]
+            return c, c
+
+        return ops.scan(body, c, xs)
+
+    arguments = spread((B, 3), -1.0, 1.0), spread((3, 3), -0.7, 0.9), spread((T, B, 3), -0.5, 1.5)
+    found = f(*arguments)
+    with tg.eager():
+        close(f(*arguments), found)

@@ -260,6 +260,6 @@ RULES: dict[str, Rule] = {
     "take_along_axis": _pair_along,
     "untake_along_axis": _pair_along,
 }
-RULES |= dict.fromkeys(("alias", "stop_gradient", "astype", "one_hot"), _same)
+RULES |= dict.fromkeys(("alias", "stop_gradient", "stop_nan", "astype", "one_hot"), _same)
 RULES |= dict.fromkeys(("concatenate", "split", "flip", "roll", "cumsum", "sum", "max", "min", "norm", "argmax",
                          "argmin", "logsumexp", "softmax", "log_softmax"), _along)  # fmt: skip

@@ -24,7 +24,7 @@ __all__ = ["Lowered", "lower_body"]
 
 _DTYPES = frozenset({"float32", "float64", "bool", "int64", "int32"})
 _VIEWS = frozenset(
-    {"split", "getitem", "reshape", "transpose", "alias", "stop_gradient", "broadcast_to", "flip"}
+    {"split", "getitem", "reshape", "transpose", "alias", "stop_gradient", "stop_nan", "broadcast_to", "flip"}
 )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ class Lowering:
                 if self._free(operand) and np.dtype(self.program.avals[operand].dtype) == dtype:
                     self.home[operand] = home.moved(start * home.strides[axis], tuple(part), home.strides)
                 start += n
-        elif name in {"reshape", "alias", "stop_gradient"} and out in self.home:
+        elif name in {"reshape", "alias", "stop_gradient", "stop_nan"} and out in self.home:
             operand = equation.operands[0]
             if operand.__class__ is int and self._free(operand):
                 shape, _ = self.aval(operand)

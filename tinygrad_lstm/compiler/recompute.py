@@ -44,7 +44,8 @@ _FLOPS = {
     # With kernels of their own in float32; all others, and float64, are calls of a library element by element.
     **dict.fromkeys(("exp", "tanh", "sigmoid", "log", "silu", "elu"), TRANSCENDENTAL),
     # Views: the same memory.
-    **dict.fromkeys(("reshape", "transpose", "broadcast_to", "alias", "stop_gradient", "split", "getitem"), 0.0),
+    **dict.fromkeys(("reshape", "transpose", "broadcast_to", "alias"), 0.0),
+    **dict.fromkeys(("stop_gradient", "stop_nan", "split", "getitem"), 0.0),
 }  # fmt: skip
 _UNIT = 64  # capacities are integers: 64 to the byte
 

@@ -305,7 +305,9 @@ def program_report(name: str, recorded: int, before: Program, after: Program, pa
     )
 
 
-_FREE = frozenset({"alias", "broadcast_to", "expand_dims", "full", "getitem", "reshape", "stop_gradient", "transpose"})
+_FREE = frozenset(
+    {"alias", "broadcast_to", "expand_dims", "full", "getitem", "reshape", "stop_gradient", "stop_nan", "transpose"}
+)
 
 
 def _real(program: Program) -> list[Equation]:

@@ -235,6 +235,7 @@ _RULES: dict[str, Rule] = {
     "astype": _unary,
     "alias": _unary,
     "stop_gradient": _unary,
+    "stop_nan": _unary,
     "one_hot": _unary,
     "untake": _untake,
     "take_along_axis": _along_pairs,

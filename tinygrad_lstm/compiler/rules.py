@@ -282,6 +282,7 @@ RULES: dict[str, Callable[[Lowering, Equation], None]] = {
     "transpose": _transpose,
     "alias": _alias,
     "stop_gradient": _alias,
+    "stop_nan": _alias,
     "sum": _reduce,
     "max": _reduce,
     "min": _reduce,

@@ -53,17 +53,12 @@ def common(program: Program, fixed: Collection[int] = ()) -> Program:
 
 
 def unguarded(program: Program) -> Program:
-    """Read x in place of ``where(condition, x, stop_gradient(x, guard=True))``, which selects nothing but the gradient.
+    """Read x in place of ``where(condition, x, stop_nan(x))``, which is x but for what is NaN in the gradient.
 
     For a program that is run, or whose gradient is taken already: in any other one it is what keeps NaN out of it.
-    What is marked stands in the padding of sequences (:func:`~tinygrad_lstm.ops.scan` with ``lengths``), where the
-    cotangent is zero, so derivatives of higher order lose nothing; those of a user's own selection would.
+    It stands in the padding of sequences (:func:`~tinygrad_lstm.ops.scan` with ``lengths``).
     """
-    stopped = {
-        e.outputs[0]: e.operands[0]
-        for e in program.equations
-        if e.primitive.name == "stop_gradient" and e.params.get("guard")
-    }
+    stopped = {e.outputs[0]: e.operands[0] for e in program.equations if e.primitive.name == "stop_nan"}
     same: dict[int, Any] = {}
 
     def now(operand: Any) -> Any:

@@ -137,7 +137,7 @@ def _lengths_in_range(a: Applied) -> Value:
     return _as_value(a.b, a.b.cast(a.args[0], np.int64))
 
 
-@rule("alias", "stop_gradient")
+@rule("alias", "stop_gradient", "stop_nan")
 def _same(a: Applied) -> Value:
     return a.args[0]
 

@@ -19,7 +19,7 @@ from tinygrad_lstm.ops.lengths import check_lengths, valid_steps
 from tinygrad_lstm.ops.loop import bind_scan, canonical
 from tinygrad_lstm.ops.reduction import argmax, max
 from tinygrad_lstm.ops.segments import memory_plan
-from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient
+from tinygrad_lstm.ops.shape import broadcast_to, reshape, stack, stop_gradient, stop_nan
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.record import note_parts, note_selected
 from tinygrad_lstm.tape import recording, state
@@ -63,8 +63,9 @@ def scan(
     lengths : ints (B,), optional
         Steps per row, 0..T.  Batch is then axis 0 of every carry leaf and axis 1 of every leaf of xs and ys.
         For ``t >= lengths[b]`` the carry row is unchanged, the ys row is zero, and xs is not looked at: the
-        body sees the first step of the sequence once more (of another one where the length is 0) beside the carry that
-        it ended with, and nothing of what it computes from that is used.
+        body sees the first step of the sequence once more (of another one where the length is 0; ones, where this loop
+        stands in the body of another), as a constant, beside the carry that it ended with, and nothing of what it
+        computes from that is used, unless it lets other rows read this one.
     reverse : bool
         Run t = T-1 .. 0 (per row from its last valid step), writing ys at their original positions.
     memory : int or float, optional
@@ -217,8 +218,8 @@ def _of_empty_too(first: Tensor, lengths: Tensor) -> Tensor:
     """First steps (B, ...), with that of a longest sequence in place of those that are empty."""
     neutral = np.ones((), first.dtype) if first.dtype.kind == "f" else np.zeros((), first.dtype)
     empty = equal(lengths, 0)
-    recorder = state().trace
-    if recorder is not None and not recorder.runs:
+    current = state()
+    if current.step is not None or (current.trace is not None and not current.trace.runs):
         # In the body of another loop, rows that read each other's values would keep it from being shared out.
         return where(_rows(empty, first), neutral, first)
     donors = where(empty, argmax(lengths), np.arange(lengths.size))
@@ -229,14 +230,14 @@ def _of_empty_too(first: Tensor, lengths: Tensor) -> Tensor:
 def _masked(body: Body) -> Body:
     """The body with the results of padded rows selected away: the carry stays, y is zero.
 
-    So are the cotangents of the carry that it reads there: of a derivative that is infinite, zero times it is NaN.
+    So are cotangents of the carry that it reads there where they are NaN: of a derivative that is infinite, zero times
+    it is.  Others are zero, but for a body in which one row reads another: these are as they should be.
     """
 
     def masked(carry: Any, x_and_valid: Any) -> tuple[Any, Any]:
         x, valid = x_and_valid
         old, old_tree = flatten(carry)
-        # Marked, since a body may choose between a value and itself without a gradient on its own account.
-        read = [where(_rows(valid, o), o, stop_gradient(o, guard=True)) if o.dtype.kind == "f" else o for o in old]
+        read = [where(_rows(valid, o), o, stop_nan(o)) if o.dtype.kind == "f" else o for o in old]
         new_carry, y = body(unflatten(old_tree, read), x)
         new, carry_tree = flatten(new_carry)
         y_leaves, y_tree = flatten(y)

@@ -11,7 +11,7 @@ import numpy as np
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.operands import together
 from tinygrad_lstm.ops.axes import as_integer, as_lengths, normal_axes, normal_axis
-from tinygrad_lstm.ops.elementwise import multiply, where
+from tinygrad_lstm.ops.elementwise import equal, multiply, where
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.tensor import Tensor, as_dtype, asarray
 
@@ -368,8 +368,14 @@ alias: Primitive = Primitive(
 )  # fmt: skip
 
 stop_gradient: Primitive = Primitive(
-    "stop_gradient", lambda x, *, guard=False: x, None, shape=lambda x, guard=False: x, batch="same", view=True,
+    "stop_gradient", lambda x: x, None, shape=lambda x: x, batch="same", view=True,
     doc="The same values; no gradient flows through (forward and reverse mode alike).",
+)  # fmt: skip
+
+stop_nan: Primitive = Primitive(
+    "stop_nan", lambda x: x, (lambda g: where(equal(g, g), g, 0.0),), jvp=lambda tangents, x, out: tangents[0],
+    shape=lambda x: x, batch="same", view=True,
+    doc="The same values; of a cotangent, all but what is NaN flows through.",
 )  # fmt: skip
 
 
