@@ -415,3 +415,17 @@ def test_no_grad_decorates_without_parentheses():
     assert not double(x).requires_grad and (x * 2).requires_grad and double.__name__ == "double"
     with pytest.raises(tg.DTypeError, match="found int"):
         tg.no_grad(3)
+
+    class Doubler:
+        @tg.no_grad
+        def of(self, x):
+            return x * 2
+
+        @tg.no_grad
+        def several(self, x):
+            yield x * 2
+            yield x * 3
+
+    doubler = Doubler()
+    assert not doubler.of(x).requires_grad and not Doubler.of(doubler, x=x).requires_grad
+    assert [y.requires_grad for y in doubler.several(x)] == [False, False]

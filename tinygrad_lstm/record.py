@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
-from types import CodeType
+from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
@@ -274,11 +274,24 @@ class no_grad(ContextDecorator):
     False
     """
 
-    def __new__(cls, function: Any = None) -> Any:
-        return super().__new__(cls) if function is None else cls()(function)  # @tg.no_grad, without parentheses
+    _function: Any = None  # of @tg.no_grad without parentheses: what stands in for the function
 
-    def __call__(self, function: Any) -> Any:
+    def __init__(self, function: Any = None) -> None:
+        self._entered: list[Any] = []  # tokens: one object may be entered again, also in several threads and tasks
+        if function is not None:
+            self._function = self._silenced(function)
+            functools.update_wrapper(self, function)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if self._function is None or instance is None else MethodType(self._function, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A function in which nothing is recorded; of a generator function, no step of it."""
+        if self._function is not None:
+            return self._function(*args, **kwargs)
+        return self._silenced(*args, **kwargs)
+
+    def _silenced(self, function: Any) -> Any:
         if not callable(function):
             raise DTypeError(f"no_grad decorates a function, found {type(function).__name__}")
         if inspect.isasyncgenfunction(function):
@@ -294,9 +307,6 @@ class no_grad(ContextDecorator):
         if inspect.isgeneratorfunction(function):
             return functools.wraps(function)(lambda *args, **kwargs: _silent_steps(function(*args, **kwargs)))
         return super().__call__(function)
-
-    def __init__(self) -> None:
-        self._entered: list[Any] = []  # tokens: one object may be entered again, also in several threads and tasks
 
     def __enter__(self) -> no_grad:
         self._entered.append(_STATE.set(_STATE.get().silent()))
