@@ -14,7 +14,8 @@ import tinygrad_lstm as tg
 from tinygrad_lstm import ops
 from tinygrad_lstm.compiler.adjoint import adjoint
 from tinygrad_lstm.compiler.fuse import fuse
-from tinygrad_lstm.compiler.loop import LoopPlan, plan_loop
+from tinygrad_lstm.compiler.loop import plan_loop
+from tinygrad_lstm.compiler.plan import LoopPlan
 from tinygrad_lstm.compiler.simplify import common, dead_code, simplify
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.program import Program

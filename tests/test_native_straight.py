@@ -11,7 +11,8 @@ import pytest
 import tinygrad_lstm as tg
 from tinygrad_lstm import ops
 from tinygrad_lstm.compiler import native, runner
-from tinygrad_lstm.compiler.loop import LoopPlan, plan_loop
+from tinygrad_lstm.compiler.loop import plan_loop
+from tinygrad_lstm.compiler.plan import LoopPlan
 from tinygrad_lstm.compiler.straight import straight
 from tinygrad_lstm.primitive import Aval
 from tinygrad_lstm.trace import trace

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from tinygrad_lstm.compiler.loop import LoopPlan
+    from tinygrad_lstm.compiler.plan import LoopPlan
     from tinygrad_lstm.program import Equation, Program
 
 _ENGINE = tuple(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.compiler.fuse import FUSED, worth_compiling
-from tinygrad_lstm.compiler.loop import LoopPlan
+from tinygrad_lstm.compiler.plan import LoopPlan
 from tinygrad_lstm.compiler.report import publish
 from tinygrad_lstm.compiler.straight import ARRAYS, Form, Results, Straight, owned, straight
 from tinygrad_lstm.kernels.pool import empty

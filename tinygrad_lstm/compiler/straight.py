@@ -16,7 +16,7 @@ from tinygrad_lstm.compiler.native import SLICE, Frame, NativeLoop, shares
 from tinygrad_lstm.compiler.report import publish
 
 if TYPE_CHECKING:
-    from tinygrad_lstm.compiler.loop import LoopPlan
+    from tinygrad_lstm.compiler.plan import LoopPlan
 
 __all__ = ["ARRAYS", "Form", "Results", "Straight", "owned", "straight"]
 
