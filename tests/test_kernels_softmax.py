@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygrad_lstm import nn, tensor
+from tinygrad_lstm import get_num_threads, nn, set_num_threads, tensor
 from tinygrad_lstm.kernels import codecache, softmax
 from tinygrad_lstm.kernels.softmax import COMPILE_FROM, exp_sums, scaled_softmax
 
@@ -45,6 +45,23 @@ def test_rows_against_double_precision(count, columns, spread, strided):
             np.testing.assert_allclose(total, expected[1], rtol=2e-6)
             assert total.dtype == shares.dtype == np.float32 and shares.flags.c_contiguous
             np.testing.assert_allclose(shares, scale[:, None] * expected[2], rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("count", [1, 700, 2001])
+def test_the_same_bits_for_any_number_of_threads(count, native):
+    rows = np.random.default_rng(0).normal(size=(count, 96)).astype(np.float32)
+    scale = np.arange(1, count + 1, dtype=np.float32)
+    found, before = [], get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            set_num_threads(threads)
+            found.append([*exp_sums(rows), scaled_softmax(rows, scale)])
+    finally:
+        set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(found[0][2], scale[:, None] * reference(rows)[2], rtol=1e-5)
 
 
 def test_rows_that_are_not_finite(native):

@@ -121,6 +121,46 @@ def test_shapes_and_layouts_of_any_kind(shapes, layout, dtype):
         np.testing.assert_array_equal(found, value)
 
 
+@pytest.mark.parametrize("layouts", [("plain", "strided", "plain"), ("strided", "transposed", "read-only")])
+def test_the_same_bits_for_any_number_of_threads(layouts, native):
+    rule = multi_tensor(_momentum, 2, 1, 2)
+    shapes = [(300, 500), (7,), (400, 401), (600, 300)]
+    results, norms, before = [], [], tg.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            tg.set_num_threads(threads)
+            rng = np.random.default_rng(0)
+            arrays = []
+            for k, shape in enumerate(shapes):
+                p, v, g = (rng.normal(size=shape) for _ in range(3))
+                arrays += [p, v, stored(g, layouts[k % 3])]
+            norms.append(sums_of_squares(arrays))
+            rule(arrays, (0.125, 0.25))
+            results.append(arrays)
+    finally:
+        tg.set_num_threads(before)
+    for other, norm in zip(results[1:], norms[1:], strict=True):
+        np.testing.assert_array_equal(norm, norms[0])
+        for a, b in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+    for p, v, g, shape in zip(results[0][::3], results[0][1::3], results[0][2::3], shapes, strict=True):
+        assert p.shape == v.shape == g.shape == shape and not np.array_equal(p, v)
+
+
+def test_parts_are_of_about_one_size():
+    before = tg.get_num_threads()
+    try:
+        tg.set_num_threads(2)
+        even = [np.empty(multi.PART) for _ in range(4)]
+        assert multi.shares(even, 4 * multi.PART) == [0, 2, 4]
+        assert multi.shares(even[:1], 4 * multi.PART) == [0, 1]  # one array is one part
+        assert multi.shares(even[:1] * 8, multi.PART) == [0, 8]  # not worth it
+        first = [np.empty(9 * multi.PART), *even]
+        assert multi.shares(first, 13 * multi.PART) == [0, 1, 5]
+    finally:
+        tg.set_num_threads(before)
+
+
 def _momentum(p, v, g, rate, damping):
     v = 0.5 * v + (1 - damping) * g
     return p - rate * v, v

@@ -108,7 +108,7 @@ class MultiTensor:
                     self._plain(arrays[k * row : k * row + k], values)
                 return
             words, held = _addresses(arrays), np.array(values, arrays[0].dtype)
-            if entry(words, held):
+            if entry(words, held, shares(arrays[::k], elements)):
                 self._rest(arrays, words, entry, held, values)
 
     def _rest(self, arrays: Sequence[np.ndarray], words: np.ndarray, entry: Entry, held: Any, values: Any) -> None:
@@ -119,7 +119,7 @@ class MultiTensor:
             if k > self.n_written and own[-1].dtype == own[0].dtype:
                 # What is read may share memory with what is written, hence a copy in every case.
                 own[-1] = np.array(own[-1], order="C")
-            if entry(_addresses(own), held):
+            if entry(_addresses(own), held, (0, 1)):
                 self._plain(own, values)
 
     def _plain(self, own: Sequence[np.ndarray], values: Sequence[float]) -> None:
@@ -161,6 +161,22 @@ def multi_tensor(rule: Callable[..., Any], n_written: int, n_read: int, n_number
     return MultiTensor(rule, n_written, n_read, n_numbers)
 
 
+PART = 1 << 16  # elements that are worth another thread
+
+
+def shares(arrays: Sequence[np.ndarray], elements: int) -> list[int]:
+    """The first array of every thread's part, and behind the last: parts of about as many elements."""
+    from . import threads
+
+    parts = min(threads.count(), elements // PART) if elements >= 2 * PART else 1
+    bounds, total = [0], 0
+    for k, array in enumerate(arrays if parts > 1 else ()):
+        if total >= len(bounds) * elements / parts:
+            bounds.append(k)
+        total += array.size
+    return [*bounds, len(arrays)]
+
+
 def _addresses(objects: Sequence[Any]) -> np.ndarray:
     return np.fromiter(map(id, objects), np.int64, len(objects))
 
@@ -181,12 +197,11 @@ def sums_of_squares(arrays: Sequence[np.ndarray]) -> np.ndarray:
         return sums
     dtype = arrays[0].dtype
     native = dtype.isnative and dtype.name in ("float32", "float64")
-    if native and worth_a_kernel(len(arrays), sum([a.size for a in arrays])):
+    if native and worth_a_kernel(len(arrays), elements := sum([a.size for a in arrays])):
         from .multi_native import compile_sums
 
         words = _addresses(arrays)
-        entry = compile_sums()
-        if not entry(id(np.ndarray), id(words), len(arrays), id(sums), dtype.num, dtype.itemsize):
+        if not compile_sums()(words, sums, dtype, shares(arrays, elements)):
             return sums
         left = np.flatnonzero(words == 0).tolist()
     else:

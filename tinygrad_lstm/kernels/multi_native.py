@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 
-from . import codecache
+from . import codecache, threads
 from .dialect import Intrinsic
 from .expression import Expression
 from .instructions import for_range, on_stack
@@ -117,10 +117,11 @@ def add_squares(builder: Any, item: int, source: Any, count: Any, result: Any) -
 
 
 def compile_update(body: Expression, n_arrays: int, dtype: np.dtype) -> Callable[..., int]:
-    """``run(words, numbers) -> how many tensors were left alone``.
+    """``run(words, numbers, bounds) -> not 0 where tensors were left alone``.
 
     ``words`` is an int64 array of the addresses of array objects, ``n_arrays`` per tensor; the first one of a
     tensor that was left alone is replaced by 0.  ``numbers`` is an array of the dtype with the body's other inputs.
+    ``bounds`` are the numbers of the first tensor of every part, and behind the last: parts run on threads.
 
     Where the arrays lie is found out by one function for all kernels: a part of every kernel, it would double the time
     to compile them.
@@ -131,8 +132,9 @@ def compile_update(body: Expression, n_arrays: int, dtype: np.dtype) -> Callable
     source = f'''"""Generated update of many tensors; {n_arrays} arrays of {dtype.name} each."""
 from tinygrad_lstm.kernels.memory import load64, stack
 from tinygrad_lstm.kernels.native import elementwise_loop
-from tinygrad_lstm.kernels.dialect import entry, external
+from tinygrad_lstm.kernels.dialect import exported, external
 
+HEAD = object.__basicsize__
 nodes = (
 {nodes}
 )
@@ -140,28 +142,32 @@ loop = elementwise_loop({n_in}, nodes, {body.outputs!r}, {(dtype.name,) * n_in!r
 advance = external({layout_program().symbol("advance")!r}, 7)
 
 
-@entry
-def run(ndarray_type, words, tensors, numbers, plan, tile):
+@exported
+def run(common, part):
 {described}    table = stack({4 + 4 * (n_in + n_out)})
-    objects, tile = load64(words + {object.__basicsize__}), load64(tile + {object.__basicsize__})
+    ndarray_type, numbers, plan = load64(common), load64(common + 16), load64(common + 24)
+    tile = load64(load64(common + 32) + HEAD) + {TILE_BYTES} * part
+    first, last = load64(common + 40 + 8 * part), load64(common + 48 + 8 * part)
+    objects = load64(load64(common + 8) + HEAD) + {8 * n_arrays} * first
     skipped = 0
-    for tensor in range(tensors):
+    for tensor in range(first, last):
         position = 0
         while position >= 0:
             position = advance(ndarray_type, plan, table, tile, objects, numbers, position)
             loop(table)
-        skipped += position == -2
+        skipped |= position == -2
         objects += {8 * n_arrays}
     return skipped
 '''
-    update = codecache.load(source, stem="multi").function("run")
+    update = codecache.load(source, stem="multi").address("run")
     plan = np.array([n_arrays, n_in, n_out, dtype.num, item], np.int64)
     ndarray_type, where = id(np.ndarray), id(plan)
 
-    def run(words: np.ndarray, numbers: np.ndarray) -> int:
-        tile = np.empty(TILE_BYTES // 8)  # not on the native stack, where LLVM would clear it word by word
-        left: int = update(ndarray_type, id(words), len(words) // n_arrays, id(numbers), where, id(tile))
-        return left
+    def run(words: np.ndarray, numbers: np.ndarray, bounds: Sequence[int]) -> int:
+        parts = len(bounds) - 1
+        tiles = np.empty(parts * TILE_BYTES // 8)  # not on the native stack, where LLVM would clear it word by word
+        table = np.array((ndarray_type, id(words), id(numbers), where, id(tiles), *bounds), np.int64)
+        return threads.run(update, table.ctypes.data, parts)
 
     run.plan = plan  # type: ignore[attr-defined]  # native code reads it by its address
     return run
@@ -171,19 +177,20 @@ def _sums() -> str:
     return f'''"""Generated sums of squares."""
 from tinygrad_lstm.kernels.memory import load64
 from tinygrad_lstm.kernels.multi_native import add_squares
-from tinygrad_lstm.kernels.dialect import entry, external
+from tinygrad_lstm.kernels.dialect import exported, external
 
 HEAD = object.__basicsize__
 inspect = external({layout_program().symbol("inspect")!r}, 6)
 
 
-@entry
-def run(ndarray_type, words, tensors, sums, typenum, itemsize):
-    words, sums = load64(words + HEAD), load64(sums + HEAD)
+@exported
+def run(table, part):
+    ndarray_type, typenum, itemsize = load64(table), load64(table + 24), load64(table + 32)
+    words, sums = load64(load64(table + 8) + HEAD), load64(load64(table + 16) + HEAD)
     skipped = 0
-    for tensor in range(tensors):
+    for tensor in range(load64(table + 40 + 8 * part), load64(table + 48 + 8 * part)):
         found = inspect(ndarray_type, words + 8 * tensor, 1, 0, typenum, itemsize)
-        skipped += found < 0
+        skipped |= found < 0
         if found >= 0:
             add_squares(load64(load64(words + 8 * tensor) + HEAD), found >> 1, sums + 8 * tensor, itemsize)
     return skipped
@@ -192,5 +199,11 @@ def run(ndarray_type, words, tensors, sums, typenum, itemsize):
 
 @functools.cache
 def compile_sums() -> Callable[..., int]:
-    """``run(id(ndarray), id(words), arrays, id(sums), type number, item size) -> arrays that were left alone``."""
-    return codecache.load(_sums(), stem="sums").function("run")
+    """``run(words, sums, dtype, bounds) -> not 0 where arrays were left alone``, as in :func:`compile_update`."""
+    function = codecache.load(_sums(), stem="sums").address("run")
+
+    def run(words: np.ndarray, sums: np.ndarray, dtype: np.dtype, bounds: Sequence[int]) -> int:
+        table = np.array((id(np.ndarray), id(words), id(sums), dtype.num, dtype.itemsize, *bounds), np.int64)
+        return threads.run(function, table.ctypes.data, len(bounds) - 1)
+
+    return run

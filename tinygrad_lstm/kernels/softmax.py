@@ -7,8 +7,7 @@ maximum, its exponentials and their sum; all others go through NumPy.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +15,9 @@ from . import expression as e
 from .elementwise import _native_enabled
 from .expression import Expression, build
 from .pool import empty
+
+if TYPE_CHECKING:
+    from .codecache import Program
 
 __all__ = ["COMPILE_FROM", "exp_sums", "scaled_softmax"]
 
@@ -41,7 +43,7 @@ def exp_sums(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if _natively(rows):
         rows = np.require(rows, None, ["C", "A"])
         top, total = np.empty(len(rows), rows.dtype), np.empty(len(rows), rows.dtype)
-        _compiled("sums", rows.shape[1])(id(rows), id(top), id(total), len(rows))
+        _over_rows("sums", rows, top, total)
         return top, total
     top = np.maximum.reduce(rows, axis=-1)
     return top, np.add.reduce(_exponential.numpy(rows, top[:, None])[0], axis=-1)
@@ -58,7 +60,7 @@ def scaled_softmax(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
     out = empty(rows.shape, rows.dtype)
     if _natively(rows) and scale.dtype == rows.dtype:
         rows, scale = np.require(rows, None, ["C", "A"]), np.require(scale, None, ["C", "A"])
-        _compiled("softmax", rows.shape[1])(id(rows), id(scale), id(out), len(rows))
+        _over_rows("softmax", rows, scale, out)
         return out
     top = np.maximum.reduce(rows, axis=-1, keepdims=True)
     np.exp(np.subtract(rows, top, out=out), out=out)
@@ -82,8 +84,16 @@ def _call(expression: Expression, along: tuple[bool, ...], reductions: tuple[str
     )
 
 
+def _over_rows(kind: str, rows: np.ndarray, *others: np.ndarray) -> None:
+    """One of the native functions, with the rows shared out among threads."""
+    from . import threads
+
+    count, columns = rows.shape
+    threads.over_rows(_compiled(columns).address(kind), count, columns, id(rows), *map(id, others))
+
+
 @functools.cache
-def _compiled(kind: str, columns: int) -> Callable[..., Any]:
+def _compiled(columns: int) -> Program:
     from . import codecache
 
     # Stage by stage for so many rows: one row's maximum need not wait for the sum of the row before it, and the
@@ -92,7 +102,7 @@ def _compiled(kind: str, columns: int) -> Callable[..., Any]:
     source = f'''"""Generated softmax over rows of {columns} float32."""
 from tinygrad_lstm.kernels.memory import load64, stack
 from tinygrad_lstm.kernels.rows import row_kernel
-from tinygrad_lstm.kernels.dialect import entry
+from tinygrad_lstm.kernels.dialect import exported
 
 HEAD = object.__basicsize__
 maximum = {_call(_identity, (True,), ("max",), columns)}
@@ -102,23 +112,30 @@ ratio = {_call(_ratio, (False, False), ("",), 1)}
 product = {_call(_product, (True, False), ("",), columns)}
 
 
-@entry
-def sums(x, top, total, rows):
-    x, top, total = load64(x + HEAD), load64(top + HEAD), load64(total + HEAD)
-    for first in range(0, rows, {block}):
-        last = min(first + {block}, rows)
+@exported
+def sums(table, part):
+    chunk = load64(table + 8)
+    stop = min(load64(table), (part + 1) * chunk)
+    x, top = load64(load64(table + 16) + HEAD), load64(load64(table + 24) + HEAD)
+    total = load64(load64(table + 32) + HEAD)
+    for first in range(part * chunk, stop, {block}):
+        last = min(first + {block}, stop)
         for k in range(first, last):
             maximum(x + {4 * columns} * k, top + 4 * k)
         for k in range(first, last):
             exponential_sum(x + {4 * columns} * k, top + 4 * k, total + 4 * k)
+    return 0
 
 
-@entry
-def softmax(x, scale, out, rows):
-    x, scale, out = load64(x + HEAD), load64(scale + HEAD), load64(out + HEAD)
+@exported
+def softmax(table, part):
+    chunk = load64(table + 8)
+    stop = min(load64(table), (part + 1) * chunk)
+    x, scale = load64(load64(table + 16) + HEAD), load64(load64(table + 24) + HEAD)
+    out = load64(load64(table + 32) + HEAD)
     top, total = stack({block}), stack({block})
-    for first in range(0, rows, {block}):
-        last = min(first + {block}, rows)
+    for first in range(part * chunk, stop, {block}):
+        last = min(first + {block}, stop)
         for k in range(first, last):
             maximum(x + {4 * columns} * k, top + 8 * (k - first))
         for k in range(first, last):
@@ -127,5 +144,6 @@ def softmax(x, scale, out, rows):
             ratio(total + 8 * (k - first), scale + 4 * k, total + 8 * (k - first))
         for k in range(first, last):
             product(out + {4 * columns} * k, total + 8 * (k - first), out + {4 * columns} * k)
+    return 0
 '''
-    return codecache.load(source, stem="softmax").function(kind)
+    return codecache.load(source, stem="softmax")

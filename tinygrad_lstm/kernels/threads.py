@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 from tinygrad_lstm.errors import ArgumentError, DTypeError
 
 from . import codecache
@@ -266,6 +268,32 @@ def run(function: int, argument: int, parts: int) -> int:
     if _serial is None:
         _load()
     return _serial(function, argument, parts)
+
+
+def over_rows(function: int, rows: int, cost: int, *arguments: int) -> int:
+    """Run a native function of (table, part) over rows that do not depend on one another, on as many threads as pay.
+
+    Parameters
+    ----------
+    function : int
+        The address of a C function, as for :func:`run`.  Its table holds the number of rows, how many of them a part
+        takes, and the arguments.
+    rows, cost : int
+        How many, and about how many nanoseconds one takes.
+    arguments : int
+
+    Returns
+    -------
+    int
+        As :func:`run`.
+    """
+    parts = max(1, min(count(), rows * cost // WORTH))
+    chunk = -(-rows // parts)
+    table = np.array((rows, chunk, *arguments), np.int64)
+    return run(function, table.ctypes.data, -(-rows // chunk) if rows else 0)
+
+
+WORTH = 20_000  # nanoseconds of work that are worth another thread
 
 
 def count() -> int:
