@@ -20,6 +20,8 @@ from .work import Work, flop, shape_of
 __all__ = ["NN_LSTM", "NO_BUDGET", "SUITES", "run_suite"]
 
 SUITES = ("step", "forward", "custom", "cells", "training", "memory", "memory-budget", "first-call")
+#: A training run has no pauses: its batches are so many times as long as those of a single step.
+UNBROKEN = 10
 #: Ours a second time in a row, for a ratio with ourselves: the layer beside another cell, and no budget beside one.
 NN_LSTM, NO_BUDGET = "ours, nn.LSTM", "ours, no budget"
 #: Custom cells: at larger shapes autograd is left out, and of jax's forms all but the fastest.
@@ -134,7 +136,8 @@ def timed(
                     run.note(f"{where}: slower forms, not timed: {'; '.join(slower)}")
             if not ready:
                 return None
-            samples = take_turns(ready, run.settings.rounds, run.settings.budget, peaks, run.settings.row_seconds)
+            budget = run.settings.budget * (UNBROKEN if suite == "training" else 1)
+            samples = take_turns(ready, run.settings.rounds, budget, peaks, run.settings.row_seconds)
         except WorkerError as problem:
             run.errors.append(str(problem))
             return None
