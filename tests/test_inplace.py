@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 import tinygrad_lstm as tg
-from tinygrad_lstm import nn, ops
+from tinygrad_lstm import nn, ops, optim
 
 
 def leaf(*values: float) -> tg.Tensor:
@@ -397,3 +400,23 @@ def test_a_change_noted_in_the_middle_of_another_is_not_forgotten(monkeypatch):
     monkeypatch.setattr(storage, "now", interrupted)
     storage._note()
     assert storage.last_change[0] == later[0]
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "pickle"])
+def test_a_copy_of_a_parameter_is_watched_as_the_parameter(twin_of: Callable[[Any], Any]) -> None:
+    parameter = nn.Parameter(np.ones(400))
+    ops.square(parameter).sum().backward()
+    optim.SGD([parameter], 0.1).step()
+    parameter.grad = None
+    twin = twin_of(parameter)
+    loss = ops.square(twin).sum()
+    twin.data[0] = 7.0
+    with pytest.raises(tg.GraphError, match="changed in place"):
+        loss.backward()
+    ops.square(parameter).sum().backward()  # the copy is another one
+
+
+def test_a_pickle_holds_a_parameter_once() -> None:
+    parameter = nn.Parameter(np.ones(400))
+    size = parameter.numpy().nbytes
+    assert size < len(pickle.dumps(parameter)) < 1.5 * size

@@ -261,6 +261,22 @@ def test_equations_of_the_cell_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer(x)[0].tolist() == np.broadcast_to(np.arange(1.0, T + 1)[:, None, None], (T, B, H)).tolist()
 
 
+def test_what_was_patched_before_the_first_call_without_gradients_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = LAYERS["rnn"](), tg.tensor(sequence())
+    layer(x)  # kept here
+    monkeypatch.setattr(nn.RNNCell, "forward", lambda self, x, h: (h + 1.0, h + 1.0))
+    with tg.no_grad():
+        found = layer(x)[0]
+    assert found.tolist() == np.broadcast_to(np.arange(1.0, T + 1)[:, None, None], (T, B, H)).tolist()
+
+
+def test_a_patched_call_of_the_cell_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = LAYERS["rnn"](), tg.tensor(sequence())
+    layer(x), layer(x)
+    monkeypatch.setattr(nn.RNNCell, "__call__", lambda self, x, h=None: (h + 1.0, h + 1.0))
+    assert layer(x)[0].tolist() == np.broadcast_to(np.arange(1.0, T + 1)[:, None, None], (T, B, H)).tolist()
+
+
 def test_an_initial_state_of_the_users_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = LAYERS["rnn"](), tg.tensor(sequence())
     layer(x), layer(x)

@@ -319,8 +319,15 @@ def test_cotangents_and_tangents_are_converted(declare):
     ],
 )
 def test_jvp_rules_that_return_something_else(declare, jvp, error, message):
+    prim = declare(lambda x: 2 * x, lambda g: 2 * g, jvp=jvp)
     with pytest.raises(error, match=message):
-        tg.jvp(declare(lambda x: 2 * x, lambda g: 2 * g, jvp=jvp), (X,), (X,))
+        tg.jvp(prim, (X,), (X,))
+    with pytest.raises(error, match=message):
+        tg.gradcheck(prim, X)
+
+
+def test_gradcheck_of_what_has_no_forward_mode(declare):
+    assert tg.gradcheck(declare(np.sin, lambda g, x: np.asarray(g) * np.cos(np.asarray(x))), X)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -429,3 +431,12 @@ def test_no_grad_decorates_without_parentheses():
     doubler = Doubler()
     assert not doubler.of(x).requires_grad and not Doubler.of(doubler, x=x).requires_grad
     assert [y.requires_grad for y in doubler.several(x)] == [False, False]
+
+
+@tg.no_grad
+def tripled(x):
+    return x * 3
+
+
+def test_what_no_grad_decorates_is_pickled_as_a_function():
+    assert pickle.loads(pickle.dumps(tripled)) is tripled and copy.deepcopy(tripled) is tripled

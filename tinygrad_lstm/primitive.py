@@ -31,7 +31,7 @@ from tinygrad_lstm.pullback import REGISTRY, Differentiable, Rule, signature_of,
 from tinygrad_lstm.record import _STATE, Aval
 from tinygrad_lstm.tensor import Tensor, asarray
 
-__all__ = ["REGISTRY", "Aval", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
+__all__ = ["REGISTRY", "Aval", "OpaqueError", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 
 _ndarray = np.ndarray
 
@@ -273,8 +273,12 @@ def aval_of(value: Any) -> Aval:
     return Aval(value.shape, value.dtype) if isinstance(value, Tensor) else Aval((), np.asarray(value).dtype)
 
 
+class OpaqueError(GraphError):
+    """A derivative is asked for that nobody wrote."""
+
+
 def _unknown(*_: Any, who: str = "", **params: Any) -> Any:
-    raise GraphError(
+    raise OpaqueError(
         f"the VJP of {who!r} returned a NumPy array, so it cannot be differentiated itself (second derivatives, jvp); "
         "write the rule in ops"
     )

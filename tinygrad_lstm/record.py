@@ -285,6 +285,10 @@ class no_grad(ContextDecorator):
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if self._function is None or instance is None else MethodType(self._function, instance)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A decorated function is pickled as any other: by its name."""
+        return super().__reduce_ex__(protocol) if self._function is None else vars(self)["__qualname__"]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A function in which nothing is recorded; of a generator function, no step of it."""
         if self._function is not None:

@@ -55,6 +55,10 @@ class Storage:
         self.exposed = False  # somebody outside holds the array
         self.fingerprint: Any = None  # of the whole memory, if it was exposed after it was saved
 
+    def __reduce__(self) -> Any:
+        """None in deep copies and pickles: a tensor has memory of its own there, which nobody has seen."""
+        return type(None), ()
+
     def bump(self) -> None:
         """Note that the content was changed."""
         self.version += 1

@@ -196,6 +196,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         key = (
             variant,
             type(cell).forward,
+            type(cell).__call__,
             structure,
             Primitive.generation,
             carry_tree,

@@ -108,9 +108,10 @@ class _Ready:
     def __init__(self, runs: Sequence[_Run]) -> None:
         self.runs = runs
         self.changes = changes()
-        lines, names = self._looking()
+        # Settled now, also for what is written later: what is patched by then is not what was recorded.
+        self._asked = lines, names = self._looking()
         found = ", ".join(f"found{k}" for k in range(len(runs)))
-        self._captures = _written([*lines, f"return [{found}]"], names)
+        self._captures = _written([*lines, f"return [{found}]"], {**names})
 
     def captures(self, cells: Sequence[Any], current: State) -> list[list[Tensor]] | None:
         """What the runs capture; None where something was changed since, or somebody looks at single operations."""
@@ -168,7 +169,7 @@ class ReadyLayers(_Ready):
                 return None if captures is None else self(x, captures, current)
 
             return stacked
-        lines, names = self._looking()
+        lines, names = self._asked[0], {**self._asked[1]}
         (run,) = self.runs
 
         def result(final: Sequence[str], ys: Sequence[str]) -> str:
