@@ -320,3 +320,9 @@ def test_no_grad_on_generators_and_coroutines():
 
 def test_dropout_of_integers_that_changes_nothing():
     assert ops.dropout(tg.tensor([1, 2]), 0.5, training=False).tolist() == [1, 2]
+
+
+def test_backward_names_what_pytorch_calls_otherwise():
+    x = tg.tensor([1.0], requires_grad=True)
+    with pytest.raises(tg.DTypeError, match="found create_graph; gradients that are to be differentiated again"):
+        (x * x).sum().backward(create_graph=True)

@@ -378,3 +378,60 @@ def test_layer_called_twice_before_backward():
     found = {name: p.grad for name, p in layer.named_parameters()}
     expected = tg.grad(lambda m: (m(a)[0] ** 2).sum() + (m(b)[0] ** 2).sum())(layer)
     assert_trees(list(found.values()), list(expected.values()))
+
+
+# ---------------------------------------------------------------------------- cells that change themselves
+
+
+class Clock(nn.Module):
+    """Moves at every other step, which it counts itself."""
+
+    def __init__(self):
+        super().__init__()
+        self._t, self.lin = 0, nn.Linear(3, 4, dtype=np.float64)
+
+    def initial_state(self, batch):
+        self._t = 0
+        return tg.tensor(np.zeros((batch, 4)))
+
+    def forward(self, x, h):
+        self._t += 1
+        if self._t % 2 == 0:
+            h = ops.tanh(self.lin(x) + h)
+        return h, h
+
+
+class Noting(Clock):
+    """Sets an attribute to the same at every step."""
+
+    def forward(self, x, h):
+        self.width = x.shape[-1]
+        h = ops.tanh(self.lin(x) + h)
+        return h, h
+
+
+def test_a_cell_that_counts_its_steps_runs_step_by_step(rng, monkeypatch):
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    layer, x = nn.Recurrent(Clock()), tg.tensor(rng.standard_normal((5, 2, 3)))
+    for _ in range(3):
+        found = layer(x)[0].numpy()
+        assert layer.cell._t == 5 and "Clock changes its _t at every step" in str(tg.explain())
+        with tg.eager():
+            np.testing.assert_array_equal(found, layer(x)[0].numpy())
+        assert np.array_equal(found[1], found[2]) and not np.array_equal(found[2], found[3])
+
+
+def test_a_cell_that_sets_what_stays_is_compiled(rng, monkeypatch):
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "always")
+    layer, x = nn.Recurrent(Noting()), tg.tensor(rng.standard_normal((5, 2, 3)))
+    for _ in range(3):
+        layer(x)
+        assert tg.explain().lowered and layer.cell.width == 3
+
+
+def test_a_cell_whose_class_is_of_no_module(rng):
+    names = {"nn": nn, "ops": ops, "np": np, "tg": tg}
+    exec("class Cell(nn.GRUCell):\n    def forward(self, x, h):\n        return nn.GRUCell.forward(self, x, h)", names)
+    assert names["Cell"].forward.__module__ is None
+    layer, x = nn.Recurrent(names["Cell"](3, 4)), tg.tensor(rng.standard_normal((5, 2, 3)).astype(np.float32))
+    np.testing.assert_array_equal(layer(x)[0].numpy(), layer(x)[0].numpy())

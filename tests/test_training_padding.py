@@ -217,3 +217,9 @@ def test_a_batch_is_a_tuple_of_three_and_keeps_what_it_says() -> None:
     np.testing.assert_array_equal(targets[batch.mask], np.concatenate([x[:, :1] for x in xs]))
     for other in (pickle.loads(pickle.dumps(batch)), copy.copy(batch)):
         assert (other.per_step, other.batch_first) == (True, True) and isinstance(other, Batch)
+
+
+@pytest.mark.parametrize("lengths", [[3], [4] * 5, [5, 6], [2, 2, 2]])
+def test_lengths_that_fit_no_axis_of_the_batch_are_refused(lengths):
+    with pytest.raises(tg.ShapeError, match=f"a batch has {len(lengths)} lengths of up to .* inputs of 5 x 2"):
+        unpack((np.zeros((5, 2, 3)), np.zeros((5, 2, 3)), lengths))

@@ -372,7 +372,7 @@ class Tensor:
         hooks.append(hook)
         return HookHandle(hooks, hook)
 
-    def backward(self, grad: Any = None, retain_graph: bool = False) -> None:
+    def backward(self, grad: Any = None, retain_graph: bool = False, **unknown: Any) -> None:
         """Replay the tape behind this tensor in reverse and accumulate into ``grad`` of every leaf.
 
         Parameters
@@ -395,6 +395,11 @@ class Tensor:
         >>> x.grad.tolist()
         [2.0, 4.0]
         """
+        if unknown:
+            raise DTypeError(
+                f"backward takes grad (the cotangent) and retain_graph, found {', '.join(unknown)}; gradients that are "
+                "to be differentiated again are those of tg.grad and tg.hvp"
+            )
         if not self._rg:
             raise GraphError(
                 "backward() on a tensor that does not require a gradient: none of the values it was computed from has "

@@ -121,7 +121,7 @@ def watch(who: str, model: Any, x: Any, loss: Callable[..., Any], target: Any = 
     }
     added, accumulated = _contributions(uses, gradients, steps)
     series = []
-    for (name, kind), one in _named(found).items():
+    for (name, kind), one in _named(_joined(found, chosen)).items():
         if len(one) == steps and len({tensor.shape for tensor in one.values()}) == 1:
             series.append(_series(name, kind, one, gradients, watched, chosen))
     series.sort(key=lambda s: s.kind != "state")
@@ -142,7 +142,7 @@ def _check_size(who: str, sources: list[Tensor]) -> None:
 Key = tuple[str, int, int]  # path, place among the records of a step there, which output
 
 
-def _values(tape: Tape) -> dict[tuple[str, str, bool, int], dict[int, Tensor]]:
+def _values(tape: Tape) -> Found:
     """(path, name, is a state, serial) -> step -> value: of all that has a name or crosses from a step to the next."""
     position: dict[int, Key] = {}  # serial -> key of its first output
     counters: dict[tuple[str, int], int] = {}
@@ -165,7 +165,7 @@ def _values(tape: Tape) -> dict[tuple[str, str, bool, int], dict[int, Tensor]]:
                 path, place, _ = position[before.serial]
                 crossing[path, place, index] = None
     labels = {key: _label(steps, key[2]) for key, steps in outputs.items()}
-    found: dict[tuple[str, str, bool, int], dict[int, Tensor]] = {}
+    found: Found = {}
     for key, steps in outputs.items():
         label, crosses = labels[key], key in crossing
         if label is None and crosses:
@@ -211,7 +211,23 @@ def _inherited(
     return names.pop() if len(names) == 1 else None
 
 
-def _named(found: dict[tuple[str, str, bool, int], dict[int, Tensor]]) -> dict[tuple[str, str], dict[int, Tensor]]:
+Chosen = dict[int, tuple[Record, Tensor]]
+Found = dict[tuple[str, str, bool, int], dict[int, Tensor]]
+
+
+def _joined(found: Found, chosen: Chosen) -> Found:
+    """A state that lengths chose takes the place of the new state of the same name that it was chosen from."""
+    keys = {id(tensor): key for key, one in found.items() for tensor in one.values()}
+    for key, one in list(found.items()):
+        origins = {keys.get(id(chosen[id(tensor)][1])) for tensor in one.values() if id(tensor) in chosen}
+        origin = origins.pop() if len(origins) == 1 else None
+        if origin is not None and origin != key and origin in found and origin[1] == key[1]:
+            del found[origin]
+            found[origin[0], key[1], True, origin[3]] = found.pop(key)
+    return dict(sorted(found.items(), key=lambda item: item[0][3]))
+
+
+def _named(found: Found) -> dict[tuple[str, str], dict[int, Tensor]]:
     """(shown name, kind) -> values; paths only where the names alone are not enough."""
     labels = [label for _, label, _, _ in found]
     named: dict[tuple[str, str], dict[int, Tensor]] = {}
@@ -225,9 +241,6 @@ def _named(found: dict[tuple[str, str, bool, int], dict[int, Tensor]]) -> dict[t
         taken.add(free)
         named[free, "state" if crosses else "gate"] = one
     return named
-
-
-Chosen = dict[int, tuple[Record, Tensor]]
 
 
 def _chosen_by_lengths(tape: Tape) -> Chosen:

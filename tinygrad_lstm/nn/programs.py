@@ -176,6 +176,45 @@ def _is_attribute(holder: Any) -> bool:
     return isinstance(holder, dict) and "_version" in holder
 
 
+def _recorded_still(cell: Module, record: Callable[[], Recorded]) -> Recorded:
+    """What is recorded of a body; TraceError where the body changes attributes of the cell at every step (a counter):
+    what is recorded would have their first values for ever."""
+    before = _settings(cell)
+    recorded = record()
+    once = _settings(cell)
+    if once == before:
+        return recorded
+    recorded = record()  # what was only set (to the same at every step) is now as it stays
+    twice = _settings(cell)
+    if twice == once:
+        return recorded
+    changed = sorted({key[1] for key, value in twice.items() if once.get(key, cell) != value})
+    for module in cell.modules():
+        for name in changed:
+            place = id(module), name
+            if place in before:
+                setattr(module, name, before[place])
+            elif place in twice:
+                delattr(module, name)
+    raise TraceError(
+        f"{type(cell).__name__} changes its {', '.join(changed)} at every step, so it runs step by step; to be "
+        "compiled, a number that changes from step to step must be a part of the state or of the input"
+    )
+
+
+def _settings(cell: Module) -> dict[tuple[int, str], Any]:
+    """The plain values among the attributes of a cell's modules."""
+    return {
+        (id(module), name): value
+        for module in cell.modules()
+        for name, value in module.__dict__.items()
+        if value.__class__ in _PLAIN_VALUES and name not in ("_version", "_label")
+    }
+
+
+_PLAIN_VALUES = frozenset({type(None), bool, int, float, str})
+
+
 def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
     """A function like :func:`~tinygrad_lstm.ops.control.record_body` that looks into the cell's cache first.
 
@@ -219,7 +258,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
             return None
         known = known_of(cell, make=True)
         try:
-            recorded = record_body(body, carry, carry_tree, xs, x_tree)
+            recorded = _recorded_still(cell, lambda: record_body(body, carry, carry_tree, xs, x_tree))
         except TraceError as error:
             known[key] = str(error)  # it needs values: do not try again at every call
             raise

@@ -310,7 +310,7 @@ def _is_ours(cell: Any) -> bool:
     """Whether equations and initial state are those of this package: that one is zeros, and stays so."""
     kind = type(cell)
     methods = [getattr(kind, name, None) for name in _METHODS]
-    ours = all(m is None or getattr(m, "__module__", "").startswith("tinygrad_lstm.") for m in methods)
+    ours = all(m is None or (getattr(m, "__module__", None) or "").startswith("tinygrad_lstm.") for m in methods)
     return ours and isinstance(cell, GatedCell) and vars(cell).keys().isdisjoint(_OVERRIDES)
 
 

@@ -88,11 +88,17 @@ def has_padding(inputs: Any, lengths: np.ndarray) -> bool:
 def _layout(inputs: Any, lengths: np.ndarray) -> tuple[int, bool | None]:
     """The steps of a batch, padding included, and whether the batch is its first axis; None where both fit."""
     n, longest = lengths.size, int(lengths.max(initial=0))
-    for shape in (np.shape(leaf)[:2] for leaf in flatten(inputs)[0]):
-        if len(shape) == 2 and n in shape:
+    shapes = [shape for leaf in flatten(inputs)[0] if len(shape := np.shape(leaf)[:2]) == 2]
+    for shape in shapes:
+        if n in shape:
             time_first, batch_first = shape[1] == n and shape[0] >= longest, shape[0] == n and shape[1] >= longest
             if time_first or batch_first:
                 return (shape[1] if batch_first else shape[0]), (None if time_first and batch_first else batch_first)
+    if shapes and n:
+        raise ShapeError(
+            f"a batch has {n} lengths of up to {longest} steps, but inputs of {' x '.join(map(str, shapes[0]))} (steps "
+            "and sequences, or the other way round); expected one length per sequence, at most the number of steps"
+        )
     return longest, None
 
 
