@@ -92,6 +92,13 @@ def _over_rows(kind: str, rows: np.ndarray, *others: np.ndarray) -> None:
     threads.over_rows(_compiled(columns).address(kind), count, columns, id(rows), *map(id, others))
 
 
+def _part_of(*names: str) -> str:
+    """The text that finds a part's rows, and the arrays, in the table of :func:`.threads.over_rows`."""
+    lines = ["chunk = load64(table + 8)", "stop = min(load64(table), (part + 1) * chunk)"]
+    lines += [f"{name} = load64(load64(table + {16 + 8 * k}) + HEAD)" for k, name in enumerate(names)]
+    return "\n".join(f"    {line}" for line in lines)
+
+
 @functools.cache
 def _compiled(columns: int) -> Program:
     from . import codecache
@@ -114,10 +121,7 @@ product = {_call(_product, (True, False), ("",), columns)}
 
 @exported
 def sums(table, part):
-    chunk = load64(table + 8)
-    stop = min(load64(table), (part + 1) * chunk)
-    x, top = load64(load64(table + 16) + HEAD), load64(load64(table + 24) + HEAD)
-    total = load64(load64(table + 32) + HEAD)
+{_part_of("x", "top", "total")}
     for first in range(part * chunk, stop, {block}):
         last = min(first + {block}, stop)
         for k in range(first, last):
@@ -129,10 +133,7 @@ def sums(table, part):
 
 @exported
 def softmax(table, part):
-    chunk = load64(table + 8)
-    stop = min(load64(table), (part + 1) * chunk)
-    x, scale = load64(load64(table + 16) + HEAD), load64(load64(table + 24) + HEAD)
-    out = load64(load64(table + 32) + HEAD)
+{_part_of("x", "scale", "out")}
     top, total = stack({block}), stack({block})
     for first in range(part * chunk, stop, {block}):
         last = min(first + {block}, stop)
