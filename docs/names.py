@@ -40,6 +40,11 @@ Coming from PyTorch:
   Parameter. An update by hand is `p.data -= lr * p.grad`: `data` and `grad` are arrays, and nothing of it is recorded.
 * `optim.clip_grad_norm` has no underscore; `loss.backward(grad)` takes the cotangent by that name; `x.numpy()` needs no
   `detach`.
+* `transpose` takes a permutation of all axes, as in NumPy, where `swapaxes(0, 1)` exchanges two; `ops.chunk` splits the
+  last axis unless told otherwise; `t.shape`, in place of `t.size()`.
+* There is no `create_graph`: gradients to differentiate again are those of functions, `tg.grad(f)(module)` or
+  `tg.hvp(f, (module,), (vector,))`, a Module's as a dict by parameter name. `f` gets the Module as its argument: a
+  parameter that it closes over is a constant to it, and has no part in the result.
 * The layout of weights, gates and arguments of `nn.LSTM`, `nn.GRU` and `nn.RNN` is PyTorch's.
 
 How to train with it all is told in [training.md](training.md).
