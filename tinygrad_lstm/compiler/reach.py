@@ -16,7 +16,8 @@ import dis
 import functools
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -26,9 +27,10 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Reach", "global_names", "is_foreign", "is_plain_object", "is_scalar", "scalar_key"]
+__all__ = ["Reach", "checked", "global_names", "is_foreign", "is_plain_object", "is_scalar", "scalar_key"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
+MOST_CHECKED = 1 << 26  # bytes of arrays; a data set, perhaps in many files, is not read through
 _MOST = 20_000  # objects looked at: what lies behind is taken as it is
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"numpy", "numba", "scipy", "torch", "jax"}
 
@@ -70,6 +72,16 @@ def _global_paths(code: CodeType) -> tuple[tuple[str, ...], ...]:
     return tuple(sorted(found))
 
 
+def checked(arrays: Iterable[np.ndarray]) -> list[tuple[np.ndarray, int]]:
+    """Arrays with a checksum of what they hold, as far as it is not too much to read."""
+    found, left = [], MOST_CHECKED
+    for array in arrays:
+        if array.nbytes <= left and not array.dtype.hasobject:
+            left -= array.nbytes
+            found.append((array, zlib.crc32(array.tobytes())))
+    return found
+
+
 class _Cell:
     """A closure cell read like a dict with one entry."""
 
@@ -80,6 +92,9 @@ class _Cell:
 
     def __getitem__(self, key: Any) -> Any:
         return self.cell.cell_contents
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.cell.cell_contents = value
 
 
 class Reach:
@@ -138,6 +153,37 @@ class Reach:
     def arrays(self) -> list[np.ndarray]:
         """The NumPy arrays that were found; as objects they count by identity."""
         return [value for value in self._keep if isinstance(value, np.ndarray)]
+
+    def by_content(self) -> tuple[Any, ...]:
+        """The key with arrays by what they hold: other numbers, another result."""
+        known = {("object", id(a)): (a.shape, a.dtype, number) for a, number in checked(self.arrays())}
+        return tuple([known.get(part, part) if part.__class__ is tuple else part for part in self.key])
+
+    def kept(self) -> Callable[[], None]:
+        """A function that puts back what now stands in all places: attributes, items, globals, numbers in arrays."""
+        holders = [*(attributes for attributes, _, _ in self._modules), *(c for c, _ in self._lengths)]
+        dicts = [(each, dict(each)) for each in holders if isinstance(each, dict)]
+        lists = [(each, list(each)) for each in holders if isinstance(each, list)]
+        sets = [(each, set(each)) for each, _ in self._sets if isinstance(each, set)]
+        arrays = [(array, array.copy()) for array, _ in checked(self.arrays()) if array.flags.writeable]
+        places = [each for each in self._identities if isinstance(each[0], (dict, _Cell))]
+
+        def put_back() -> None:
+            for attributes, items in dicts:
+                for name in attributes.keys() - items.keys():
+                    del attributes[name]
+                attributes.update(items)
+            for sequence, values in lists:
+                sequence[:] = values
+            for content, members in sets:
+                content.clear()
+                content.update(members)
+            for array, numbers in arrays:
+                np.copyto(array, numbers)
+            for holder, place, found in places:
+                holder[place] = found
+
+        return put_back
 
     # ------------------------------------------------------------------ looking
 

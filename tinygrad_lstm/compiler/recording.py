@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from tinygrad_lstm.compiler import report as _report
 from tinygrad_lstm.compiler.blame import explained, line_where, within
 from tinygrad_lstm.compiler.draws import CompileWarning, drawn_once
-from tinygrad_lstm.compiler.reach import Reach, is_scalar
+from tinygrad_lstm.compiler.reach import Reach, checked, is_scalar
 from tinygrad_lstm.compiler.whole import bind_program, executable, optimised
 from tinygrad_lstm.errors import Error, TraceError
 from tinygrad_lstm.primitive import Aval, Primitive
@@ -29,7 +28,6 @@ __all__ = ["CompileWarning", "Entry", "FunctionTrace", "Recording"]
 
 # A loop over time was probably unrolled where so much was recorded, and one place in the code ran so often.
 MANY_RECORDS, MANY_TURNS = 2_000, 20
-MOST_CHECKED = 1 << 26  # bytes of arrays; a data set, perhaps in many files, is not read through
 
 _DERIVING = frozenset({"tinygrad_lstm.autodiff.matrices", "tinygrad_lstm.pushforward", "tinygrad_lstm.tape"})
 
@@ -72,11 +70,7 @@ def _contents(reaches: Sequence[Reach]) -> list[Any]:
     tensors = [holder[place] for reach in reaches for holder, place in reach.tensors]
     made: list[Any] = [(t.version, t._rg) for t in tensors]
     arrays = [a for r in reaches for a in r.arrays()] + [t._data for t in tensors if not isinstance(t, TracedTensor)]
-    left = MOST_CHECKED
-    for array in arrays:
-        if array.nbytes <= left and not array.dtype.hasobject:
-            left -= array.nbytes
-            made.append(zlib.crc32(array.tobytes()))
+    made += [number for _, number in checked(arrays)]
     return made
 
 

@@ -177,42 +177,23 @@ def _is_attribute(holder: Any) -> bool:
 
 
 def _recorded_still(cell: Module, record: Callable[[], Recorded]) -> Recorded:
-    """What is recorded of a body; TraceError where the body changes attributes of the cell at every step (a counter):
-    what is recorded would have their first values for ever."""
-    before = _settings(cell)
-    recorded = record()
-    once = _settings(cell)
+    """What is recorded of a body; TraceError where the body changes something at every step (a counter, a flag that its
+    first step clears): what is recorded would have the first values for ever."""
+    reach = Reach(cell)
+    before, put_back = reach.by_content(), reach.kept()
+    first = record()
+    once = Reach(cell).by_content()
     if once == before:
-        return recorded
-    recorded = record()  # what was only set (to the same at every step) is now as it stays
-    twice = _settings(cell)
-    if twice == once:
-        return recorded
-    changed = sorted({key[1] for key, value in twice.items() if once.get(key, cell) != value})
-    for module in cell.modules():
-        for name in changed:
-            place = id(module), name
-            if place in before:
-                setattr(module, name, before[place])
-            elif place in twice:
-                delattr(module, name)
+        return first
+    # What is only set, to the same at every step, is now as it stays.
+    second = record()
+    if Reach(cell).by_content() == once and second.program.key == first.program.key:
+        return second
+    put_back()
     raise TraceError(
-        f"{type(cell).__name__} changes its {', '.join(changed)} at every step, so it runs step by step; to be "
-        "compiled, a number that changes from step to step must be a part of the state or of the input"
+        f"{type(cell).__name__} changes something at every step (an attribute, say), so it runs step by step; to be "
+        "compiled, what changes from step to step must be a part of the state or of the input"
     )
-
-
-def _settings(cell: Module) -> dict[tuple[int, str], Any]:
-    """The plain values among the attributes of a cell's modules."""
-    return {
-        (id(module), name): value
-        for module in cell.modules()
-        for name, value in module.__dict__.items()
-        if value.__class__ in _PLAIN_VALUES and name not in ("_version", "_label")
-    }
-
-
-_PLAIN_VALUES = frozenset({type(None), bool, int, float, str})
 
 
 def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
@@ -224,12 +205,15 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
     if not isinstance(cell, Module):
         return record_body
 
-    def record(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded | None:
+    def found_or_recorded(body: Any, carry: Any, carry_tree: Any, xs: Any, x_tree: Any) -> Recorded | None:
+        def record() -> Recorded:
+            return _recorded_still(cell, lambda: record_body(body, carry, carry_tree, xs, x_tree))
+
         structure: Any = _quick_state(cell)
         settled = structure is not None
         if structure is None:
             if _has_opaque_state(cell):
-                return None if body is None else record_body(body, carry, carry_tree, xs, x_tree)
+                return None if body is None else record()
             structure = (cell.version, tuple(module.training for module in cell.modules()))
         known = known_of(cell) or {}
         key = (
@@ -258,7 +242,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
             return None
         known = known_of(cell, make=True)
         try:
-            recorded = _recorded_still(cell, lambda: record_body(body, carry, carry_tree, xs, x_tree))
+            recorded = record()
         except TraceError as error:
             known[key] = str(error)  # it needs values: do not try again at every call
             raise
@@ -282,4 +266,4 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
             recorded.entry = known[key] if known[key].settled else None
         return recorded
 
-    return record
+    return found_or_recorded
