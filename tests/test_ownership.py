@@ -18,7 +18,7 @@ SIZES = [5, pool.SMALLEST]  # in the allocator's memory, in the pool's
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of gradients that had to be copied."""
-    module: Any = sys.modules["tinygrad_lstm.tensor"]
+    module: Any = sys.modules["tinygrad_lstm.leaves"]
     seen: list[tuple[int, ...]] = []
     copied = module.copied
     monkeypatch.setattr(module, "copied", lambda array, dtype: seen.append(array.shape) or copied(array, dtype))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.tensor import Tensor, asarray, is_weak, read, to_array
+from tinygrad_lstm.dtypes import is_weak
+from tinygrad_lstm.tensor import Tensor, asarray, read, to_array
 
 __all__ = ["as_operands", "together"]
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import GraphError
+from tinygrad_lstm.errors import ArgumentError, GraphError, OutOfRangeError, ShapeError
 from tinygrad_lstm.record import Output, Record, now
 
 if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Storage", "fingerprint", "guard_of", "last_change", "share", "verify"]
+__all__ = ["Storage", "assign", "fingerprint", "guard_of", "last_change", "share", "verify"]
 
 
 # The serial of the last time that any memory was exposed or changed: older records are looked at, younger ones cannot
@@ -148,3 +148,19 @@ def _changed(what: str, record: Record) -> GraphError:
         f"{what} was changed in place after it was saved for the backward pass; change it (or call optimizer.step()) "
         "after backward(), or write to a copy"
     )
+
+
+def assign(array: np.ndarray, index: Any, value: Any) -> None:
+    """``array[index] = value`` for a number or an array; what does not fit is said in words of our own."""
+    if not array.flags.writeable:
+        raise ArgumentError(f"the array of this tensor of shape {array.shape} is read-only; tg.tensor makes a copy")
+    try:
+        array[index] = value
+    except IndexError:
+        raise OutOfRangeError(f"index {index!r:.80} does not fit an array of shape {array.shape}") from None
+    except OverflowError:
+        raise OutOfRangeError(f"{value!r} does not fit the dtype {array.dtype}") from None
+    except ValueError:
+        if not np.ndim(value):
+            raise ArgumentError(f"{value!r} does not fit the dtype {array.dtype}") from None
+        raise ShapeError(f"a value of shape {value.shape} for t[{index!r:.80}] of shape {array[index].shape}") from None

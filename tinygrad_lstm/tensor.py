@@ -12,42 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, OutOfRangeError, ShapeError, TraceError
-from tinygrad_lstm.kernels.pool import copied
-from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
+from tinygrad_lstm.dtypes import as_dtype, check_differentiable, is_weak
+from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
+from tinygrad_lstm.leaves import HookHandle, Meta, accumulate_grad, no_gradients, take_gradient
+from tinygrad_lstm.ownership import settle
 from tinygrad_lstm.record import _STATE, SILENT, state
 from tinygrad_lstm.replays import known_replay
-from tinygrad_lstm.storage import Storage, watch_output
+from tinygrad_lstm.storage import Storage, assign, watch_output
 from tinygrad_lstm.tape import Output, Record, replay, run_hooks
 
-__all__ = ["Tensor", "as_like", "asarray", "is_weak", "read", "tensor"]
-
-
-class Meta:
-    """What few tensors have: a gradient, hooks, a name."""
-
-    __slots__ = ("grad", "hooks", "label")
-
-    def __init__(self) -> None:
-        self.grad: np.ndarray | None = None
-        self.hooks: list[Any] | None = None
-        self.label: str | None = None
-
-
-class HookHandle:
-    """What :meth:`Tensor.register_hook` returns; removing a hook twice is no error."""
-
-    __slots__ = ("_hook", "_hooks")
-
-    def __init__(self, hooks: list[Any], hook: Any) -> None:
-        self._hooks, self._hook = hooks, hook
-
-    def remove(self) -> None:
-        """Take the hook off; it is not called again."""
-        if self._hook in self._hooks:
-            self._hooks.remove(self._hook)
-
-    __call__ = remove
+__all__ = ["Tensor", "as_like", "asarray", "read", "tensor"]
 
 
 class Tensor:
@@ -241,28 +215,12 @@ class Tensor:
                 "writing a tensor that requires a gradient into another one loses the gradient; build the result with "
                 "ops.stack, ops.concatenate, ops.where or ops.scatter_add, or write value.detach()"
             )
-        self._write(index, value)
-        self._bump()
-
-    def _write(self, index: Any, value: Any) -> None:
         if isinstance(value, Tensor):
-            array: Any = value._data
-        else:
-            array = value if isinstance(value, (int, float)) else to_array(value, self.dtype)
-        if not self._data.flags.writeable:
-            raise ArgumentError(f"the array of this tensor of shape {self.shape} is read-only; tg.tensor makes a copy")
-        try:
-            self._data[index] = array
-        except IndexError:
-            raise OutOfRangeError(f"index {index!r:.80} does not fit an array of shape {self.shape}") from None
-        except OverflowError:
-            raise OutOfRangeError(f"{value!r} does not fit the dtype {self.dtype}") from None
-        except ValueError:
-            if not np.ndim(array):
-                raise ArgumentError(f"{value!r} does not fit the dtype {self.dtype}") from None
-            raise ShapeError(
-                f"a value of shape {array.shape} for t[{index!r:.80}] of shape {self._data[index].shape}"
-            ) from None
+            value = value._data
+        elif not isinstance(value, (int, float)):
+            value = to_array(value, self.dtype)
+        assign(self._data, index, value)
+        self._bump()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What copy.deepcopy and pickle ask: the value of a leaf; there is no copy of a graph."""
@@ -455,84 +413,13 @@ def _one(dtype: np.dtype) -> np.ndarray:
     return np.ones((), dtype)
 
 
-def no_gradients(what: str) -> TraceError:
-    """What recorded code cannot do: it runs once as Python, and its gradients are not there yet."""
-    return TraceError(
-        f"{what} while the body is being recorded; what is recorded runs only once as Python: read, set and clear "
-        "gradients outside of it"
-    )
-
-
-def accumulate_grad(leaf: Tensor, cotangent: Tensor) -> None:
-    """Add a finished cotangent to ``leaf.grad``, in an array that nothing else refers to."""
-    if not leaf._rg:
-        return
-    sole = is_sole(cotangent)
-    _accumulate(leaf, cotangent._data, sole)
-
-
-def take_gradient(leaf: Tensor, array: np.ndarray) -> None:
-    """:func:`accumulate_grad` for the array that a known replay found."""
-    if not leaf._rg:  # linked for a Tape only
-        return
-    meta = leaf._meta or leaf._more()
-    if meta.grad is None and is_sole_array(array) and _fits(array, leaf):
-        meta.grad = array
-    else:
-        _accumulate(leaf, array, False)
-
-
-def _accumulate(leaf: Tensor, array: np.ndarray, sole: bool) -> None:
-    meta = leaf._meta or leaf._more()
-    if meta.grad is not None:
-        meta.grad = meta.grad + array  # a new array: the user may have kept the old one
-    elif sole and _fits(array, leaf):
-        meta.grad = array
-    else:
-        meta.grad = copied(array, leaf.dtype)
-
-
-def _fits(array: np.ndarray, leaf: Tensor) -> bool:
-    """Whether an array may become the gradient of a leaf as it is."""
-    flags = array.flags
-    return array.dtype is leaf._data.dtype and flags.c_contiguous and flags.writeable
-
-
 # ---------------------------------------------------------------------------- making tensors
-
-
-def check_differentiable(dtype: np.dtype) -> None:
-    """Raise unless gradients exist for this dtype."""
-    if dtype.kind != "f":
-        raise DTypeError(f"requires_grad needs a floating dtype, found {dtype}; convert with astype(np.float32)")
-
-
-def _only_python_numbers(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_only_python_numbers(item) for item in value)
-    return not isinstance(value, (np.generic, np.ndarray))
-
-
-def is_weak(array: np.ndarray, value: Any) -> bool:
-    """Whether an array was read from Python floats: its dtype is for others to say."""
-    return array.dtype == np.float64 and _only_python_numbers(value)
 
 
 def _holds_tensors(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_holds_tensors(item) for item in value)
     return isinstance(value, Tensor)
-
-
-def as_dtype(dtype: Any) -> np.dtype:
-    """A dtype that a tensor can have, from whatever names one."""
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        raise DTypeError(f"{dtype!r} is no dtype; expected something like np.float32 or 'int64'") from None
-    if found.kind not in "fiub":
-        raise DTypeError(f"a tensor holds real numbers, integers or booleans; found the dtype {found}")
-    return found
 
 
 def read(value: Any) -> np.ndarray:

@@ -11,10 +11,11 @@ import numpy as np
 
 from tinygrad_lstm.autodiff.forward import jvp
 from tinygrad_lstm.autodiff.reverse import check_callable, grad, opened, value_and_grad, vjp
+from tinygrad_lstm.dtypes import check_differentiable
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import reshape, stack
 from tinygrad_lstm.primitive import Aval, zeros
-from tinygrad_lstm.tensor import Tensor, asarray, check_differentiable
+from tinygrad_lstm.tensor import Tensor, asarray
 from tinygrad_lstm.tree import flatten
 
 __all__ = ["hessian", "hvp", "jacobian"]

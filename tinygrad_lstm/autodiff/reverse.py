@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinygrad_lstm.autodiff.standins import opened
+from tinygrad_lstm.dtypes import check_differentiable
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.ops.shape import alias
 from tinygrad_lstm.primitive import Aval, zeros
 from tinygrad_lstm.record import now
 from tinygrad_lstm.tape import differentiate, observed, paths, recording, state
-from tinygrad_lstm.tensor import Tensor, asarray, check_differentiable, seed_cotangent
+from tinygrad_lstm.tensor import Tensor, asarray, seed_cotangent
 from tinygrad_lstm.tree import TreeDef, flatten, leaf_paths, unflatten
 
 __all__ = ["grad", "value_and_grad", "vjp"]

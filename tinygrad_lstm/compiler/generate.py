@@ -240,37 +240,31 @@ def _crossing(lowered: Lowered) -> set[str]:
 
 
 def _scratch(lowered: Lowered, used: set[str], writer: Writer) -> None:
-    """Addresses of scratch: buffers of one row first, then those with a row for every row of the part, or of a block
-    of products."""
+    """Addresses of scratch: buffers of one row first, then those with a row for every row of the part, then those with
+    one for every row of a block of products, and what these read."""
     crossing, wide = _crossing(lowered), _wide(lowered)
     fixed = per_row = per_wide = 0
-    for k, nbytes in enumerate(lowered.scratch):
-        name = f"t{k}"
-        if name not in used:
-            continue
-        start = "scratch + part * scratch_size"
+
+    def place() -> str:
+        return f"scratch + part * scratch_size + {fixed} + {per_row} * chunk + {per_wide} * max(chunk, {BLOCK})"
+
+    sizes = [(f"t{k}", nbytes) for k, nbytes in enumerate(lowered.scratch) if f"t{k}" in used]
+    for name, nbytes in sizes:
+        writer.line(f"r_{name} = {nbytes if name in crossing else 0}")
         if name not in crossing:
-            writer.line(f"b_{name} = {start} + {fixed}")
-            writer.line(f"r_{name} = 0")
+            writer.line(f"b_{name} = {place()}")
             fixed += nbytes
-    for k, nbytes in enumerate(lowered.scratch):
-        name = f"t{k}"
-        if name not in crossing:
-            continue
-        writer.line(f"r_{name} = {nbytes}")
+    for name, nbytes in sizes:
+        if name in crossing - wide:
+            # Address of row 0 of the batch, as for every other buffer: rows of the part start at r0.
+            writer.line(f"b_{name} = {place()} - r0 * {nbytes}")
+            per_row += nbytes
+    for name, nbytes in sizes:
         if name in wide:
-            continue
-        # Address of row 0 of the batch, as for every other buffer: rows of the part start at r0.
-        writer.line(f"b_{name} = scratch + part * scratch_size + {fixed} + {per_row} * chunk - r0 * {nbytes}")
-        per_row += nbytes
-    for k, nbytes in enumerate(lowered.scratch):
-        if f"t{k}" in wide:
-            place = f"{fixed} + {per_row} * chunk + {per_wide} * max(chunk, {BLOCK})"
-            writer.line(f"e_t{k} = scratch + part * scratch_size + {place}")
+            writer.line(f"e_{name} = {place()}")
             per_wide += nbytes
     if wide:
-        place = f"{fixed} + {per_row} * chunk + {per_wide} * max(chunk, {BLOCK})"
-        writer.line(f"together = scratch + part * scratch_size + {place}")
+        writer.line(f"together = {place()}")
 
 
 def _wide(lowered: Lowered) -> set[str]:

@@ -309,7 +309,7 @@ def _evaluate(name: str, *args: Value) -> Value:
     leaf = LEAVES[name]
     if name in _RULES and (args[0].dtype in (*leaf.vector, "bool") or args[0].whole):
         return _RULES[name](*args)
-    return _library(leaf.library, *args)
+    return _library(leaf.libm, *args)
 
 
 def apply(name: str, args: list[Value], constants: list[float | None]) -> Value:

@@ -2,7 +2,7 @@
 
 A row says what the leaf is called, how many arguments it takes, which NumPy callable computes it (the
 reference), and how native code gets it: for the dtypes in ``vector``, :mod:`.lowering` has a rule of the
-same name that writes LLVM instructions for any number of lanes; for the others, ``library`` is the scalar
+same name that writes LLVM instructions for any number of lanes; for the others, ``libm`` is the scalar
 function of the mathematics library that is called lane by lane.
 
 The meaning of every leaf is NumPy's: ``maximum`` and ``minimum`` propagate NaN, ``sign(NaN)`` is NaN,
@@ -35,7 +35,7 @@ class Leaf:
     arity: int
     numpy: Callable[..., Any]
     kind: str
-    library: str = ""
+    libm: str = ""
     vector: tuple[str, ...] = ("float32", "float64")
 
     @property

@@ -14,13 +14,15 @@ import numpy as np
 
 from tinygrad_lstm.calls import misfit
 from tinygrad_lstm.checks import check_dtype
+from tinygrad_lstm.dtypes import check_differentiable
 from tinygrad_lstm.errors import ArgumentError, DTypeError, GraphError, ShapeError
 from tinygrad_lstm.foreign import array_of
 from tinygrad_lstm.hints import explain_missing, suffix_hint
 from tinygrad_lstm.kernels.pool import on_lines
+from tinygrad_lstm.leaves import no_gradients
 from tinygrad_lstm.nn.containers import CONTAINERS, further, name_part, plain_values
 from tinygrad_lstm.tape import _STATE
-from tinygrad_lstm.tensor import Tensor, check_differentiable, no_gradients, to_array
+from tinygrad_lstm.tensor import Tensor, to_array
 
 __all__ = ["LoadResult", "Module", "Parameter", "changes"]
 

@@ -159,16 +159,11 @@ class RecurrentLayers(Budgeted):
         plain = lengths is None and not return_states and not return_gates and memory is None
         if plain and x.__class__ is Tensor:
             ready, current = find(self, x), _STATE.get()
-            if ready is None:
-                captures = None
-            elif state is None and not current.enabled and not self.batch_first:
+            if ready is not None and state is None and not current.enabled and not self.batch_first:
                 result = ready.silent(x, self._cells, current)
                 if result is not None:
                     return result
-                captures = None
-            else:
-                captures = ready.captures(self._cells, current)
-            if captures is not None:
+            elif ready is not None and (captures := ready.captures(self._cells, current)) is not None:
                 starts = None if state is None else ready.starts(state, current)
                 if state is None or starts is not None:
                     if not self.batch_first:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.dtypes import as_dtype
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError, TraceError
 from tinygrad_lstm.kernels.pool import taken
 from tinygrad_lstm.kernels.tables import add_rows
@@ -15,7 +16,7 @@ from tinygrad_lstm.ops.elementwise import maximum, minimum, multiply, where
 from tinygrad_lstm.ops.shape import broadcast_to, reshape
 from tinygrad_lstm.primitive import Aval, Primitive
 from tinygrad_lstm.record import state
-from tinygrad_lstm.tensor import Tensor, as_dtype, as_like, asarray
+from tinygrad_lstm.tensor import Tensor, as_like, asarray
 
 # ---------------------------------------------------------------------------- getitem in all NumPy forms
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.dtypes import as_dtype
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
 from tinygrad_lstm.operands import together
 from tinygrad_lstm.ops.axes import as_integer, as_lengths, normal_axes, normal_axis
 from tinygrad_lstm.ops.elementwise import equal, multiply, where
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor, as_dtype, asarray
+from tinygrad_lstm.tensor import Tensor, asarray
 
 # ---------------------------------------------------------------------------- reshape, broadcast, their transposes
 
