@@ -32,7 +32,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
 def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of a layer was a known one."""
     seen: list[bool] = []
-    captures, silent = ready._Ready.captures, ready.ReadyLayers.silent
+    captures, whole = ready._Ready.captures, ready.ReadyLayers.whole
 
     def watched(self: Any, cells: Any, current: Any) -> Any:
         found = captures(self, cells, current)
@@ -41,13 +41,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def watched_whole(self: Any, *arguments: Any) -> Any:
         before = len(seen)
-        found = silent(self, *arguments)
+        found = whole(self, *arguments)
         if len(seen) == before:  # not asked for captures
             seen.append(found is not None)
         return found
 
     monkeypatch.setattr(ready._Ready, "captures", watched)
-    monkeypatch.setattr(ready.ReadyLayers, "silent", watched_whole)
+    monkeypatch.setattr(ready.ReadyLayers, "whole", watched_whole)
     return seen
 
 

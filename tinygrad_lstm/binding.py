@@ -96,7 +96,7 @@ def record_plain(
     dtype = out.dtype
     shapes = None
     if prim._needs_shapes:
-        shapes = tuple([(a.shape, a.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
+        shapes = tuple([(a._data.shape, a._data.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
     record = Record(prim, params, parents, saved, out.shape, dtype, shapes, None, current.place, code, lasti)
     if guards is not None:
         record.guards, record.marked = guards, marked

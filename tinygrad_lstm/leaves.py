@@ -64,7 +64,14 @@ def take_gradient(leaf: Tensor, array: np.ndarray) -> None:
     if not leaf._rg:  # linked for a Tape only
         return
     meta = leaf._meta or leaf._more()
-    if meta.grad is None and is_sole_array(array) and _fits(array, leaf):
+    # _fits(), without another call: this runs for every parameter at every step.
+    if (
+        meta.grad is None
+        and is_sole_array(array)
+        and array.dtype is leaf._data.dtype
+        and (flags := array.flags).c_contiguous
+        and flags.writeable
+    ):
         meta.grad = array
     else:
         _accumulate(leaf, array, False)

@@ -71,10 +71,12 @@ def is_sole(cotangent: Any) -> bool:
 
 def _viewed(array: np.ndarray) -> int:
     """References to the array of which this is a view of all; 0 where it has its own memory, -1 for other views."""
-    if has_own_memory(array):
+    if array.base is None:
+        return 0 if array.flags.owndata else -1
+    if has_own_memory(array):  # counts references: there is none of ours yet
         return 0
     base = array.base
-    if base is None or base.__class__ is not np.ndarray or not base.flags.owndata or base.nbytes != array.nbytes:
+    if base.__class__ is not np.ndarray or not base.flags.owndata or base.nbytes != array.nbytes:
         return -1
     return sys.getrefcount(base)
 

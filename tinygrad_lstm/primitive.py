@@ -146,19 +146,22 @@ class Primitive(Differentiable):
                     elif self.differentiable and (x._rg or y._rg):
                         record_plain(self, args, params, result, result._data, current)
                 return result
-        needs = found = False
-        for arg in args:
-            if isinstance(arg, Tensor):
-                found = True
-                if arg._rg:
-                    needs = True
-            elif arg.__class__ is not float and arg.__class__ is not int:
-                if any(isinstance(symbol, Expr) for symbol in args):
-                    return self._symbolic(args, params)
-                return self.bind(as_operands(args), params)
-        if not found and (args or self.argument_names):
-            return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
-        values = [arg._data if isinstance(arg, Tensor) else arg for arg in args]
+        if len(args) == 1 and args[0].__class__ is Tensor:
+            needs, values = args[0]._rg, [args[0]._data]
+        else:
+            needs = found = False
+            for arg in args:
+                if isinstance(arg, Tensor):
+                    found = True
+                    if arg._rg:
+                        needs = True
+                elif arg.__class__ is not float and arg.__class__ is not int:
+                    if any(isinstance(symbol, Expr) for symbol in args):
+                        return self._symbolic(args, params)
+                    return self.bind(as_operands(args), params)
+            if not found and (args or self.argument_names):
+                return self.bind(tuple(asarray(arg) for arg in args), params) if args else self._no_operands()
+            values = [arg._data if isinstance(arg, Tensor) else arg for arg in args]
         try:
             out = self.forward(*values, **params) if params else self.forward(*values)
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:

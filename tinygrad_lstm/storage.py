@@ -12,6 +12,7 @@ view of it.  All others pay for one attribute.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +104,22 @@ def guard_of(saved: Tensor) -> tuple[int, Any] | None:
     if storage.exposed:
         return storage.version, fingerprint(saved._data)
     return (storage.version, None) if storage.version else None
+
+
+def guards_of(saved: Sequence[Any]) -> tuple[dict[int, Any] | None, bool]:
+    """:func:`guard_of` every tensor that a record saves, by position; and whether a fingerprint is among that."""
+    guards: dict[int, Any] = {}
+    marked = False
+    for index, value in enumerate(saved):
+        storage = value._storage
+        if storage is not None:
+            value._used = storage.used = True
+            if storage.exposed:
+                guards[index] = storage.version, fingerprint(value._data)
+                marked = True
+            elif storage.version:
+                guards[index] = storage.version, None
+    return guards or None, marked
 
 
 def watch_output(node: Any, storage: Storage, always: bool = False) -> None:

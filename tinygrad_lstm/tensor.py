@@ -363,7 +363,10 @@ class Tensor:
                 "backward() on a tensor that does not require a gradient: none of the values it was computed from has "
                 "requires_grad=True (or it was computed under no_grad)"
             )
-        seed = seed_cotangent(self, grad, "backward")
+        if grad is None and not self._data.ndim:
+            seed = Tensor(_one(self._data.dtype).copy())
+        else:
+            seed = seed_cotangent(self, grad, "backward")
         # The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
         node = self._node
         # No context manager of our own: in its __exit__ an interrupt could come before the state is restored.

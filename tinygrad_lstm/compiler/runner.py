@@ -12,8 +12,9 @@ from tinygrad_lstm.compiler.plan import LoopPlan
 from tinygrad_lstm.compiler.report import publish
 from tinygrad_lstm.compiler.straight import ARRAYS, Form, Results, Straight, owned, straight
 from tinygrad_lstm.kernels.pool import empty
+from tinygrad_lstm.ops.prepared import apart
 
-__all__ = ["loop_call", "loop_call_in", "run_loop"]
+__all__ = ["loop_call", "loop_call_in", "loop_in_one", "run_loop"]
 
 
 def run_loop(plan: LoopPlan, operands: Sequence[np.ndarray], reverse: bool) -> Results:
@@ -37,11 +38,32 @@ def loop_call_in(form: Form, plan: LoopPlan, reverse: bool) -> Callable[..., Any
     return _call_of(plan, reverse, form)
 
 
+def loop_in_one(plan: LoopPlan, reverse: bool) -> Callable[..., list[np.ndarray]]:
+    """As :func:`loop_call`, with all results in one list; ys and sums share no memory.  Made anew at every call."""
+    roots = plan.roots
+    # One array in several places is copied straight away; whether others share memory depends on the operands.
+
+    def lines(taken: Sequence[str], final: Sequence[str], outs: Sequence[str]) -> list[str]:
+        met: set[str] = set()
+        ys = []
+        for out in outs:
+            ys.append(f"{out}.copy()" if out in met else out)
+            met.add(out)
+        among = [k for k, y in enumerate(ys) if y in met and roots.count(roots[k]) > outs.count(y)]
+        text = f"*apart([{', '.join(ys)}], {among})" if among else ", ".join(ys)
+        return [f"return [{''.join(f'{part}, ' for part in final)}{text}]"]
+
+    return _call_of(plan, reverse, Form("{}", lines, {"apart": apart}))
+
+
 def _call_of(plan: LoopPlan, reverse: bool, form: Form) -> Callable[..., Any]:
     if plan.steps and plan.compiled and plan.native.rows:
         return straight(plan, plan.native, reverse, lambda *operands: _over_numpy(plan, reverse)(*operands), form)
     call = _over_numpy(plan, reverse) if plan.steps else _nothing(plan)
-    return call if form is ARRAYS else form.around(call, plan.n_carry, len(plan.behind.outputs))
+    if form is ARRAYS:
+        return call
+    taken = [f"t{k}" for k in range(plan.n_carry + len(plan.before.inputs) + len(plan.before.captures))]
+    return form.around(call, taken, plan.n_carry, len(plan.behind.outputs))
 
 
 def _nothing(plan: LoopPlan) -> Straight:

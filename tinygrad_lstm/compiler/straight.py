@@ -28,23 +28,25 @@ class Form(NamedTuple):
     """What a function around a loop takes and returns, as text."""
 
     array: str  # of an argument
-    result: Callable[[Sequence[str], Sequence[str]], str]  # from variables with the final carry, and with ys and sums
+    # Lines that return the result: of variables with the arguments, with the final carry, and with ys and sums.
+    lines: Callable[[Sequence[str], Sequence[str], Sequence[str]], list[str]]
     names: Mapping[str, Any]  # what the text refers to
+    bare: bool = False  # whether one launch is written out where that is all, without NativeLoop.run
 
-    def around(self, call: Straight, n_carry: int, n_outs: int) -> Callable[..., Any]:
+    def around(self, call: Straight, taken: Sequence[str], n_carry: int, n_outs: int) -> Callable[..., Any]:
         """A function in this form that has its results from a function of arrays."""
         lines = [
-            "def around(*taken):",
-            f"    final, outs = call(*[{self.array.format('item')} for item in taken])",
-            f"    return {self.result(_items('final', n_carry), _items('outs', n_outs))}",
+            f"def around({', '.join(taken)}):",
+            f"    final, outs = call({', '.join(self.array.format(name) for name in taken)})",
+            *("    " + line for line in self.lines(taken, _items("final", n_carry), _items("outs", n_outs))),
         ]
         names = {**self.names, "call": call}
         exec(compile("\n".join(lines), "<loop>", "exec"), names)
-        function: Callable[..., Any] = names["around"]
+        function: Callable[..., Any] = names.pop("around")
         return function
 
 
-ARRAYS = Form("{}", lambda final, outs: f"[{', '.join(final)}], [{', '.join(outs)}]", {})
+ARRAYS = Form("{}", lambda taken, final, outs: [f"return [{', '.join(final)}], [{', '.join(outs)}]"], {})
 
 
 def straight(
@@ -64,8 +66,12 @@ def straight(
     carry = [f"c{k}" for k in range(plan.n_carry)]
     given = [f"x{k}" for k in range(len(plan.before.inputs))] + [f"w{k}" for k in range(len(plan.before.captures))]
     lines, values, constants = plan.before.text(given, "_", given)
-    taken = [*carry, *given]
-    lines[:0] = ["publish(report)", *(f"{name} = {form.array.format(name)}" for name in taken if form is not ARRAYS)]
+    arrays = [*carry, *given]
+    taken, looked = arrays, []
+    if form.array != ARRAYS.array:
+        taken = [f"{name}_" for name in arrays]
+        looked = [f"{name} = {form.array.format(item)}" for name, item in zip(arrays, taken, strict=True)]
+    lines[:0] = ["publish(report)", *looked]
     names.update(constants)
     sequence = [values[k] for k in plan.loop_sequence]
     invariant = [values[plan.n_sequence + k] for k in plan.loop_invariant]
@@ -93,16 +99,12 @@ def straight(
         f"    operands = frame.tidied({parts_of}, space)",
     ]
     failed = "native.run(frame, space, operands, parts)"
-    if form is not ARRAYS and native.rows < 2 and frame.work <= SLICE:  # nor to be called in pieces
+    if form.bare and native.rows < 2 and frame.work <= SLICE:  # nothing to share out, nor to be called in pieces
         names["advance"], pack, loop = frame.find_launch()
         failed = f"advance(0, {pack}, {loop}, space.address, id(operands), 0, {plan.steps}, 1)"
-    lines += [
-        f"if {failed}:",
-        f"    final, outs = otherwise({', '.join(taken)})",
-        f"    return {form.result(_items('final', plan.n_carry), _items('outs', len(plan.behind.outputs)))}",
-        "spaces.append(space)",
-        "del operands",
-    ]
+    if form is not ARRAYS:
+        names["otherwise"] = form.around(otherwise, taken, plan.n_carry, len(plan.behind.outputs))
+    lines += [f"if {failed}: return otherwise({', '.join(taken)})", "spaces.append(space)", "del operands"]
 
     stacks = []
     for k, (buffer, rows) in enumerate(frame.stacks):
@@ -118,9 +120,9 @@ def straight(
     more, outs, constants = plan.behind.text(arguments, "__", stay)
     lines += more
     names.update(constants)
-    everything = _tuple(taken)
+    everything = _tuple(arrays)
     outs = [f"owned({out}, {everything})" if k in plan.borrowed else out for k, out in enumerate(outs)]
-    lines.append(f"return {form.result(final, outs)}")
+    lines += form.lines(taken, final, outs)
     text = "\n    ".join([f"def call({', '.join(taken)}):", *lines])
     exec(compile(text, "<native loop>", "exec"), names)
     function: Callable[..., Any] = names.pop("call")

@@ -20,7 +20,7 @@ from tinygrad_lstm.nn.cells import GatedCell
 from tinygrad_lstm.nn.module import Module, changes
 from tinygrad_lstm.nn.programs import known_of, recorder_for
 from tinygrad_lstm.ops.control import leaves_of, rebuilt
-from tinygrad_lstm.ops.loop import bind_site
+from tinygrad_lstm.ops.loop import bind_site, linked_loop
 from tinygrad_lstm.ops.prepared import Site, apart, compile_mode, plan_of, site_of
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.record import State
@@ -72,20 +72,23 @@ class _Run:
         """(parts of the final state..., outputs); with ``lead`` the state has another axis in front."""
         if carry is None:
             carry = self.carry or []
-        if current.enabled:
-            operands = (*carry, x, *captures)
-            linked = tuple([t._rg for t in operands[self.n_carry :]])
-            if True in linked or (carry is not self.carry and any(t._rg for t in carry)):
-                site = self.sites.get(linked)
-                if site is None:
-                    site = site_of(self.program, self.n_carry, self.n_ys, self.steps, self.reverse, linked)
-                    self.sites[linked] = site
-                return bind_site(site, operands, True, current, lead=lead)
+        operands = (*carry, x, *captures)
+        linked = tuple([t._rg for t in operands[self.n_carry :]])
+        if current.enabled and (True in linked or (carry is not self.carry and any(t._rg for t in carry))):
+            return bind_site(self.site(linked), operands, True, current, lead=lead)
         call = self.silent.get(lead)
         if call is None:
             call = self.silent[lead] = self.silently(lead, lambda final, ys: f"{', '.join([*final, *ys])},")
-        outs: tuple[Tensor, ...] = call(*carry, x, *captures)
+        outs: tuple[Tensor, ...] = call(*operands)
         return outs
+
+    def site(self, linked: tuple[bool, ...]) -> Site:
+        """The scan where these of x and the captures require a gradient."""
+        site = self.sites.get(linked)
+        if site is None:
+            site = site_of(self.program, self.n_carry, self.n_ys, self.steps, self.reverse, linked)
+            self.sites[linked] = site
+        return site
 
     def silently(self, lead: bool, result: Callable[[Sequence[str], Sequence[str]], str]) -> Any:
         """The loop on tensors, none of which is differentiated, as one expression.
@@ -94,12 +97,13 @@ class _Run:
         """
         plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
 
-        def tensors(final: Sequence[str], ys: Sequence[str]) -> str:
+        def tensors(taken: Sequence[str], final: Sequence[str], ys: Sequence[str]) -> list[str]:
             final = [f"Tensor({part}{'[None]' if lead else ''})" for part in final]
             several = [f"*map(Tensor, apart([{', '.join(ys)}]))"]
-            return result(final, several if len(ys) > 1 else [f"Tensor({y})" for y in ys])
+            return [f"return {result(final, several if len(ys) > 1 else [f'Tensor({y})' for y in ys])}"]
 
-        return loop_call_in(Form("{}._data", tensors, {"Tensor": Tensor, "apart": apart}), plan, self.reverse)
+        form = Form("{}._data", tensors, {"Tensor": Tensor, "apart": apart}, bare=True)
+        return loop_call_in(form, plan, self.reverse)
 
 
 class _Ready:
@@ -151,34 +155,63 @@ class ReadyLayers(_Ready):
         super().__init__(runs)
         self.directions, self.parts = directions, parts
         self.avals = [((len(runs), *t.shape), t.dtype) for t in runs[0].carry or []]
-        self._silent: Any = None
+        self._whole: dict[bool, Any] = {}  # the call as one function, by whether anything is recorded
 
-    def silent(self, x: Tensor, cells: Sequence[Any], current: State) -> tuple[Tensor, Any] | None:
-        """The call from zero states where nothing is recorded, as a whole; None where :meth:`captures` is None."""
-        call = self._silent
+    def whole(self, x: Tensor, cells: Sequence[Any], current: State) -> tuple[Tensor, Any] | None:
+        """The call from zero states as one function; None where :meth:`captures` is None."""
+        call = self._whole.get(current.enabled)
         if call is None:
-            call = self._silent = self._silently()
+            written = self._stacked if len(self.runs) > 1 else self._recorded if current.enabled else self._silent
+            call = self._whole[current.enabled] = written()
         result: tuple[Tensor, Any] | None = call(cells, current, x)
         return result
 
-    def _silently(self) -> Any:
-        if len(self.runs) > 1:
+    def _stacked(self) -> Any:
+        def stacked(cells: Sequence[Any], current: State, x: Tensor) -> Any:
+            captures = self.captures(cells, current)
+            return None if captures is None else self(x, captures, current)
 
-            def stacked(cells: Sequence[Any], current: State, x: Tensor) -> Any:
-                captures = self.captures(cells, current)
-                return None if captures is None else self(x, captures, current)
+        return stacked
 
-            return stacked
+    def _result(self, final: Sequence[str], ys: Sequence[str]) -> str:
+        """The text of a single layer's result."""
+        return f"{ys[0]}, {final[0]}" if self.parts == 1 else f"{ys[0]}, ({', '.join(final)})"
+
+    def _silent(self) -> Any:
+        """One layer, where nothing is recorded."""
         lines, names = self._asked[0], {**self._asked[1]}
         (run,) = self.runs
-
-        def result(final: Sequence[str], ys: Sequence[str]) -> str:
-            return f"{ys[0]}, {final[0]}" if self.parts == 1 else f"{ys[0]}, ({', '.join(final)})"
-
-        names["loop"] = run.silently(True, result)
+        names["loop"] = run.silently(True, self._result)
         names.update({f"c{k}": t for k, t in enumerate(run.carry or [])})
         carry = "".join(f"c{k}, " for k in range(run.n_carry))
         return _written([*lines, f"return loop({carry}x, *found0)"], names)
+
+    def _recorded(self) -> Any:
+        """One layer, where records are made: the function of its loop and their record, by what requires gradients."""
+        lines, names = self._asked[0], {**self._asked[1]}
+        (run,) = self.runs
+        loops: dict[tuple[bool, ...], Any] = {}
+
+        def met(x: Tensor, captures: list[Tensor], current: State) -> tuple[Tensor, Any]:
+            result = self(x, [captures], current)
+            linked = (x._rg, *[t._rg for t in captures])
+            if True in linked:
+                loops[linked] = linked_loop(run.site(linked), lead=True)
+            return result
+
+        captures = [f"w{k}" for k in range(len(run.program.captures))]
+        finals = [f"final{k}" for k in range(run.n_carry)]
+        zeros = {f"c{k}": t for k, t in enumerate(run.carry or [])}
+        names.update(zeros, loops=loops, met=met)
+        lines = [
+            *lines,
+            *([f"{', '.join(captures)}, = found0"] if captures else []),
+            f"loop = loops.get((x._rg, {''.join(f'{name}._rg, ' for name in captures)}))",
+            "if loop is None: return met(x, found0, current)",
+            f"{', '.join([*finals, 'y'])}, = loop({', '.join([*zeros, 'x', *captures])})",
+            f"return {self._result(finals, ['y'])}",
+        ]
+        return _written(lines, names)
 
     def starts(self, state: Any, current: State) -> list[list[Tensor]] | None:
         """The state of every cell from one in PyTorch's form; None where it is not as it should be."""

@@ -159,8 +159,8 @@ class RecurrentLayers(Budgeted):
         plain = lengths is None and not return_states and not return_gates and memory is None
         if plain and x.__class__ is Tensor:
             ready, current = find(self, x), _STATE.get()
-            if ready is not None and state is None and not current.enabled and not self.batch_first:
-                result = ready.silent(x, self._cells, current)
+            if ready is not None and state is None and not self.batch_first:
+                result = ready.whole(x, self._cells, current)
                 if result is not None:
                     return result
             elif ready is not None and (captures := ready.captures(self._cells, current)) is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.binding import record_application
 from tinygrad_lstm.errors import GraphError
+from tinygrad_lstm.ops.linked import Residuals, linked
 from tinygrad_lstm.ops.prepared import (
     Site,
     _adjoint,
@@ -32,17 +33,6 @@ from tinygrad_lstm.tape import state
 from tinygrad_lstm.tensor import Tensor
 
 __all__ = ["INNER", "bind_scan", "canonical", "scan_primitive"]
-
-
-class Residuals:
-    """What a forward scan keeps for its backward: arrays in a layout that nobody else sees."""
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        self.present, self.wanted = site.present, site.wanted
-        self.arrays: list[np.ndarray] = []  # as the adjoint pair of the site lists them
-        self.shared: frozenset[int] = frozenset()  # outputs that have their memory in common with a residual
-        self.segments: Any = None  # within a memory budget: what runs the loop piece by piece instead
 
 
 def _forward(
@@ -240,11 +230,9 @@ def _prepared(record: Any, given: Sequence[bool], asked: Sequence[bool]) -> Offe
         ("{r}.saved[-1].site is {a}", {"a": site}),
     ]
 
-    def pulled(g: tuple[Any, ...], saved: tuple[Any, ...]) -> list[np.ndarray]:
-        return back.arrays(g, saved[:-1], saved[-1].arrays)
-
+    pulled = back.called(len(record.saved) - 1)
     # What flows to an initial state is found in any case, and given to the nodes that are there.
-    return Offer(conditions, [(tuple(back.positions), "{f}(({g},), {r}.saved)")], {"f": pulled})
+    return Offer(conditions, [(tuple(back.positions), "{f}(({g},), {r}.saved, {r}.saved[-1].arrays)")], {"f": pulled})
 
 
 scan_primitive.may_skip = False
@@ -321,9 +309,11 @@ def bind_site(
 
     With ``lead`` the final carry has one more axis, of length 1, in front: the state of a single layer.
     """
-    kept = kept or Residuals(site)
     arrays = [t._data for t in operands]
     try:
+        if kept is None and site.shared is not None and not current.tapes:
+            return linked_loop(site, lead)(*operands)
+        kept = kept or Residuals(site)
         if kept.segments is None:
             made, kept.arrays = site.run(arrays)
         else:
@@ -343,6 +333,14 @@ def bind_site(
     # The residuals are the record's own: released with it, and no parameter of the program.
     record_application(scan_primitive, operands, params, outs, needs, current, True, avals, kept)
     return outs
+
+
+def linked_loop(site: Site, lead: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of :func:`.linked` for a site that was run before; made once."""
+    found = site.linked.get(lead)
+    if found is None:
+        found = site.linked[lead] = linked(scan_primitive, site, lead)
+    return found
 
 
 def _shared(outs: Sequence[np.ndarray], residuals: Sequence[np.ndarray]) -> frozenset[int]:

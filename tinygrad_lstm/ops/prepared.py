@@ -129,6 +129,7 @@ class Site:
         self.led_params = {**self.params, "lead": True}
         self.led_avals = tuple(Aval((1, *a.shape), a.dtype) if k < n_carry else a for k, a in enumerate(self.avals))
         self.shared: frozenset[int] | None = None  # outputs that lie where residuals do; seen at the first call
+        self.linked: dict[bool, Callable[..., Any]] = {}  # calls as one function, by whether the state is led
         self._twins: Sequence[int] | None = None
         self._forward: Any = None
         self._pair: Any = None
@@ -214,8 +215,7 @@ class Backward:
         n_ys = sum(asked[: len(body.inputs) - n_carry])
         self.body, self.n_ys = pair.backward, n_ys
         self.plan = plan_of(pair.backward, len(self.floats), n_ys, site.length)
-        self._operands: Any = None
-        self._twins: Sequence[int] | None = None
+        self._called: Any = None
 
     def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]) -> list[Any]:
         """Cotangents of the operands, None where they are not asked for."""
@@ -229,33 +229,34 @@ class Backward:
         self, g: Sequence[np.ndarray | None], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]
     ) -> list[np.ndarray]:
         """Cotangents of the operands at :attr:`positions`, given those of the outputs."""
-        if self._operands is None:
-            self._operands = self._picked(len(inputs))
-        operands = self._operands(g, inputs, kept)
+        call = self._called or self.called(len(inputs))
         try:
-            final, outs = _loops().run_loop(self.plan, operands, self.reverse)
+            return call(g, inputs, kept)
         except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
             params = {
                 "body": self.body, "n_carry": len(self.floats), "n_ys": self.n_ys, "length": self.length,
                 "reverse": self.reverse,
             }  # fmt: skip
-            raise REGISTRY["scan"]._explained(error, [Tensor(array) for array in operands], params) from None
-        if self._twins is None:
-            self._twins = twins(self.plan.roots)
-        if self._twins:
-            apart(outs, self._twins)
-        return final + outs
+            operands = [Tensor(array) for array in self._operands(len(inputs), "({0})")(g, inputs, kept)]
+            raise REGISTRY["scan"]._explained(error, operands, params) from None
 
-    def _picked(self, count: int) -> Callable[..., tuple[np.ndarray, ...]]:
-        """The operands of the adjoint loop, as a function of what :meth:`arrays` is given."""
+    def called(self, count: int) -> Callable[..., list[np.ndarray]]:
+        """:meth:`arrays` for so many inputs as one function, which leaves its errors as they are."""
+        if self._called is None:
+            self._called = self._operands(count, "call({0})")
+        return self._called
+
+    def _operands(self, count: int, text: str) -> Callable[..., Any]:
+        """A text with the operands of the adjoint loop, as a function of what :meth:`arrays` is given."""
         items = [f"zeros[{k}] if g[{k}] is None else g[{k}]" for k in self.floats]
         items += [f"kept[{k}]" for k in self.picks or ()]
         items += [f"inputs[{k}]._data" for k in self.reads]
         items += [f"g[{k}]" for k in self.y_seeds]
         items += [f"inputs[{k}]._data" for k in range(self.n_inputs, count)]
         items += [f"g[{k}]" for k in self.s_seeds]
-        text = f"lambda g, inputs, kept: ({''.join(f'{item}, ' for item in items)})"
-        picked: Callable[..., tuple[np.ndarray, ...]] = eval(text, {"zeros": self.zeros})
+        operands = "".join(f"{item}, " for item in items)
+        names = {"zeros": self.zeros, "call": _loops().loop_in_one(self.plan, self.reverse)}
+        picked: Callable[..., Any] = eval(f"lambda g, inputs, kept: {text.format(operands)}", names)
         return picked
 
 

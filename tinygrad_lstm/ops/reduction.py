@@ -42,9 +42,11 @@ def _weighted(t: Any, weights: Any, axis: tuple[int, ...], keepdims: bool) -> An
 
 # ---------------------------------------------------------------------------- sums
 
+_add_reduce: Any = np.add.reduce  # takes positions in half a microsecond less than names
+
 _sum: Primitive = Primitive(
     "sum",
-    lambda x, *, axis, keepdims: np.add.reduce(x, axis=axis, keepdims=keepdims),
+    lambda x, *, axis, keepdims: _add_reduce(x, axis, None, None, keepdims),
     (lambda g, shapes, axis, keepdims: broadcast_to(_open(g, axis, keepdims), shapes[0]),),
     linear="each",
     batch="same",
