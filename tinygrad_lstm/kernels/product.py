@@ -13,7 +13,6 @@ HEAD = object.__basicsize__  # the object header: 16 bytes, 32 in free-threaded 
 TALL = 384  # rows of A that one part takes: with a chunk of K they fit the second cache
 LOW = 24
 PART = 1 << 20  # multiply-adds of a part: less is not worth another thread
-PARTS = 16
 STRIP = 8  # panels
 
 
@@ -27,8 +26,8 @@ def invoke(
 
 
 @entry
-def product(function: int, panel: int, item: int, table: int, a: int, b: int, out: int) -> int:
-    """``out = a @ b``: writes the table of ``gemm_part``, and runs it where one thread is enough.
+def product(function: int, panel: int, item: int, table: int, most: int, a: int, b: int, out: int) -> int:
+    """``out = a @ b``: writes the table of ``gemm_part`` for at most so many parts, and runs it where one is enough.
 
     Returns 0 when it is done, the number of parts when they are still to be run, and -1 for what is not a case for
     these kernels: nothing to write, unaligned addresses, columns of ``out`` that are apart.
@@ -61,8 +60,8 @@ def product(function: int, panel: int, item: int, table: int, a: int, b: int, ou
     store64(table + 88, 0)
     if (bits | start | down) & (item - 1) or (along != item and columns != 1) or rows * columns == 0:
         return -1
-    # The split looks at the shape alone; the bits of the result do not depend on it.
-    wanted = min(rows * columns * length // PART, PARTS)
+    # The bits of the result do not depend on the split.
+    wanted = min(rows * columns * length // PART, most)
     across = (columns + panel - 1) // panel
     height = TALL if rows > TALL + TALL // 2 else rows
     down = (rows + height - 1) // height
