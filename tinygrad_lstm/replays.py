@@ -29,6 +29,7 @@ __all__ = ["Known", "Offer", "known_replay"]
 MOST_RECORDS, MOST_INPUTS = 64, 256  # of a form; longer tapes spend their time in the rules
 MOST_FORMS = 8  # kept for one place
 MOST_PLACES = 256
+FEW_LEAVES = 6  # that are compared two by two
 PATIENCE = 3  # by then the rules that the general replay runs on arrays are recorded
 MOST_BUILT = 32  # at one place: where every tape is another one, there is nothing to know
 
@@ -164,7 +165,9 @@ class _Builder:
         for leaf, k in self.leaf_of.items():
             if leaf in self.cotangent:
                 self.lines.append(f"into(l{k}, {self.cotangent[leaf]})")
-        text = "\n    ".join(["def known(r0, seed, free, into):", *self.checks, *self.lines, "return True"])
+        # What does not have so many parents, or none left, cannot be unpacked.
+        looking = ["try:", *("    " + line for line in self.checks), "except (TypeError, ValueError): return False"]
+        text = "\n    ".join(["def known(r0, seed, free, into):", *looking, *self.lines, "return True"])
         exec(compile(text, "<known replay>", "exec"), self.names)
         function: Known = self.names.pop("known")  # no cycle: what is given up is freed at once
         return function
@@ -215,19 +218,19 @@ class _Builder:
             if record.output_avals is not None:
                 avals = self._constant(record.output_avals)
                 require(f"r{k}.output_avals is not {avals} and r{k}.output_avals != {avals}")
-            self.checks.append(f"e = r{k}.extra")
-            require("e is not None and not is_plain(e)")
+            require(f"r{k}.extra is not None and not is_plain(r{k}.extra)")
             if record.extra is not None and not _is_plain(record.extra):
                 raise _Unknown
-            self.checks.append(f"p = r{k}.parents")
-            require(f"p is None or len(p) != {len(parents)}")
+            self.checks.append(f"{''.join(f'p{k}_{j}, ' for j in range(len(parents))) or '()'} = r{k}.parents")
             for j, parent in enumerate(parents):
-                self._look_at(parent, f"p[{j}]", found)
+                self._look_at(parent, f"p{k}_{j}", found)
         serials = " > ".join([*(f"r{k}.serial" for k in range(len(order))), "last[0]"])
         require(f"not ({serials})")
-        count = len(self.leaf_of)
-        if count > 1:
-            require(f"len({{{', '.join(f'id(l{k})' for k in range(count))}}}) != {count}")
+        leaves = [f"l{k}" for k in range(len(self.leaf_of))]
+        if 1 < len(leaves) <= FEW_LEAVES:
+            require(" or ".join(f"{a} is {b}" for k, a in enumerate(leaves) for b in leaves[:k]))
+        elif leaves:
+            require(f"len({{{', '.join(f'id({name})' for name in leaves)}}}) != {len(leaves)}")
 
     def _require(self, unlike: str) -> None:
         self.checks.append(f"if {unlike}: return False")
@@ -239,9 +242,8 @@ class _Builder:
             self._require(f"{text} is not None")
             return
         if kind is Output:
-            self.checks.append(f"n = {text}")
-            self._require(f"n.__class__ is not Output or n.index != {parent.index}")
-            text, parent = "n.record", parent.record
+            self._require(f"{text}.__class__ is not Output or {text}.index != {parent.index}")
+            text, parent = f"{text}.record", parent.record
         if parent.__class__ is Record:
             name = f"r{self.number[parent]}"
             if parent in found:
@@ -259,11 +261,10 @@ class _Builder:
         k = self.leaf_of[parent] = len(self.leaf_of)
         if parent._meta is not None and parent._meta.hooks:
             raise _Unknown
-        self.checks.append(f"l{k} = {text}")
-        self._require(f"l{k}.__class__ is not {self._constant(kind)}")
-        self.checks.append(f"d = l{k}._data; m = l{k}._meta")
         shape, dtype = self._constant(parent._data.shape), self._constant(parent._data.dtype)
-        self._require(f"d.dtype is not {dtype} or d.shape != {shape} or (m is not None and m.hooks)")
+        unlike = [f"(l{k} := {text}).__class__ is not {self._constant(kind)}"]
+        unlike += [f"(d := l{k}._data).dtype is not {dtype}", f"d.shape != {shape}"]
+        self._require(" or ".join([*unlike, f"((m := l{k}._meta) is not None and m.hooks)"]))
 
     # ------------------------------------------------------------------ the replay
 

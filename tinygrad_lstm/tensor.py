@@ -367,30 +367,32 @@ class Tensor:
             seed = Tensor(_one(self._data.dtype).copy())
         else:
             seed = seed_cotangent(self, grad, "backward")
-        # The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
-        node = self._node
         # No context manager of our own: in its __exit__ an interrupt could come before the state is restored.
         token = _STATE.set(SILENT)
         try:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                if node.__class__ is Record and known_replay(node, seed._data, not retain_graph, take_gradient):
-                    return
-                retained: list[tuple[Any, Tensor]] = []
-                found: dict[Any, Tensor] = replay(
-                    [(self._node or self, seed)], free=not retain_graph, retained=retained
-                )
-                del seed
-                for leaf in found:
-                    meta = leaf._meta
-                    if meta is not None and meta.hooks:
-                        found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
-                for reference, cotangent in retained:
-                    if (computed := reference()) is not None:
-                        accumulate_grad(computed, cotangent)
-                del retained
-                settle(found, accumulate_grad)
+            _replay_from(self, seed, not retain_graph)
         finally:
             _STATE.reset(token)
+
+
+# The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
+@np.errstate(divide="ignore", invalid="ignore")
+def _replay_from(target: Tensor, seed: Tensor, free: bool) -> None:
+    node = target._node
+    if node.__class__ is Record and known_replay(node, seed._data, free, take_gradient):
+        return
+    retained: list[tuple[Any, Tensor]] = []
+    found: dict[Any, Tensor] = replay([(node or target, seed)], free=free, retained=retained)
+    del seed
+    for leaf in found:
+        meta = leaf._meta
+        if meta is not None and meta.hooks:
+            found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
+    for reference, cotangent in retained:
+        if (computed := reference()) is not None:
+            accumulate_grad(computed, cotangent)
+    del retained
+    settle(found, accumulate_grad)
 
 
 def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
