@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -370,6 +371,55 @@ def test_a_write_to_an_output_between_forward_and_backward_is_noticed(monkeypatc
         y.numpy()[0, 0, 0] += 1.0
         with pytest.raises(tg.GraphError, match="changed in place"):
             (y * 2.0).sum().backward()
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+@pytest.mark.parametrize("which", ["x", "weight_hh_l0", "bias_ih_l0"])
+def test_a_write_to_an_operand_between_forward_and_backward_is_noticed(which: str, seen_before: bool) -> None:
+    layer = LAYERS["lstm"]()
+    for _ in range(4):
+        x = tg.tensor(sequence(), requires_grad=True)
+        operand = x if which == "x" else getattr(layer, which)
+        array = operand.numpy() if seen_before else None
+        y, _ = layer(x)
+        (operand.numpy() if array is None else array).reshape(-1)[0] += 1.0
+        with pytest.raises(tg.GraphError, match="changed in place"):
+            (y * 2.0).sum().backward()
+
+
+def test_records_of_known_calls_are_as_those_of_ordinary_ones() -> None:
+    layer = LAYERS["lstm"]()
+    x = tg.tensor(sequence(), requires_grad=True)
+    described, kept = set(), set()
+    for k in range(4):
+        with tg.scope(f"part{k % 2}"):
+            y, (h, c) = layer(x)
+        record = y._node.record
+        if k:  # else the state is stacked by operations of its own
+            assert all(out._node.record is record for out in (h, c))
+            assert [out._node.index for out in (h, c, y)] == [0, 1, 2]
+            assert [(o._node.shape, o._node.dtype) for o in (h, c, y)] == [(o.shape, o.dtype) for o in (h, c, y)]
+        described.add(record.describe())
+        kept.add(tuple(id(t) for t in record.saved[2:-1]))
+    assert len(kept) == 1  # x and the parameters
+    line = next(
+        n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "y, (h, c) = layer(x)" in text
+    )
+    assert described == {f"'scan' (part{k}, {__file__}:{line})" for k in range(2)}
+
+
+def test_known_calls_for_every_choice_of_what_is_trained() -> None:
+    layer = LAYERS["lstm"]()
+    names = [name for name, _ in layer.named_parameters()]
+    for turn in range(2):  # in the second one every choice is known
+        for frozen in (*([name] for name in names), names[1:], []):  # one at least is trained
+            for name, p in layer.named_parameters():
+                p.requires_grad = name not in frozen
+            agree(everything(layer, turn), plainly(layer, turn))
+            record = layer(tg.tensor(sequence()))[0]._node.record
+            linked = [saved for saved, parent in zip(record.saved, record.parents, strict=False) if parent is not None]
+            assert {id(p) for p in layer.parameters() if p.requires_grad} == {id(p) for p in linked}
+        assert sum(p.requires_grad for p in layer.parameters()) == len(names)
 
 
 def test_earlier_results_stay() -> None:

@@ -19,6 +19,21 @@ def running(a: Any) -> Any:
     return lambda h, x: (ops.tanh(h * a + x),) * 2
 
 
+def test_what_is_not_floating_is_not_linked_at_any_call():
+    def body(carry, x):
+        h, count = carry
+        h = ops.tanh(h + x)
+        return (h, count + 1), (h, h > 0, count)
+
+    for _ in range(4):
+        start = tg.tensor(np.zeros((2, 3)), requires_grad=True), np.array([0, 5])
+        (h, count), (hs, signs, counts) = ops.scan(body, start, np.ones((4, 2, 3)))
+        assert [t.requires_grad for t in (h, count, hs, signs, counts)] == [True, False, True, False, False]
+        assert count.tolist() == [4, 9] and counts.tolist() == [[k, k + 5] for k in range(4)] and signs.numpy().all()
+        (h.sum() + hs.sum()).backward()
+        assert np.isfinite(start[0].grad).all() and start[0].grad.all()
+
+
 # ---------------------------------------------------------------------------- captures
 
 

@@ -20,13 +20,15 @@ MARK = "_provenance_looks_past"
 _NOTHING = (None,)
 
 
-def mark_internal() -> None:
-    """Mark the engine's modules; called once, when all of them are imported."""
-    parts = (
-        "autodiff", "binding", "calls", "compiler", "operands", "ops", "primitive", "pullback", "pushforward", "record",
-        "tape", "tensor", "trace",
-    )  # fmt: skip
-    prefixes = tuple(f"tinygrad_lstm.{part}" for part in parts)
+_ENGINE = (
+    "autodiff", "binding", "calls", "compiler", "operands", "ops", "primitive", "pullback", "pushforward", "record",
+    "tape", "tensor", "trace",
+)  # fmt: skip
+
+
+def mark_internal(*parts: str) -> None:
+    """Mark modules of this package (by default the engine's); called when all of them are imported."""
+    prefixes = tuple(f"tinygrad_lstm.{part}" for part in parts or _ENGINE)
     for name, module in list(sys.modules.items()):
         if name.startswith(prefixes) and module is not None:
             module.__dict__[MARK] = True

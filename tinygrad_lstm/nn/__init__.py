@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from tinygrad_lstm import binding as _binding
 from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.nn import init, losses
 from tinygrad_lstm.nn.basic import Dropout, Embedding, LayerNorm, Linear, Sequential
@@ -20,6 +21,9 @@ from tinygrad_lstm.nn.module import LoadResult, Module, Parameter
 from tinygrad_lstm.nn.recurrent import Bidirectional, Recurrent, Stack
 from tinygrad_lstm.nn.regularisation import VariationalDropout, WeightDrop, Zoneout
 from tinygrad_lstm.nn.rnn import GRU, LSTM, RNN
+
+# Not the equations of cells and losses, but what runs them: a record names the line that called a layer.
+_binding.mark_internal("nn.module", "nn.programs", "nn.ready", "nn.recurrent", "nn.rnn", "nn.states")
 
 __all__ = [
     "GRU", "LSTM", "RNN", "Bidirectional", "Dropout", "Embedding", "GRUCell", "LSTMCell", "LayerNorm",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.binding import MARK
 from tinygrad_lstm.compiler.runner import loop_call_in
 from tinygrad_lstm.compiler.straight import Form
 from tinygrad_lstm.errors import TraceError
@@ -144,6 +145,7 @@ class _Ready:
 def _written(lines: list[str], names: dict[str, Any]) -> Any:
     body = "\n        ".join(lines)
     text = f"def call(cells, current, x=None):\n    try:\n        {body}\n    except AttributeError: return None"
+    names[MARK] = True
     exec(compile(text, "<known call>", "exec"), names)
     return names.pop("call")
 

@@ -49,10 +49,10 @@ def linked(primitive: Primitive, site: Site, lead: bool) -> Callable[..., tuple[
     head, tail = site.n_ys, site.n_ys + len(pair.residuals)
     among = twins([*plan.roots[:head], *plan.roots[tail:]])
     names: dict[str, Any] = {
-        "Tensor": Tensor, "Output": Output, "Record": Record, "Residuals": Residuals, "asarray": np.asarray,
-        "apart": apart, "among": among, "site": site, "shared": site.shared, "guards_of": guards_of,
+        "Tensor": Tensor, "Output": Output, "Record": Record, "Residuals": Residuals, "guards_of": guards_of,
+        "apart": apart, "among": among, "site": site, "shared": site.shared, "state": _STATE.get,
         "primitive": primitive, "params": params, "shape": avals[0].shape, "dtype": avals[0].dtype, "avals": avals,
-        "state": _STATE.get, "getframe": sys._getframe, "MARK": MARK,
+        "getframe": sys._getframe, "MARK": MARK,
     }  # fmt: skip
 
     def lines(taken: Sequence[str], final: Sequence[str], outs: Sequence[str]) -> list[str]:
@@ -61,9 +61,7 @@ def linked(primitive: Primitive, site: Site, lead: bool) -> Callable[..., tuple[
             text.append(f"ys = apart([{', '.join(ys)}], among)")
             ys = [f"ys[{k}]" for k in range(len(ys))]
         made = [f"{part}[None]" for part in final] if lead else [*final]
-        for k, (array, aval) in enumerate(zip([*made, *ys], avals, strict=True)):
-            # NumPy gives numbers for 0-d arrays.
-            text.append(f"o{k} = Tensor({array if aval.shape else f'asarray({array})'})")
+        text += [f"o{k} = Tensor({array})" for k, array in enumerate([*made, *ys])]
         text += [f"o{k}._used = True" for k in sorted(site.shared or ())]
         operands = "".join(f"{name}, " for name in taken)
         stored = " or ".join(f"{name}._storage is not None" for name in taken)
