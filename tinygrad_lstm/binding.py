@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_lstm.record import Aval, Output, Record, State
-from tinygrad_lstm.storage import guard_of
+from tinygrad_lstm.storage import guards_of
 from tinygrad_lstm.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def record_plain(
     prim: Primitive, args: tuple[Any, ...], params: dict[str, Any], result: Tensor, out: Any, current: State
 ) -> None:
     """:func:`record_application` for the common case: one output, no Tape, no trace, something requires a gradient."""
-    guards: dict[int, Any] | None = None
-    marked = False
+    stored = False  # whether anything that is saved may be written to behind the tape's back
     if prim.saves_nothing:
         saved: tuple[Any, ...] = _NOTHING
         if prim.quick and len(args) == 2:
@@ -81,10 +80,7 @@ def record_plain(
             kept.append(arg)
             if isinstance(arg, Tensor):
                 arg._used = True
-                if arg._storage is not None and (guard := guard_of(arg)) is not None:
-                    guards = guards or {}
-                    guards[index] = guard
-                    marked = marked or guard[1] is not None
+                stored = stored or arg._storage is not None
         if saves_out:
             kept.append(out)
             result._used = True
@@ -100,8 +96,8 @@ def record_plain(
     if prim._needs_shapes:
         shapes = tuple([(a._data.shape, a._data.dtype) if isinstance(a, Tensor) else ((), None) for a in args])
     record = Record(prim, params, parents, saved, out.shape, dtype, shapes, None, current.place, code, lasti)
-    if guards is not None:
-        record.guards, record.marked = guards, marked
+    if stored:
+        record.guards, record.marked = guards_of(saved)
     result._node = record
     result._rg = dtype.kind == "f"
 
@@ -116,8 +112,7 @@ def record_application(
     """
     keep, keep_from = prim._saved_inputs, prim._saved_from
     saves_out = prim.saves_out
-    guards: dict[int, Any] | None = None
-    marked = False
+    stored = False  # whether anything that is saved may be written to behind the tape's back
     if not prim.differentiable:
         parents: list[Any] = [None] * len(args)
     elif current.tapes or current.trace is not None:
@@ -131,13 +126,10 @@ def record_application(
         saved = [arg if index in keep or index >= keep_from else None for index, arg in enumerate(args)]
     else:
         saved = [*args]
-    for index, arg in enumerate(saved):
+    for arg in saved:
         if isinstance(arg, Tensor):
             arg._used = True
-            if arg._storage is not None and (guard := guard_of(arg)) is not None:
-                guards = guards or {}
-                guards[index] = guard
-                marked = marked or guard[1] is not None
+            stored = stored or arg._storage is not None
     if last is None and saves_out:
         kept_outputs = tuple([o if current.trace is not None else o._data for o in outputs])
         saved.append(kept_outputs if several else kept_outputs[0])
@@ -157,8 +149,8 @@ def record_application(
         prim, params, tuple(parents), tuple(saved), *avals[0], shapes, avals if several else None, current.place,
         None if frame is None else frame.f_code, -1 if frame is None else frame.f_lasti,
     )  # fmt: skip
-    if guards is not None:
-        record.guards, record.marked = guards, marked
+    if stored:
+        record.guards, record.marked = guards_of(saved)
     needs_too = needs and prim.differentiable
     for index, output in enumerate(outputs):
         output._node = Output(record, index) if several else record

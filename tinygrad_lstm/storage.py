@@ -23,7 +23,7 @@ from tinygrad_lstm.record import Output, Record, now
 if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Storage", "assign", "fingerprint", "guard_of", "last_change", "share", "verify"]
+__all__ = ["Storage", "assign", "fingerprint", "guards_of", "last_change", "share", "verify"]
 
 
 # The serial of the last time that any memory was exposed or changed: older records are looked at, younger ones cannot
@@ -94,26 +94,15 @@ def share(source: Any, views: tuple[Tensor, ...]) -> None:
         view._storage = storage
 
 
-def guard_of(saved: Tensor) -> tuple[int, Any] | None:
-    """What a record remembers of a tensor that it saves: (version, fingerprint or None); None on the common path."""
-    saved._used = True
-    storage = saved._storage
-    if storage is None:
-        return None
-    storage.used = True
-    if storage.exposed:
-        return storage.version, fingerprint(saved._data)
-    return (storage.version, None) if storage.version else None
-
-
 def guards_of(saved: Sequence[Any]) -> tuple[dict[int, Any] | None, bool]:
-    """:func:`guard_of` every tensor that a record saves, by position; and whether a fingerprint is among that."""
+    """What a record remembers of the tensors that it saves, by position: (version, fingerprint or None), where that is
+    anything; and whether a fingerprint is among it."""
     guards: dict[int, Any] = {}
     marked = False
     for index, value in enumerate(saved):
-        storage = value._storage
+        storage = getattr(value, "_storage", None)
         if storage is not None:
-            value._used = storage.used = True
+            storage.used = True
             if storage.exposed:
                 guards[index] = storage.version, fingerprint(value._data)
                 marked = True
