@@ -7,7 +7,7 @@ of one row and few steps the questions take ten times as long as the loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from tinygrad_lstm.nn.programs import known_of, recorder_for
 from tinygrad_lstm.ops.control import leaves_of, rebuilt
 from tinygrad_lstm.ops.loop import bind_site, linked_loop
 from tinygrad_lstm.ops.prepared import Site, apart, compile_mode, plan_of, site_of
-from tinygrad_lstm.primitive import Primitive
+from tinygrad_lstm.primitive import REGISTRY, Primitive
 from tinygrad_lstm.record import State
 from tinygrad_lstm.storage import share
 from tinygrad_lstm.tensor import Tensor
@@ -79,9 +79,15 @@ class _Run:
             return bind_site(self.site(linked), operands, True, current, lead=lead)
         call = self.silent.get(lead)
         if call is None:
-            call = self.silent[lead] = self.silently(lead, lambda final, ys: f"{', '.join([*final, *ys])},")
+            call = self.silent[lead] = self.silently(lead)
         outs: tuple[Tensor, ...] = call(*operands)
         return outs
+
+    def known(self, linked: tuple[bool, ...]) -> Any:
+        """The loop as a function of tensors, led, for a start that nobody differentiates."""
+        if True in linked:
+            return linked_loop(self.site(linked), lead=True)
+        return self.silent.get(True) or self.silent.setdefault(True, self.silently(True))
 
     def site(self, linked: tuple[bool, ...]) -> Site:
         """The scan where these of x and the captures require a gradient."""
@@ -91,17 +97,14 @@ class _Run:
             self.sites[linked] = site
         return site
 
-    def silently(self, lead: bool, result: Callable[[Sequence[str], Sequence[str]], str]) -> Any:
-        """The loop on tensors, none of which is differentiated, as one expression.
-
-        ``result`` is its text, from those of the parts of the final state and of the outputs.
-        """
+    def silently(self, lead: bool) -> Any:
+        """The loop on tensors, none of which is differentiated."""
         plan = plan_of(self.program, self.n_carry, self.n_ys, self.steps)
 
         def tensors(taken: Sequence[str], final: Sequence[str], ys: Sequence[str]) -> list[str]:
-            final = [f"Tensor({part}{'[None]' if lead else ''})" for part in final]
-            several = [f"*map(Tensor, apart([{', '.join(ys)}]))"]
-            return [f"return {result(final, several if len(ys) > 1 else [f'Tensor({y})' for y in ys])}"]
+            made = [f"Tensor({part}{'[None]' if lead else ''})" for part in final]
+            made += [f"*map(Tensor, apart([{', '.join(ys)}]))"] if len(ys) > 1 else [f"Tensor({y})" for y in ys]
+            return [f"return {', '.join(made)},"]
 
         form = Form("{}._data", tensors, {"Tensor": Tensor, "apart": apart}, bare=True)
         return loop_call_in(form, plan, self.reverse)
@@ -144,7 +147,8 @@ class _Ready:
 
 def _written(lines: list[str], names: dict[str, Any]) -> Any:
     body = "\n        ".join(lines)
-    text = f"def call(cells, current, x=None):\n    try:\n        {body}\n    except AttributeError: return None"
+    head, tail = "def call(cells, current, x=None, starts=None):\n    try:", "    except AttributeError: return None"
+    text = f"{head}\n        {body}\n{tail}"
     names[MARK] = True
     exec(compile(text, "<known call>", "exec"), names)
     return names.pop("call")
@@ -158,62 +162,76 @@ class ReadyLayers(_Ready):
         self.directions, self.parts = directions, parts
         self.avals = [((len(runs), *t.shape), t.dtype) for t in runs[0].carry or []]
         self._whole: dict[bool, Any] = {}  # the call as one function, by whether anything is recorded
+        # Of every run, the function of its loop by what requires gradients: x and the captures.
+        self._loops: list[dict[tuple[bool, ...], Any]] = [{} for _ in runs]
 
-    def whole(self, x: Tensor, cells: Sequence[Any], current: State) -> tuple[Tensor, Any] | None:
-        """The call from zero states as one function; None where :meth:`captures` is None."""
+    def whole(self, x: Tensor, cells: Sequence[Any], current: State, state: Any = None) -> tuple[Tensor, Any] | None:
+        """The call from zeros or a state in PyTorch's form; None where :meth:`captures` is None, or the state is not as
+        it should be."""
+        starts = None
+        if state is not None:
+            starts = self.starts(state, current)
+            if starts is None:
+                return None
         call = self._whole.get(current.enabled)
         if call is None:
-            written = self._stacked if len(self.runs) > 1 else self._recorded if current.enabled else self._silent
-            call = self._whole[current.enabled] = written()
-        result: tuple[Tensor, Any] | None = call(cells, current, x)
+            call = self._whole[current.enabled] = self._written_out(current.enabled)
+        result: tuple[Tensor, Any] | None = call(cells, current, x, starts)
         return result
 
-    def _stacked(self) -> Any:
-        def stacked(cells: Sequence[Any], current: State, x: Tensor) -> Any:
-            captures = self.captures(cells, current)
-            return None if captures is None else self(x, captures, current)
-
-        return stacked
-
-    def _result(self, final: Sequence[str], ys: Sequence[str]) -> str:
-        """The text of a single layer's result."""
-        return f"{ys[0]}, {final[0]}" if self.parts == 1 else f"{ys[0]}, ({', '.join(final)})"
-
-    def _silent(self) -> Any:
-        """One layer, where nothing is recorded."""
-        lines, names = self._asked[0], {**self._asked[1]}
-        (run,) = self.runs
-        names["loop"] = run.silently(True, self._result)
-        names.update({f"c{k}": t for k, t in enumerate(run.carry or [])})
-        carry = "".join(f"c{k}, " for k in range(run.n_carry))
-        return _written([*lines, f"return loop({carry}x, *found0)"], names)
-
-    def _recorded(self) -> Any:
-        """One layer, where records are made: the function of its loop and their record, by what requires gradients."""
-        lines, names = self._asked[0], {**self._asked[1]}
-        (run,) = self.runs
-        loops: dict[tuple[bool, ...], Any] = {}
-
-        def met(x: Tensor, captures: list[Tensor], current: State) -> tuple[Tensor, Any]:
-            result = self(x, [captures], current)
-            linked = (x._rg, *[t._rg for t in captures])
-            if True in linked:
-                loops[linked] = linked_loop(run.site(linked), lead=True)
-            return result
-
-        captures = [f"w{k}" for k in range(len(run.program.captures))]
-        finals = [f"final{k}" for k in range(run.n_carry)]
-        zeros = {f"c{k}": t for k, t in enumerate(run.carry or [])}
-        names.update(zeros, loops=loops, met=met)
-        lines = [
-            *lines,
-            *([f"{', '.join(captures)}, = found0"] if captures else []),
-            f"loop = loops.get((x._rg, {''.join(f'{name}._rg, ' for name in captures)}))",
-            "if loop is None: return met(x, found0, current)",
-            f"{', '.join([*finals, 'y'])}, = loop({', '.join([*zeros, 'x', *captures])})",
-            f"return {self._result(finals, ['y'])}",
-        ]
+    def _written_out(self, recorded: bool) -> Any:
+        """The call as one function: the questions, then loop after loop, each with its record where there is one."""
+        count = len(self.runs)
+        lines, names = [*self._asked[0]], {**self._asked[1]}
+        names.update(join=REGISTRY["concatenate"].bind, zeros=tuple(tuple(run.carry or ()) for run in self.runs))
+        given = f"x, [{', '.join(f'found{k}' for k in range(count))}], current"
+        if recorded:
+            names.update(met=self._met, ordinary=self, differentiated=_differentiated)
+            lines.append(f"if starts is not None and differentiated(starts): return ordinary({given}, starts)")
+        starts = "".join(f"({''.join(f's{k}_{p}, ' for p in range(run.n_carry))}), " for k, run in enumerate(self.runs))
+        lines += ["if starts is None: starts = zeros", f"{starts}= starts"]
+        below = "x"
+        for first in range(0, count, self.directions):
+            here = range(first, first + self.directions)
+            for k in here:
+                run = self.runs[k]
+                captures = [f"w{k}_{j}" for j in range(len(run.program.captures))]
+                operands = ", ".join([*(f"s{k}_{p}" for p in range(run.n_carry)), below, *captures])
+                loop = f"loop{k}"
+                lines.append(f"{''.join(f'{name}, ' for name in captures) or '()'} = found{k}")
+                if recorded:
+                    names[f"loops{k}"] = self._loops[k]
+                    linked = "".join(f"{name}._rg, " for name in (below, *captures))
+                    lines.append(f"{loop} = loops{k}.get(({linked}))")
+                    lines.append(f"if {loop} is None: return met({given}, starts)")
+                else:
+                    names[loop] = run.known((False,))
+                lines.append(f"{''.join(f'final{k}_{p}, ' for p in range(run.n_carry))}y{k}, = {loop}({operands})")
+            below = f"y{first}"
+            if self.directions > 1:
+                names["last"] = {"axis": -1}
+                below = f"both{first}"
+                lines.append(f"{below} = join(({''.join(f'y{k}, ' for k in here)}), last)")
+        state = []
+        for p in range(self.parts):
+            parts = [f"final{k}_{p}" for k in range(count)]
+            if count > 1:
+                names[f"first{p}"] = {"axis": -len(self.avals[p][0])}
+            state.append(parts[0] if count == 1 else f"join(({', '.join(parts)}), first{p})")
+        lines.append(f"return {below}, {', '.join(state).join('()' if self.parts > 1 else ('', ''))}")
         return _written(lines, names)
+
+    def _met(self, x: Tensor, captures: list[list[Tensor]], current: State, starts: Any) -> tuple[Tensor, Any]:
+        """A call for which the loops of some run are not known yet: made in the ordinary way, after which they are."""
+        result = self(x, captures, current, starts)
+        below = x._rg
+        for k, run in enumerate(self.runs):
+            if k % self.directions == 0:
+                into, below = below, False
+            linked = (into, *[t._rg for t in captures[k]])
+            below = below or True in linked
+            self._loops[k][linked] = run.known(linked)
+        return result
 
     def starts(self, state: Any, current: State) -> list[list[Tensor]] | None:
         """The state of every cell from one in PyTorch's form; None where it is not as it should be."""
@@ -268,6 +286,10 @@ class ReadyRecurrent(_Ready):
         outs = list(self.run(x, captures[0], current, carry=carry))
         n_carry = self.run.n_carry
         return rebuilt(self.y_tree, outs[n_carry:]), rebuilt(self.carry_tree, outs[:n_carry])
+
+
+def _differentiated(starts: Sequence[Sequence[Tensor]]) -> bool:
+    return any(part._rg for start in starts for part in start)
 
 
 def _row(part: Tensor, k: int, current: State) -> Tensor:

@@ -159,17 +159,11 @@ class RecurrentLayers(Budgeted):
         plain = lengths is None and not return_states and not return_gates and memory is None
         if plain and x.__class__ is Tensor:
             ready, current = find(self, x), _STATE.get()
-            if ready is not None and state is None and not self.batch_first:
-                result = ready.whole(x, self._cells, current)
+            if ready is not None and current.plain:
+                timed = ops.swapaxes(x, 0, 1) if self.batch_first else x
+                result = ready.whole(timed, self._cells, current, state)
                 if result is not None:
-                    return result
-            elif ready is not None and (captures := ready.captures(self._cells, current)) is not None:
-                starts = None if state is None else ready.starts(state, current)
-                if state is None or starts is not None:
-                    if not self.batch_first:
-                        return ready(x, captures, current, starts)
-                    y, final = ready(ops.swapaxes(x, 0, 1), captures, current, starts)
-                    return ops.swapaxes(y, 0, 1), final
+                    return result if not self.batch_first else (ops.swapaxes(result[0], 0, 1), result[1])
         who = describe(self)
         want_states = self.return_states if return_states is None else return_states
         want_gates = self.return_gates if return_gates is None else return_gates
