@@ -408,18 +408,61 @@ def test_records_of_known_calls_are_as_those_of_ordinary_ones() -> None:
     assert described == {f"'scan' (part{k}, {__file__}:{line})" for k in range(2)}
 
 
-def test_known_calls_for_every_choice_of_what_is_trained() -> None:
-    layer = LAYERS["lstm"]()
+@pytest.mark.parametrize("name", ["lstm", "two layers", "two of both"])
+def test_known_calls_for_every_choice_of_what_is_trained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LAYERS[name]()
     names = [name for name, _ in layer.named_parameters()]
-    for turn in range(2):  # in the second one every choice is known
-        for frozen in (*([name] for name in names), names[1:], []):  # one at least is trained
+    met, unknown = ready.ReadyLayers._met, []
+    monkeypatch.setattr(ready.ReadyLayers, "_met", lambda *given: unknown.append(True) or met(*given))
+
+    def outcome(turn: int, with_x: bool) -> list[Any]:
+        x = tg.tensor(sequence(turn), requires_grad=with_x)
+        layer.zero_grad()
+        y, _ = layer(x)
+        ops.square(y).sum().backward()
+        assert (x.grad is not None) == with_x
+        return [y.numpy(), *([x.grad] if with_x else []), *(p.grad for p in layer.parameters() if p.requires_grad)]
+
+    everything(layer)  # from then on the call is known
+    for turn in range(2):
+        unknown.clear()
+        for frozen in (*([name] for name in names), names[:-1], names[: len(names) // 2], names[1:], names, []):
             for name, p in layer.named_parameters():
                 p.requires_grad = name not in frozen
-            agree(everything(layer, turn), plainly(layer, turn))
-            record = layer(tg.tensor(sequence()))[0]._node.record
-            linked = [saved for saved, parent in zip(record.saved, record.parents, strict=False) if parent is not None]
-            assert {id(p) for p in layer.parameters() if p.requires_grad} == {id(p) for p in linked}
-        assert sum(p.requires_grad for p in layer.parameters()) == len(names)
+            for with_x in (False, True):
+                if with_x or len(frozen) < len(names):
+                    found = outcome(turn, with_x)
+                    with tg.eager():
+                        agree(found, outcome(turn, with_x))
+        assert bool(unknown) == (turn == 0)
+
+
+def test_a_known_call_links_only_what_is_trained() -> None:
+    layer = LAYERS["lstm"]()
+    layer.weight_ih_l0.requires_grad = False
+    for _ in range(4):
+        record = layer(tg.tensor(sequence()))[0]._node.record
+        linked = [saved for saved, parent in zip(record.saved, record.parents, strict=False) if parent is not None]
+        assert {id(p) for p in layer.parameters() if p.requires_grad} == {id(p) for p in linked}
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "two layers"])
+def test_a_state_may_be_all_that_is_differentiated(name: str) -> None:
+    layer = LAYERS[name]()
+    for p in layer.parameters():
+        p.requires_grad = False
+    for _ in range(4):
+        state = given_state(layer)
+        leaves = list(state) if isinstance(state, tuple) else [state]
+        for leaf in leaves:
+            leaf.requires_grad = True
+        ops.square(layer(tg.tensor(sequence()), state)[0]).sum().backward()
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        with tg.eager():
+            ops.square(layer(tg.tensor(sequence()), state)[0]).sum().backward()
+        agree(found, [leaf.grad for leaf in leaves])
 
 
 def test_earlier_results_stay() -> None:

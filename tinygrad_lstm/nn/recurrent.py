@@ -287,7 +287,7 @@ class Recurrent(Budgeted):
         if not (want_states or want_gates):
             bare = not (self.return_states or self.return_gates) and self.learned_state is None
             usual = type(self).start is Recurrent.start and "start" not in vars(self)
-            if plain and bare and usual and self.budget(memory) is None and recording_state().trace is None:
+            if plain and bare and usual and self.budget(memory) is None and recording_state().plain:
                 keep_recurrent(self, self.cell, self.reverse, x, given, start)
             return outputs, final
         return outputs, final, {key: ops.expand_dims(value, 0) for key, value in trajectories.items()}

@@ -207,7 +207,7 @@ class RecurrentLayers(Budgeted):
             draws = self.dropout and self.training and self.num_layers > 1
             common = plain and share is None and not unbatched and steps
             common = common and not (self.return_states or self.return_gates)  # what the next call gives by default
-            if common and not draws and _STATE.get().trace is None:
+            if common and not draws and _STATE.get().plain:
                 keep(self, self._cells, self.directions, self.state_parts, timed, given)
             return result
         joint = joined(trajectories)
