@@ -110,6 +110,17 @@ def test_without_gradients(name: str, used: list[bool]) -> None:
     assert not any(part.requires_grad for part in parts(layer, tg.tensor(sequence())))
 
 
+def test_arrays_are_as_known_as_tensors(used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, cell = LAYERS["lstm"](), nn.Recurrent(nn.GRUCell(F, H, dtype=np.float64))
+    kept: list[bool] = []
+    monkeypatch.setattr(ready, "_put", lambda *given, put=ready._put: kept.append(True) or put(*given))
+    for k in range(3):
+        expected, found = (layer(x)[0].numpy() for x in (tg.tensor(sequence(k)), sequence(k)))
+        np.testing.assert_array_equal(expected, found)
+        cell(sequence(k))
+    assert used == [True] * 7 and len(kept) == 2
+
+
 def given_state(layer: Any, seed: int = 0) -> Any:
     """A state in PyTorch's form, as tensors."""
     rng = np.random.default_rng(seed)

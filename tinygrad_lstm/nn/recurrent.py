@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from tinygrad_lstm import ops
 from tinygrad_lstm.checks import check_probability
 from tinygrad_lstm.compiler.blame import users_level
@@ -240,6 +242,8 @@ class Recurrent(Budgeted):
         -------
         (outputs, final state), or (outputs, final state, trajectories)
         """
+        if x.__class__ is np.ndarray:
+            x = asarray(x)
         plain = x.__class__ is Tensor and lengths is None and memory is None
         start = None
         if plain and not return_states and not return_gates and (state is None or _is_of_tensors(state)):

@@ -157,6 +157,8 @@ class RecurrentLayers(Budgeted):
             With the shapes or dtypes found and expected.
         """
         plain = lengths is None and not return_states and not return_gates and memory is None
+        if x.__class__ is np.ndarray:
+            x = asarray(x)
         if plain and x.__class__ is Tensor:
             ready, current = find(self, x), _STATE.get()
             if ready is not None and current.plain:
