@@ -69,7 +69,7 @@ def test_a_function_that_raises_leaves_the_modules_parameters() -> None:
         with pytest.raises(RuntimeError, match="here"):
             run()
         assert all(a is b for a, b in zip(layer.parameters(), own, strict=True))
-    with pytest.raises(tg.ShapeError, match="another structure"):
+    with pytest.raises(tg.ShapeError, match="tangent 0 has leaves"):
         tg.jvp(lambda m: m(x)[0].sum(), (layer,), ({"weight_ih_l0": v["weight_ih_l0"]},))
     with pytest.raises(tg.DTypeError, match="is a Module"):
         tg.hessian(lambda m: m(x)[0].sum())(layer)

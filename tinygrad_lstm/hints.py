@@ -25,13 +25,16 @@ _PLACES = ("", "ops", "nn", "nn.init", "optim", "data", "training", "inspect", "
 
 _OF_NUMPY = "an array of NumPy in tg.tensor, such as tg.tensor(np.{0}({1}).astype(np.float32))"
 _FUNCTION = "{0}, a function, which nn.Sequential takes as well"
+_MADE = {
+    **{name: _OF_NUMPY.format(name, "shape") for name in ("empty", "ones", "zeros")},
+    **{name: _OF_NUMPY.format(name, "...") for name in ("arange", "eye", "full", "linspace")},
+    "rand": _OF_NUMPY.format("random.default_rng().random", "shape"),
+    "randn": _OF_NUMPY.format("random.default_rng().normal", "size=shape"),
+}
 # Names of PyTorch that another spelling does not lead to.
 _TORCH = {
     "": {
-        **{name: _OF_NUMPY.format(name, "shape") for name in ("empty", "ones", "zeros")},
-        **{name: _OF_NUMPY.format(name, "...") for name in ("arange", "eye", "full", "linspace")},
-        "rand": _OF_NUMPY.format("random.default_rng().random", "shape"),
-        "randn": _OF_NUMPY.format("random.default_rng().normal", "size=shape"),
+        **_MADE, **dict.fromkeys(("enable_grad", "set_grad_enabled"), "tg.no_grad() around what is not to be recorded"),
         "as_tensor": "tg.asarray", "from_numpy": "tg.asarray (which aliases the array), or tg.tensor (which copies it)",
         "Variable": "tg.tensor(a, requires_grad=True)", "manual_seed": "tg.seed",
         "cuda": "nothing: all runs on the CPU", "device": "nothing: all runs on the CPU",
@@ -61,6 +64,7 @@ _TORCH = {
     },
     "optim": {"lr_scheduler": "the schedules in optim itself: optim.StepLR, optim.CosineAnnealingLR, ..."},
     "ops": {
+        **_MADE,
         "absolute": "ops.abs", "amax": "ops.max", "amin": "ops.min", "bmm": "ops.matmul", "cat": "ops.concatenate",
         "clamp": "ops.clip", "div": "ops.divide", "eq": "ops.equal", "gather": "ops.take_along_axis",
         "ge": "ops.greater_equal", "gt": "ops.greater", "index_select": "ops.take", "le": "ops.less_equal",
@@ -71,6 +75,7 @@ _TORCH = {
     },
 }  # fmt: skip
 _CPU = "nothing: all runs on the CPU"
+_IN_PLACE = "t.data = ... (no operation changes a tensor in place)"
 # Attributes of PyTorch's objects, by the name of the class here.
 _ATTRIBUTES = {
     "Tensor": {
@@ -80,11 +85,13 @@ _ATTRIBUTES = {
         }.items()},
         **dict.fromkeys(("cpu", "cuda", "device"), _CPU), "to": "t.astype(dtype); all runs on the CPU",
         "type": "t.astype(dtype)", "bmm": "t @ other", "matmul": "t @ other", "mm": "t @ other", "t": "t.T",
-        "clone": "t itself, which no operation writes to, or tg.tensor(t), a copy outside of the graph",
+        "clone": "t itself, which no operation writes to, t.copy(), or tg.tensor(t), a copy outside of the graph",
         "contiguous": "t itself: operations take every layout", "dim": "t.ndim", "expand": "t.broadcast_to(shape)",
         "gather": "ops.take_along_axis(t, index, axis)", "index_select": "t.take(index, axis)",
         "masked_fill": "ops.where(mask, value, t)", "numel": "t.size", "permute": "t.transpose(axes)",
         "pow": "t ** exponent", "requires_grad_": "t.requires_grad = True", "detach_": "t.detach()",
+        **dict.fromkeys(("add_", "clamp_", "copy_", "div_", "fill_", "mul_", "sub_", "zero_"), _IN_PLACE),
+        "grad_fn": "tg.Tape, which lists the records", "is_cuda": _CPU,
         "unbind": "list(t)", "unsqueeze": "t.expand_dims(axis)", "view": "t.reshape(shape)",
     },
     "Module": {
@@ -146,6 +153,8 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
     known = list(known)
     folded = {other.lower(): other for other in known}
+    if name.lower() in folded:
+        return folded[name.lower()]
     found = get_close_matches(name, known, 1) or [folded[f] for f in get_close_matches(name.lower(), folded, 1)]
     return found[0] if found else ""
 
@@ -238,7 +247,7 @@ def _attribute_hint(owner: type, name: str, own: Mapping[str, Any]) -> str:
     if of_tensor and name in _TORCH["ops"]:
         return f"; use {_TORCH['ops'][name]}"
     if of_tensor and name.endswith("_"):
-        return "; use t.data = ... (no operation changes a tensor in place)"
+        return f"; use {_IN_PLACE}"
     return did_you_mean(name, [known for known in (*dir(owner), *own) if not known.startswith("_")])
 
 

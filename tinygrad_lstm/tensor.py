@@ -165,13 +165,17 @@ class Tensor:
             raise ShapeError(f"item() needs exactly one element, found shape {self.shape}; use tolist() or an index")
         return self._read().item()
 
+    def _number(self, who: str) -> Any:
+        if self._data.size != 1:
+            raise ShapeError(
+                f"{who} needs exactly one element, found shape {self.shape}; in place of functions of Python's math, "
+                "which take numbers, use those of ops"
+            )
+        return self.item()
+
     def tolist(self) -> Any:
         """The values as nested Python lists (a number for a 0-d tensor)."""
         return self._read().tolist()
-
-    def copy(self) -> np.ndarray:
-        """A copy of the values as an ndarray."""
-        return self._read().copy()
 
     def __len__(self) -> int:
         if self._data.ndim == 0:
@@ -184,10 +188,10 @@ class Tensor:
         return bool(self._read().item())
 
     def __float__(self) -> float:
-        return float(self.item())
+        return float(self._number("float()"))
 
     def __int__(self) -> int:
-        return int(self.item())
+        return int(self._number("int()"))
 
     def __index__(self) -> int:
         if self._data.dtype.kind not in "iu" or self._data.ndim:

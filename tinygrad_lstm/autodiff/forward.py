@@ -72,7 +72,11 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                 by_path = dict(zip(leaf_paths(tangent), given, strict=True))
                 wanted = leaf_paths(primal)
                 if by_path.keys() != set(wanted):
-                    raise ShapeError("jvp: a tangent has another structure than its primal")
+                    shown = lambda paths: ", ".join([path or "itself" for path in paths][:6]) or "none"
+                    raise ShapeError(
+                        f"jvp: tangent {k} has leaves {shown(by_path)}, its primal {shown(wanted)}; give one of "
+                        "its shape for each (zeros where nothing moves)"
+                    )
                 given = [by_path[path] for path in wanted]
             for v, t in zip(fresh, given, strict=True):
                 t = as_like(t, v.dtype)

@@ -139,7 +139,7 @@ class Entry:
         leaves = []
         for kind, what in self.outs:
             if kind == "constant":  # the caller may write to it
-                leaves.append(Tensor(operands[what].copy()))
+                leaves.append(Tensor(operands[what]._data.copy()))
             else:
                 leaves.append(results[what] if kind == "value" else operands[what] if kind == "same" else what)
                 if leaves[-1].__class__ is np.ndarray:

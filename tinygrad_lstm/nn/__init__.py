@@ -22,8 +22,11 @@ from tinygrad_lstm.nn.recurrent import Bidirectional, Recurrent, Stack
 from tinygrad_lstm.nn.regularisation import VariationalDropout, WeightDrop, Zoneout
 from tinygrad_lstm.nn.rnn import GRU, LSTM, RNN
 
-# Not the equations of cells and losses, but what runs them: a record names the line that called a layer.
-_binding.mark_internal("nn.module", "nn.programs", "nn.ready", "nn.recurrent", "nn.rnn", "nn.states")
+# All but the equations of cells: a record names the user's line that called a layer or a loss.
+_binding.mark_internal(
+    "nn.basic", "nn.ctc", "nn.losses", "nn.module", "nn.programs", "nn.ready", "nn.recurrent", "nn.regularisation",
+    "nn.rnn", "nn.states",
+)  # fmt: skip
 
 __all__ = [
     "GRU", "LSTM", "RNN", "Bidirectional", "Dropout", "Embedding", "GRUCell", "LSTMCell", "LayerNorm",

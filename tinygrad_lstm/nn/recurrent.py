@@ -148,8 +148,13 @@ def check_cell(cell: Any, who: str) -> None:
     """Raise unless the object has a cell's two methods."""
     if isinstance(cell, type) or not callable(cell) or not hasattr(cell, "initial_state"):
         found = f"the class {cell.__name__}" if isinstance(cell, type) else f"a {type(cell).__name__}"
+        instead = ""
+        if isinstance(cell, type) and hasattr(cell, "initial_state"):
+            instead = f"; make one: {cell.__name__}(input_size, hidden_size)"
+        elif isinstance(cell, Budgeted):
+            instead = "; it is a layer, which is called on a sequence as it is"
         raise DTypeError(
-            f"{who}: {found} is no cell; a cell is a Module with forward(x, state) -> (output, state) "
+            f"{who}: {found} is no cell{instead}; a cell is a Module with forward(x, state) -> (output, state) "
             "and initial_state(batch)"
         )
 

@@ -121,5 +121,5 @@ _METHODS = [
     "all", "any", "sum", "mean", "var", "std", "max", "min", "prod", "argmax", "argmin", "cumsum", "norm", "logsumexp",
     "softmax", "log_softmax", "swapaxes", "moveaxis", "expand_dims", "squeeze", "ravel", "broadcast_to", "repeat",
     "take", "clip", "dot", "astype", "exp", "log", "sqrt", "square", "abs", "tanh", "sigmoid", "relu", "split", "chunk",
-    "flip",
+    "flip", "copy",
 ]  # fmt: skip
