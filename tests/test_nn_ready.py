@@ -408,6 +408,14 @@ def test_records_of_known_calls_are_as_those_of_ordinary_ones() -> None:
     assert described == {f"'scan' (part{k}, {__file__}:{line})" for k in range(2)}
 
 
+def test_records_of_composed_layers_name_the_line_that_called_them() -> None:
+    first, second = nn.GRUCell(F, H), nn.GRUCell(H, H)
+    for layer in nn.Bidirectional(first, nn.GRUCell(F, H)), nn.Stack([first, second], dropout=0.5):
+        with tg.Tape() as tape:
+            layer(tg.tensor(sequence().astype(np.float32)))
+        assert {record.source_line().rpartition(":")[0] for record in tape.records} == {__file__}
+
+
 def test_known_calls_for_every_choice_of_what_is_trained() -> None:
     layer = LAYERS["lstm"]()
     names = [name for name, _ in layer.named_parameters()]
