@@ -331,6 +331,23 @@ def test_stand_ins_of_parameters_do_not_live_on() -> None:
     assert alive and all(reference() is None for reference in alive)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_that_is_dropped_is_freed_at_once(name: str) -> None:
+    layer = LAYERS[name]()
+    for _ in range(3):
+        (layer(tg.tensor(sequence()))[0] * 2.0).sum().backward()
+        with tg.no_grad():
+            layer(tg.tensor(sequence()))
+    alive = [weakref.ref(p) for p in layer.parameters()]
+    gc.collect()
+    gc.disable()  # counting references is enough
+    try:
+        del layer
+        assert all(reference() is None for reference in alive)
+    finally:
+        gc.enable()
+
+
 def test_whoever_looks_at_single_operations_gets_them(used: list[bool]) -> None:
     layer, x = LAYERS["lstm"](), tg.tensor(sequence(), requires_grad=True)
     layer(x), layer(x)

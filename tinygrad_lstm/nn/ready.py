@@ -160,20 +160,16 @@ class ReadyLayers(_Ready):
         self._whole: dict[bool, Any] = {}  # the call as one function, by whether anything is recorded
 
     def whole(self, x: Tensor, cells: Sequence[Any], current: State) -> tuple[Tensor, Any] | None:
-        """The call from zero states as one function; None where :meth:`captures` is None."""
-        call = self._whole.get(current.enabled)
-        if call is None:
-            written = self._stacked if len(self.runs) > 1 else self._recorded if current.enabled else self._silent
-            call = self._whole[current.enabled] = written()
-        result: tuple[Tensor, Any] | None = call(cells, current, x)
-        return result
-
-    def _stacked(self) -> Any:
-        def stacked(cells: Sequence[Any], current: State, x: Tensor) -> Any:
+        """The call from zero states, of a single layer as one function; None where :meth:`captures` is None."""
+        if len(self.runs) > 1:
             captures = self.captures(cells, current)
             return None if captures is None else self(x, captures, current)
-
-        return stacked
+        call = self._whole.get(current.enabled)
+        if call is None:
+            # It does not refer to this object: a cycle would keep parameters alive.
+            call = self._whole[current.enabled] = self._recorded() if current.enabled else self._silent()
+        result: tuple[Tensor, Any] | None = call(cells, current, x)
+        return result
 
     def _result(self, final: Sequence[str], ys: Sequence[str]) -> str:
         """The text of a single layer's result."""
@@ -191,15 +187,15 @@ class ReadyLayers(_Ready):
     def _recorded(self) -> Any:
         """One layer, where records are made: the function of its loop and their record, by what requires gradients."""
         lines, names = self._asked[0], {**self._asked[1]}
-        (run,) = self.runs
+        (run,), parts = self.runs, self.parts
         loops: dict[tuple[bool, ...], Any] = {}
 
         def met(x: Tensor, captures: list[Tensor], current: State) -> tuple[Tensor, Any]:
-            result = self(x, [captures], current)
+            outs = run(x, captures, current, lead=True)
             linked = (x._rg, *[t._rg for t in captures])
             if True in linked:
                 loops[linked] = linked_loop(run.site(linked), lead=True)
-            return result
+            return _of_one(outs, parts)
 
         captures = [f"w{k}" for k in range(len(run.program.captures))]
         finals = [f"final{k}" for k in range(run.n_carry)]
@@ -231,8 +227,7 @@ class ReadyLayers(_Ready):
         """Outputs of the last layer, and the state in PyTorch's form."""
         carries: list[Any] = starts or [None] * len(self.runs)
         if len(self.runs) == 1:
-            outs = self.runs[0](x, captures[0], current, lead=True, carry=carries[0])
-            return outs[-1], outs[0] if self.parts == 1 else outs[:-1]
+            return _of_one(self.runs[0](x, captures[0], current, lead=True, carry=carries[0]), self.parts)
         finals = []
         for first in range(0, len(self.runs), self.directions):
             outputs = []
@@ -243,6 +238,11 @@ class ReadyLayers(_Ready):
             x = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=-1)
         state = [ops.stack(list(column)) for column in zip(*finals, strict=True)]
         return x, state[0] if self.parts == 1 else tuple(state)
+
+
+def _of_one(outs: tuple[Tensor, ...], parts: int) -> tuple[Tensor, Any]:
+    """Outputs and state of a single layer."""
+    return outs[-1], outs[0] if parts == 1 else outs[:-1]
 
 
 class ReadyRecurrent(_Ready):
