@@ -342,6 +342,23 @@ def test_stand_ins_of_parameters_do_not_live_on() -> None:
     assert alive and all(reference() is None for reference in alive)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_that_is_dropped_is_freed_at_once(name: str) -> None:
+    layer = LAYERS[name]()
+    for _ in range(3):
+        (layer(tg.tensor(sequence()))[0] * 2.0).sum().backward()
+        with tg.no_grad():
+            layer(tg.tensor(sequence()))
+    alive = [weakref.ref(p) for p in layer.parameters()]
+    gc.collect()
+    gc.disable()  # counting references is enough
+    try:
+        del layer
+        assert all(reference() is None for reference in alive)
+    finally:
+        gc.enable()
+
+
 def test_whoever_looks_at_single_operations_gets_them(used: list[bool]) -> None:
     layer, x = LAYERS["lstm"](), tg.tensor(sequence(), requires_grad=True)
     layer(x), layer(x)
@@ -417,6 +434,14 @@ def test_records_of_known_calls_are_as_those_of_ordinary_ones() -> None:
         n for n, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "y, (h, c) = layer(x)" in text
     )
     assert described == {f"'scan' (part{k}, {__file__}:{line})" for k in range(2)}
+
+
+def test_records_of_composed_layers_name_the_line_that_called_them() -> None:
+    first, second = nn.GRUCell(F, H), nn.GRUCell(H, H)
+    for layer in nn.Bidirectional(first, nn.GRUCell(F, H)), nn.Stack([first, second], dropout=0.5):
+        with tg.Tape() as tape:
+            layer(tg.tensor(sequence().astype(np.float32)))
+        assert {record.source_line().rpartition(":")[0] for record in tape.records} == {__file__}
 
 
 @pytest.mark.parametrize("name", ["lstm", "two layers", "two of both"])

@@ -34,6 +34,37 @@ def test_what_is_not_floating_is_not_linked_at_any_call():
         assert np.isfinite(start[0].grad).all() and start[0].grad.all()
 
 
+def test_an_error_of_a_users_own_function_is_the_same_at_every_call():
+    wrong: list[Exception] = []
+
+    def cosine(x):
+        if wrong:
+            raise wrong[0]
+        return np.cos(x)
+
+    of_rule = tg.primitive("test_cosine_that_may_fail", cosine, vjp=lambda g, x: -g * ops.sin(x))
+    of_body = tg.primitive("test_sine_of_a_scan", lambda x: np.sin(x), vjp=lambda g, x: g * of_rule(x))
+    forward = tg.compile(lambda x: ops.scan(lambda h, x: (of_rule(h + x),) * 2, np.zeros(3), x)[1])
+
+    def loss():
+        x = tg.tensor(np.ones((4, 3)), requires_grad=True)
+        _, ys = ops.scan(lambda h, x: (of_body(h + x),) * 2, np.zeros(3), x)
+        return x, (ys * 2.0).sum()
+
+    forward(np.ones((4, 3)))
+    for kind in (ValueError, TypeError, IndexError, np.linalg.LinAlgError):
+        for _ in range(5):  # the first backwards go another way than the others
+            x, total = loss()
+            wrong.append(kind("the user's own words"))
+            try:
+                for run in (total.backward, lambda: forward(np.ones((4, 3)))):
+                    with pytest.raises(kind, match="the user's own words"):
+                        run()
+            finally:
+                wrong.clear()
+            assert x.grad is None
+
+
 # ---------------------------------------------------------------------------- captures
 
 

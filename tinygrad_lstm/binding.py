@@ -22,7 +22,7 @@ _NOTHING = (None,)
 
 _ENGINE = (
     "autodiff", "binding", "calls", "compiler", "operands", "ops", "primitive", "pullback", "pushforward", "record",
-    "tape", "tensor", "trace",
+    "tape", "tensor", "trace", "tree",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ The idea of a table of rules, one per argument, is HIPS autograd's (Maclaurin, D
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,9 +32,10 @@ from tinygrad_lstm.pullback import REGISTRY, Differentiable, Rule, signature_of,
 from tinygrad_lstm.record import _STATE, Aval
 from tinygrad_lstm.tensor import Tensor, asarray
 
-__all__ = ["REGISTRY", "Aval", "OpaqueError", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
+__all__ = ["EXPLAINED", "REGISTRY", "Aval", "OpaqueError", "Primitive", "Rule", "signature_of", "sum_to", "zeros"]
 
 _ndarray = np.ndarray
+EXPLAINED = ValueError, TypeError, IndexError, AttributeError, OverflowError  # of a forward: said in terms of operands
 
 
 class Primitive(Differentiable):
@@ -164,7 +166,7 @@ class Primitive(Differentiable):
             values = [arg._data if isinstance(arg, Tensor) else arg for arg in args]
         try:
             out = self.forward(*values, **params) if params else self.forward(*values)
-        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        except EXPLAINED as error:
             raise self._explained(error, args, params) from None
         if out.__class__ is tuple:
             outputs = tuple([Tensor(o if o.__class__ is np.ndarray else np.asarray(o)) for o in out])
@@ -198,7 +200,7 @@ class Primitive(Differentiable):
 
     def _explained(self, error: Exception, args: Sequence[Any], params: Mapping[str, Any]) -> Exception:
         """The error of the forward function, said in terms of the operands."""
-        if isinstance(error, Error) or not self.explains:
+        if isinstance(error, Error) or not self.explains or _is_users(error):
             return error
         found = ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
         given = "".join(f", {key}={value!r}" for key, value in params.items())
@@ -249,6 +251,13 @@ class Primitive(Differentiable):
             with np.errstate(all="ignore"):
                 cache[key] = self.forward(*ones, **params).dtype
         return Aval(np.broadcast_shapes(*[o.shape for o in operands if isinstance(o, Aval)]), cache[key])
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether it comes from a function of a user's: a primitive of theirs in a loop or in a compiled function."""
+    from tinygrad_lstm.compiler.blame import is_ours  # stands above this module
+
+    return not all(is_ours(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _broadcast(shapes: Sequence[tuple[int, ...]]) -> bool:

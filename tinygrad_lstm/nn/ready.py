@@ -147,7 +147,10 @@ class _Ready:
 
 def _written(lines: list[str], names: dict[str, Any]) -> Any:
     body = "\n        ".join(lines)
-    head, tail = "def call(cells, current, x=None, starts=None):\n    try:", "    except AttributeError: return None"
+    head, tail = (
+        "def call(cells, current, x=None, starts=None, owner=None):\n    try:",
+        "    except AttributeError: return None",
+    )
     text = f"{head}\n        {body}\n{tail}"
     names[MARK] = True
     exec(compile(text, "<known call>", "exec"), names)
@@ -176,18 +179,21 @@ class ReadyLayers(_Ready):
         call = self._whole.get(current.enabled)
         if call is None:
             call = self._whole[current.enabled] = self._written_out(current.enabled)
-        result: tuple[Tensor, Any] | None = call(cells, current, x, starts)
+        result: tuple[Tensor, Any] | None = call(cells, current, x, starts, self)
         return result
 
     def _written_out(self, recorded: bool) -> Any:
-        """The call as one function: the questions, then loop after loop, each with its record where there is one."""
+        """The call as one function: the questions, then loop after loop, each with its record where there is one.
+
+        It is given this object and does not refer to it: a cycle would keep parameters alive.
+        """
         count = len(self.runs)
         lines, names = [*self._asked[0]], {**self._asked[1]}
         names.update(join=REGISTRY["concatenate"].bind, zeros=tuple(tuple(run.carry or ()) for run in self.runs))
         given = f"x, [{', '.join(f'found{k}' for k in range(count))}], current"
         if recorded:
-            names.update(met=self._met, ordinary=self, differentiated=_differentiated)
-            lines.append(f"if starts is not None and differentiated(starts): return ordinary({given}, starts)")
+            names.update(differentiated=_differentiated)
+            lines.append(f"if starts is not None and differentiated(starts): return owner({given}, starts)")
         starts = "".join(f"({''.join(f's{k}_{p}, ' for p in range(run.n_carry))}), " for k, run in enumerate(self.runs))
         lines += ["if starts is None: starts = zeros", f"{starts}= starts"]
         below = "x"
@@ -203,7 +209,7 @@ class ReadyLayers(_Ready):
                     names[f"loops{k}"] = self._loops[k]
                     linked = "".join(f"{name}._rg, " for name in (below, *captures))
                     lines.append(f"{loop} = loops{k}.get(({linked}))")
-                    lines.append(f"if {loop} is None: return met({given}, starts)")
+                    lines.append(f"if {loop} is None: return owner._met({given}, starts)")
                 else:
                     names[loop] = run.known((False,))
                 lines.append(f"{''.join(f'final{k}_{p}, ' for p in range(run.n_carry))}y{k}, = {loop}({operands})")

@@ -26,7 +26,7 @@ from tinygrad_lstm.ops.prepared import (
     _known as _known,
 )
 from tinygrad_lstm.ops.shape import reshape
-from tinygrad_lstm.primitive import Aval, Primitive, zeros
+from tinygrad_lstm.primitive import EXPLAINED, Aval, Primitive, zeros
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.replays import Offer
 from tinygrad_lstm.tape import state
@@ -318,7 +318,7 @@ def bind_site(
             made, kept.arrays = site.run(arrays)
         else:
             made = list(kept.segments.forward(tuple(arrays)))
-    except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+    except EXPLAINED as error:
         raise scan_primitive._explained(error, operands, {**site.params, "keep": kept}) from None
     if kept.segments is None:
         if site.shared is None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.kernels.locks import Lock
-from tinygrad_lstm.primitive import REGISTRY, Aval, Primitive
+from tinygrad_lstm.primitive import EXPLAINED, REGISTRY, Aval, Primitive
 from tinygrad_lstm.program import Program
 from tinygrad_lstm.tensor import Tensor
 
@@ -220,44 +220,43 @@ class Backward:
     def run(self, g: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]) -> list[Any]:
         """Cotangents of the operands, None where they are not asked for."""
         shares: list[Any] = [None] * len(inputs)
-        found = self.arrays([None if c is None else c._data for c in g], inputs, kept)
+        found = self.called(len(inputs))([None if c is None else c._data for c in g], inputs, kept)
         for position, array in zip(self.positions, found, strict=True):
             shares[position] = Tensor(array)
         return shares
 
-    def arrays(
-        self, g: Sequence[np.ndarray | None], inputs: Sequence[Tensor], kept: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
-        """Cotangents of the operands at :attr:`positions`, given those of the outputs."""
-        call = self._called or self.called(len(inputs))
-        try:
-            return call(g, inputs, kept)
-        except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
-            params = {
-                "body": self.body, "n_carry": len(self.floats), "n_ys": self.n_ys, "length": self.length,
-                "reverse": self.reverse,
-            }  # fmt: skip
-            operands = [Tensor(array) for array in self._operands(len(inputs), "({0})")(g, inputs, kept)]
-            raise REGISTRY["scan"]._explained(error, operands, params) from None
-
     def called(self, count: int) -> Callable[..., list[np.ndarray]]:
-        """:meth:`arrays` for so many inputs as one function, which leaves its errors as they are."""
+        """``call(g, inputs, kept)`` for so many inputs: cotangents (arrays) of the operands at :attr:`positions`, given
+        those of the outputs (arrays or None), the operands (tensors) and what the forward kept."""
         if self._called is None:
-            self._called = self._operands(count, "call({0})")
+            operands = self._operands(count)
+            names = {"zeros": self.zeros, "loop": _loops().loop_in_one(self.plan, self.reverse)}
+            names.update(explained=self._explained, EXPLAINED=EXPLAINED)
+            text = (
+                "def call(g, inputs, kept):\n"
+                f"    try: return loop({operands})\n"
+                f"    except EXPLAINED as error: raise explained(error, ({operands})) from None"
+            )
+            exec(compile(text, "<adjoint loop>", "exec"), names)
+            self._called = names.pop("call")
         return self._called
 
-    def _operands(self, count: int, text: str) -> Callable[..., Any]:
-        """A text with the operands of the adjoint loop, as a function of what :meth:`arrays` is given."""
+    def _operands(self, count: int) -> str:
+        """The operands of the adjoint loop, as text on what :meth:`called` takes."""
         items = [f"zeros[{k}] if g[{k}] is None else g[{k}]" for k in self.floats]
         items += [f"kept[{k}]" for k in self.picks or ()]
         items += [f"inputs[{k}]._data" for k in self.reads]
         items += [f"g[{k}]" for k in self.y_seeds]
         items += [f"inputs[{k}]._data" for k in range(self.n_inputs, count)]
         items += [f"g[{k}]" for k in self.s_seeds]
-        operands = "".join(f"{item}, " for item in items)
-        names = {"zeros": self.zeros, "call": _loops().loop_in_one(self.plan, self.reverse)}
-        picked: Callable[..., Any] = eval(f"lambda g, inputs, kept: {text.format(operands)}", names)
-        return picked
+        return "".join(f"{item}, " for item in items)
+
+    def _explained(self, error: Exception, operands: Sequence[np.ndarray]) -> Exception:
+        params = {
+            "body": self.body, "n_carry": len(self.floats), "n_ys": self.n_ys, "length": self.length,
+            "reverse": self.reverse,
+        }  # fmt: skip
+        return REGISTRY["scan"]._explained(error, [Tensor(array) for array in operands], params)
 
 
 def site_of(
