@@ -20,7 +20,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_code_blocks(path: Path) -> None:
+def test_code_blocks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYGRAD_LSTM_COMPILE", "auto")  # as for a reader
     namespace: dict[str, object] = {}
     printed = ""
     for kind, body in BLOCK.findall(path.read_text()):
@@ -33,11 +34,11 @@ def test_code_blocks(path: Path) -> None:
         printed = out.getvalue()
 
 
-def test_a_wrong_promise_is_noticed(tmp_path: Path) -> None:
+def test_a_wrong_promise_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "wrong.md"
     document.write_text("```python\nprint(1)\n```\n```text\n2\n```\n")
     with pytest.raises(AssertionError, match="other output"):
-        test_code_blocks(document)
+        test_code_blocks(document, monkeypatch)
 
 
 def test_the_list_of_names_is_what_the_package_has() -> None:
