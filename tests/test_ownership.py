@@ -100,3 +100,13 @@ def test_a_gradient_is_not_a_part_of_a_larger_array(rng: Any) -> None:
         np.testing.assert_array_equal(np.concatenate([a.grad, b.grad]), weights)
         for gradient in (a.grad, b.grad):
             assert gradient.base is None or gradient.base.nbytes == gradient.nbytes
+
+
+def test_gradients_are_in_c_order(rng: Any) -> None:
+    """At the first backwards and in known replays, also where a rule gives a transposed view."""
+    x = rng.standard_normal((7, 3))
+    for _ in range(5):
+        leaves = [tg.tensor(rng.standard_normal(shape), requires_grad=True) for shape in ((5, 3), (3, 5), (3, 7))]
+        a, b, c = leaves
+        (ops.square(x @ a.T) + ops.square(x @ b) + (c.T @ b)).sum().backward()
+        assert [(leaf.grad.flags.c_contiguous, leaf.grad.flags.writeable) for leaf in leaves] == [(True, True)] * 3
