@@ -16,7 +16,7 @@ from test_graphs import BINARY, SHAPES, UNARY
 import tinygrad_lstm as tg
 from tinygrad_lstm import nn, ops, replays
 
-TENSORS: Any = sys.modules["tinygrad_lstm.tensor"]
+LEAVES: Any = sys.modules["tinygrad_lstm.leaves"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +34,13 @@ class Counter:
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How many general replays ran."""
-    counter, replay = Counter(), TENSORS.replay
+    counter, replay = Counter(), LEAVES.replay
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         counter.general += 1
         return replay(*args, **kwargs)
 
-    monkeypatch.setattr(TENSORS, "replay", counted)
+    monkeypatch.setattr(LEAVES, "replay", counted)
     return counter
 
 
@@ -53,7 +53,7 @@ def gradients(loss: Callable[..., Any], leaves: list[tg.Tensor], **options: Any)
 
 def generally(loss: Callable[..., Any], leaves: list[tg.Tensor]) -> list[np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TENSORS, "known_replay", lambda *args: False)
+        patch.setattr(LEAVES, "known_replay", lambda *args: False)
         return gradients(loss, leaves)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_replays import TENSORS, Counter, counter, generally, gradients, nothing_is_known
+from test_replays import LEAVES, Counter, counter, generally, gradients, nothing_is_known
 
 import tinygrad_lstm as tg
 from tinygrad_lstm import ops, replays
@@ -105,7 +105,7 @@ def test_one_leaf_in_two_places(pair: list[tg.Tensor], counter: Counter) -> None
                 product(a, a).backward()
             else:
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(TENSORS, "known_replay", lambda *args: False)
+                    patch.setattr(LEAVES, "known_replay", lambda *args: False)
                     product(a, a).backward()
             found.append(a.grad)
         np.testing.assert_array_equal(*found)

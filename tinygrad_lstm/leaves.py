@@ -8,12 +8,15 @@ import numpy as np
 
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.kernels.pool import copied
-from tinygrad_lstm.ownership import is_sole, is_sole_array
+from tinygrad_lstm.ownership import is_sole, is_sole_array, settle
+from tinygrad_lstm.record import Record
+from tinygrad_lstm.replays import known_replay
+from tinygrad_lstm.tape import replay, run_hooks
 
 if TYPE_CHECKING:
     from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["HookHandle", "Meta", "accumulate_grad", "no_gradients", "take_gradient"]
+__all__ = ["HookHandle", "Meta", "accumulate_grad", "fill_gradients", "no_gradients", "take_gradient"]
 
 
 class Meta:
@@ -64,14 +67,7 @@ def take_gradient(leaf: Tensor, array: np.ndarray) -> None:
     if not leaf._rg:  # linked for a Tape only
         return
     meta = leaf._meta or leaf._more()
-    # _fits(), without another call: this runs for every parameter at every step.
-    if (
-        meta.grad is None
-        and is_sole_array(array)
-        and array.dtype is leaf._data.dtype
-        and (flags := array.flags).c_contiguous
-        and flags.writeable
-    ):
+    if meta.grad is None and is_sole_array(array) and _fits(array, leaf):
         meta.grad = array
     else:
         _accumulate(leaf, array, False)
@@ -91,3 +87,23 @@ def _fits(array: np.ndarray, leaf: Tensor) -> bool:
     """Whether an array may become the gradient of a leaf as it is."""
     flags = array.flags
     return array.dtype is leaf._data.dtype and flags.c_contiguous and flags.writeable
+
+
+# The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
+@np.errstate(divide="ignore", invalid="ignore")
+def fill_gradients(target: Tensor, seed: Tensor, free: bool) -> None:
+    """Replay the tape behind ``target`` from this cotangent, and add what is found to the gradients of the leaves."""
+    node = target._node
+    if node.__class__ is Record and known_replay(node, seed._data, free, take_gradient):
+        return
+    retained: list[tuple[Any, Tensor]] = []
+    found: dict[Any, Tensor] = replay([(node or target, seed)], free=free, retained=retained)
+    for leaf in found:
+        meta = leaf._meta
+        if meta is not None and meta.hooks:
+            found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
+    for reference, cotangent in retained:
+        if (computed := reference()) is not None:
+            accumulate_grad(computed, cotangent)
+    del retained
+    settle(found, accumulate_grad)

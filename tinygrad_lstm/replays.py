@@ -298,10 +298,7 @@ class _Builder:
         dead = [name for name in given if name is not None and name != "seed"]
         if dead:
             self.lines.append(f"del {', '.join(dict.fromkeys(dead))}")
-        # What release() does, which is left to it where anybody else has a part in it.
-        self.lines.append(
-            f"if free: r{k}.parents = r{k}.saved = r{k}.guards = None; r{k}.extra is None or r{k}.release()"
-        )
+        self.lines.append(f"if free: r{k}.release()")
 
     def _prepared(self, record: Record, k: int, given: list[str | None], asked: list[bool]) -> list[str | None] | None:
         """Shares by functions on arrays."""

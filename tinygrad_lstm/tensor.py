@@ -14,12 +14,10 @@ import numpy as np
 
 from tinygrad_lstm.dtypes import as_dtype, check_differentiable, is_weak
 from tinygrad_lstm.errors import DTypeError, GraphError, ShapeError
-from tinygrad_lstm.leaves import HookHandle, Meta, accumulate_grad, no_gradients, take_gradient
-from tinygrad_lstm.ownership import settle
+from tinygrad_lstm.leaves import HookHandle, Meta, fill_gradients, no_gradients
 from tinygrad_lstm.record import _STATE, SILENT, state
-from tinygrad_lstm.replays import known_replay
 from tinygrad_lstm.storage import Storage, assign, watch_output
-from tinygrad_lstm.tape import Output, Record, replay, run_hooks
+from tinygrad_lstm.tape import Output, Record
 
 __all__ = ["Tensor", "as_like", "asarray", "read", "tensor"]
 
@@ -367,36 +365,13 @@ class Tensor:
                 "backward() on a tensor that does not require a gradient: none of the values it was computed from has "
                 "requires_grad=True (or it was computed under no_grad)"
             )
-        if grad is None and not self._data.ndim:
-            seed = Tensor(_one(self._data.dtype).copy())
-        else:
-            seed = seed_cotangent(self, grad, "backward")
+        seed = seed_cotangent(self, grad, "backward")
         # No context manager of our own: in its __exit__ an interrupt could come before the state is restored.
         token = _STATE.set(SILENT)
         try:
-            _replay_from(self, seed, not retain_graph)
+            fill_gradients(self, seed, not retain_graph)
         finally:
             _STATE.reset(token)
-
-
-# The replay divides by zero where a derivative is infinite (sqrt at 0): that is its value, not an accident.
-@np.errstate(divide="ignore", invalid="ignore")
-def _replay_from(target: Tensor, seed: Tensor, free: bool) -> None:
-    node = target._node
-    if node.__class__ is Record and known_replay(node, seed._data, free, take_gradient):
-        return
-    retained: list[tuple[Any, Tensor]] = []
-    found: dict[Any, Tensor] = replay([(node or target, seed)], free=free, retained=retained)
-    del seed
-    for leaf in found:
-        meta = leaf._meta
-        if meta is not None and meta.hooks:
-            found[leaf] = run_hooks(meta.hooks, found[leaf], "a leaf")
-    for reference, cotangent in retained:
-        if (computed := reference()) is not None:
-            accumulate_grad(computed, cotangent)
-    del retained
-    settle(found, accumulate_grad)
 
 
 def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
@@ -404,13 +379,16 @@ def seed_cotangent(target: Tensor, cotangent: Any, who: str) -> Tensor:
     if not isinstance(target, Tensor):
         raise DTypeError(f"{who} needs a Tensor to differentiate, found {type(target).__name__}")
     if cotangent is None:
+        shape, dtype = target.shape, target.dtype
+        if not shape:
+            return Tensor(_one(dtype).copy())
         if target.size != 1:
             argument = {"backward": "grad", "Tape.gradient": "cotangent"}.get(who, "")
             raise ShapeError(
                 f"{who} without a cotangent needs a scalar, found shape {target.shape}; reduce it (sum, mean) or pass "
                 f"{f'{argument}=, an array of that shape' if argument else 'one'}"
             )
-        return Tensor(_one(target.dtype).copy() if not target.shape else np.ones(target.shape, target.dtype))
+        return Tensor(np.ones(shape, dtype))
     given = as_like(cotangent, target.dtype)
     if given.shape != target.shape:
         raise ShapeError(f"{who}: cotangent of shape {given.shape} for an output of shape {target.shape}")

@@ -146,14 +146,10 @@ class _Ready:
 
 
 def _written(lines: list[str], names: dict[str, Any]) -> Any:
-    body = "\n        ".join(lines)
-    head, tail = (
-        "def call(cells, current, x=None, starts=None, owner=None):\n    try:",
-        "    except AttributeError: return None",
-    )
-    text = f"{head}\n        {body}\n{tail}"
+    text = ["def call(cells, current, x=None, starts=None, owner=None):", "    try:"]
+    text += [*("        " + line for line in lines), "    except AttributeError: return None"]
     names[MARK] = True
-    exec(compile(text, "<known call>", "exec"), names)
+    exec(compile("\n".join(text), "<known call>", "exec"), names)
     return names.pop("call")
 
 

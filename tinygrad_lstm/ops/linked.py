@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.binding import MARK
-from tinygrad_lstm.ops.prepared import Site, apart, twins
+from tinygrad_lstm.ops.prepared import Site, apart
 from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.record import _STATE, Output, Record
 from tinygrad_lstm.storage import guards_of
@@ -47,17 +47,16 @@ def linked(primitive: Primitive, site: Site, lead: bool) -> Callable[..., tuple[
     params, avals = (site.led_params, site.led_avals) if lead else (site.params, site.avals)
     assert site.shared is not None
     head, tail = site.n_ys, site.n_ys + len(pair.residuals)
-    among = twins([*plan.roots[:head], *plan.roots[tail:]])
     names: dict[str, Any] = {
         "Tensor": Tensor, "Output": Output, "Record": Record, "Residuals": Residuals, "guards_of": guards_of,
-        "apart": apart, "among": among, "site": site, "shared": site.shared, "state": _STATE.get,
+        "apart": apart, "among": site.twins, "site": site, "shared": site.shared, "state": _STATE.get,
         "primitive": primitive, "params": params, "shape": avals[0].shape, "dtype": avals[0].dtype, "avals": avals,
         "getframe": sys._getframe, "MARK": MARK,
     }  # fmt: skip
 
     def lines(taken: Sequence[str], final: Sequence[str], outs: Sequence[str]) -> list[str]:
         ys, text = [*outs[:head], *outs[tail:]], []
-        if among:
+        if site.twins:
             text.append(f"ys = apart([{', '.join(ys)}], among)")
             ys = [f"ys[{k}]" for k in range(len(ys))]
         made = [f"{part}[None]" for part in final] if lead else [*final]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -130,7 +131,6 @@ class Site:
         self.led_avals = tuple(Aval((1, *a.shape), a.dtype) if k < n_carry else a for k, a in enumerate(self.avals))
         self.shared: frozenset[int] | None = None  # outputs that lie where residuals do; seen at the first call
         self.linked: dict[bool, Callable[..., Any]] = {}  # calls as one function, by whether the state is led
-        self._twins: Sequence[int] | None = None
         self._forward: Any = None
         self._pair: Any = None
         self._pairs: dict[Any, Any] = {}  # for other cotangents and inputs than those that were foreseen
@@ -171,6 +171,12 @@ class Site:
             self._forward = pair, plan
         return self._forward
 
+    @functools.cached_property
+    def twins(self) -> list[int]:
+        """Which ys and sums may share memory with another one."""
+        pair, plan = self.forward()
+        return twins([*plan.roots[: self.n_ys], *plan.roots[self.n_ys + len(pair.residuals) :]])
+
     def run(self, operands: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Outputs that share memory neither with the operands nor with one another, and residuals."""
         pair, plan = self._forward or self.forward()
@@ -178,10 +184,8 @@ class Site:
         head, tail = self.n_ys, self.n_ys + len(pair.residuals)
         residuals = outs[head:tail]
         del outs[head:tail]
-        if self._twins is None:
-            self._twins = twins([*plan.roots[:head], *plan.roots[tail:]])
-        if self._twins:
-            apart(outs, self._twins)
+        if self.twins:
+            apart(outs, self.twins)
         return final + outs, residuals
 
     def backward(self, present: tuple[bool, ...], asked: tuple[bool, ...]) -> Backward | None:
