@@ -27,7 +27,7 @@ LARGE = 1 << 20
 LINE = 64  # bytes of a line of the cache, and of the widest vector: one that crosses lines costs two accesses
 # Arrays of one size start at different places of a page: rows of many of them that are used together would
 # otherwise compete for the same few places of the first cache.
-STAGGER, PLACES = 7 * LINE, 9
+PAGE, STAGGER, PLACES = 4096, 7 * LINE, 9
 ALIASED, APART = 2048, LINE  # bytes: see spread_rows
 MOST_IDLE = 1 << 28  # bytes that are kept although nobody uses them
 
@@ -87,8 +87,8 @@ def spread_rows(shape: Any, dtype: Any) -> np.ndarray:
 def block_size(nbytes: int) -> int:
     """Bytes of the block that an array of so many bytes is made of."""
     # Steps of an eighth: T and T + 1 rows take turns in one block.  What is not touched takes no memory.
-    granule = 1 << (nbytes.bit_length() - 4) if nbytes >= LARGE else 4096
-    size = -(-nbytes // granule) * granule + STAGGER * PLACES + LINE
+    granule = 1 << (nbytes.bit_length() - 4) if nbytes >= LARGE else PAGE
+    size = -(-nbytes // granule) * granule + PAGE
     if len(_sizes) < MOST_SIZES:
         _sizes[nbytes] = size
     return size
@@ -164,7 +164,7 @@ def _take(size: int) -> tuple[np.ndarray, int]:
     _give_up(MOST_IDLE)
     block = np.empty(size, np.uint8)
     _turn = (_turn + 1) % PLACES
-    _starts[id(block)] = start = -block.ctypes.data % LINE + _turn * STAGGER
+    _starts[id(block)] = start = (_turn * STAGGER - block.ctypes.data) % PAGE
     _blocks.setdefault(size, []).append(block)
     return block, start
 
