@@ -110,3 +110,32 @@ def test_an_array_in_the_place_of_a_parameter_is_recorded_anew() -> None:
         before = layer(x)[0].numpy()
     cell.parts[1] = np.zeros(4, np.float32)
     assert before.all() and not layer(x)[0].numpy().any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 9, 16, 17])
+def test_rows_of_any_width(width: int, dtype: Any, runs: list[bool], rng: np.random.Generator) -> None:
+    """Sums, extrema, truth values and numbers of a row, in rows that fill a vector and that do not."""
+    x, h0 = rng.standard_normal((3, 5, width)).astype(dtype), rng.standard_normal((5, width)).astype(dtype)
+
+    def body(h: Any, v: Any) -> Any:
+        centred = h - h.mean(axis=-1, keepdims=True)
+        scale = ops.sqrt((centred * centred).sum(axis=-1, keepdims=True) + 0.1)
+        most, least = h.max(axis=-1, keepdims=True), h.min(axis=-1, keepdims=True)
+        above = centred > 0.0
+        h = ops.where(above, ops.sigmoid(centred / scale), ops.tanh(v)) + 0.1 * (most - least) * v
+        return h, (h, above, ops.exp(least))
+
+    def outcome() -> list[np.ndarray]:
+        start, xs = tg.tensor(h0, requires_grad=True), tg.tensor(x, requires_grad=True)
+        final, (ys, above, least) = ops.scan(body, start, xs)
+        (ops.sum(final * final) + ops.sum(ys * ys) + ops.sum(least)).backward()
+        return [final.numpy(), ys.numpy(), above.numpy(), least.numpy(), xs.grad, start.grad]
+
+    found = outcome()
+    assert len(runs) == 2
+    with tg.eager():
+        expected = outcome()
+    bound = 1e-12 if dtype is np.float64 else 2e-5
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=bound, atol=bound)

@@ -66,7 +66,8 @@ class _Row:
     ) -> None:  # fmt: skip
         results = [d.name for d in expression.result_dtypes(dtypes)]
         widest = 4 if "float32" in (*dtypes, *results) else 8
-        self.count = max(2, target().vector_bytes // widest)
+        # Few columns get few lanes: what a mask writes has to reach the cache before it can be read again.
+        self.count = min(max(2, target().vector_bytes // widest), 1 << (columns - 1).bit_length())
         self.lanes = Lanes(builder, self.count)
         self.builder, self.expression, self.columns = builder, expression, columns
         self.dtypes, self.results, self.along, self.reductions = dtypes, results, along, reductions
@@ -75,7 +76,7 @@ class _Row:
         return _SCALAR[dtype]
 
     def _vector(self, dtype: str) -> Any:
-        return ir.VectorType(self._scalar(dtype), self.count)
+        return ir.VectorType(self._scalar(dtype), self.count) if self.count > 1 else self._scalar(dtype)
 
     def write(self, inputs: Sequence[Any], addresses: Sequence[Any], targets: tuple[int, ...]) -> None:
         b = self.builder
@@ -89,7 +90,7 @@ class _Row:
             cells = []
             for _ in range(side if kind else 0):
                 cell = on_stack(b, self._vector(dtype))
-                b.store(ir.Constant(self._vector(dtype), [_NEUTRAL[kind]] * self.count), cell)
+                b.store(self.lanes.literal(self._vector(dtype), _NEUTRAL[kind]), cell)
                 cells.append(cell)
             folds.append(cells)
 
@@ -165,6 +166,8 @@ class _Row:
         return raw
 
     def _broadcast(self, scalar: Any, type_: Any) -> Any:
+        if self.count == 1:
+            return scalar
         b = self.builder
         undefined = ir.Constant(type_, ir.Undefined)
         zeros = ir.Constant(ir.VectorType(_I32, self.count), [0] * self.count)
@@ -172,7 +175,7 @@ class _Row:
 
     def _truth(self, raw: Any, dtype: str) -> Value:
         if dtype == "bool":
-            raw = self.builder.icmp_signed("!=", raw, ir.Constant(raw.type, [0] * self.count))
+            raw = self.builder.icmp_signed("!=", raw, self.lanes.literal(raw.type, 0))
         return Value(self.lanes, raw, dtype)
 
     def _splat(self, address: Any, dtype: str) -> Value:

@@ -35,7 +35,7 @@ multiply: Primitive = elementwise(
 divide: Primitive = elementwise(
     "divide",
     lambda x, y: x / y,
-    (lambda g, y: g / y, lambda g, y, out: -(g * out / y)),
+    (lambda g, y: g / y, lambda g, y, out: -(g / y * out)),
     doc="x / y (true division), elementwise with broadcasting.",
 )
 floor_divide: Primitive = elementwise(
