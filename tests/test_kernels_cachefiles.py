@@ -143,13 +143,21 @@ def test_a_limit_that_is_none(text, monkeypatch, folder, capsys):
 
 def test_compiling_keeps_the_folder_within_the_limit(folder, monkeypatch):
     monkeypatch.setattr(cachefiles, "GRACE", 0.0)
-    first = load(1)
+    start = time.time() - OLD
+
+    def made(number):
+        """Code number so-and-so, made so many seconds after the start."""
+        code = load(number)
+        for path in folder.glob(f"{code.name}*"):
+            os.utime(path, (start + number,) * 2)
+        return code
+
+    first = made(1)
     size = cachefiles.inventory(folder).total()
     monkeypatch.setenv("TINYGRAD_LSTM_CACHE_LIMIT", str(3 * size))
     names = [first.name]
     for number in range(2, 8):
-        time.sleep(0.02)  # times of files are told apart
-        names.append(load(number).name)
+        names.append(made(number).name)
         assert cachefiles.inventory(folder).total() <= 3.2 * size
         load(1)  # in memory already: no use of the disk
     kept = left(folder)
