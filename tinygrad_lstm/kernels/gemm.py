@@ -16,9 +16,9 @@ __all__ = ["Functions", "call", "column_sums", "functions", "packed_bytes", "pro
 
 LARGEST = 2e10  # multiply-adds of a launch, times the itemsize: some 100 ms of one thread
 LEAST = 128  # rows or columns of a piece
-# Parts of a product.  Threads that are held up need many, to share what is left.  One thread reads a long matrix sooner
-# in few: all columns of a part while its pages are at hand (1.5 % of a step of 256 units).
-ALONE, SHARED = 4, 16
+# Parts of a product for every thread.  One that is held up leaves the other to the rest; but every part reads a long
+# matrix for itself, or packs one again (16 parts on two threads: 3 to 8 % slower than 4).
+SHARES = 2
 
 
 class Functions(NamedTuple):
@@ -151,8 +151,7 @@ def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> bool:
     """
     entry, part, panel, item = _entry(a.dtype)
     table = _table.address
-    most = ALONE if threads.count() == 1 else SHARED
-    parts = entry(part, panel, item, table, most, id(a), id(b), id(out))
+    parts = entry(part, panel, item, table, SHARES * threads.count(), id(a), id(b), id(out))
     if parts > 0:
         if a.size * b.shape[1] * item > LARGEST and max(out.shape) >= 2 * LEAST:
             return _halved(a, b, out)

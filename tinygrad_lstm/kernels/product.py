@@ -63,14 +63,21 @@ def product(function: int, panel: int, item: int, table: int, most: int, a: int,
     # The bits of the result do not depend on the split.
     wanted = min(rows * columns * length // PART, most)
     across = (columns + panel - 1) // panel
-    height = TALL if rows > TALL + TALL // 2 else rows
+    down = (rows + TALL - 1) // TALL
+    panels = across
+    if wanted > 1:
+        # Parts of equal height, as many for every thread.  Where there are few rows, the columns are cut as well.
+        low = max(rows // LOW, 1)
+        if wanted <= low:
+            down = (down + wanted - 1) // wanted * wanted
+        else:
+            down = low
+            groups = (wanted + down - 1) // down
+            panels = (across + groups - 1) // groups
+    if rows == 1:  # a matter of reading B, which is better done in long pieces
+        panels = min(max(panels, STRIP), across)
+    height = ((rows + down - 1) // down + 5) // 6 * 6
     down = (rows + height - 1) // height
-    if down * across < wanted:
-        down = min((wanted + across - 1) // across, max(rows // LOW, 1))
-        height = ((rows + down - 1) // down + 5) // 6 * 6
-        down = (rows + height - 1) // height
-    # One row of A is a matter of reading B, which is better done in long pieces.
-    panels = min(max(down * across // max(wanted, 1), STRIP if rows == 1 else 1), across)
     store64(table + 96, height)
     store64(table + 104, panels)
     parts = down * ((across + panels - 1) // panels)
