@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -381,3 +382,28 @@ def test_setting_a_tensor_as_an_attribute_is_refused_with_its_line() -> None:
     line = f.__wrapped__.__code__.co_firstlineno + 2
     with pytest.raises(tg.TraceError, match=rf"outside of itself \(.*test_compile_errors.py:{line}\)"):
         f(np.ones(3))
+
+
+def test_a_change_is_not_blamed_on_what_was_called_before_it() -> None:
+    """Neither on a function of the user's that came back, nor on what Python called in the middle of the line."""
+    box: dict[str, Any] = {}
+
+    def doubled(x: Any) -> Any:
+        return x * 2.0
+
+    def called(phase: str, info: Any) -> None:
+        pass
+
+    @tg.compile
+    def f(x: Any) -> Any:
+        y = ops.tanh(x)
+        box["memory"] = [doubled(y), gc.collect()]
+        return y.sum()
+
+    line = f.__wrapped__.__code__.co_firstlineno + 3
+    gc.callbacks.append(called)
+    try:
+        with pytest.raises(tg.TraceError, match=rf"outside of itself \(.*test_compile_errors.py:{line}\)"):
+            f(np.ones(3))
+    finally:
+        gc.callbacks.remove(called)

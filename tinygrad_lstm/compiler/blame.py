@@ -80,15 +80,23 @@ def explained(error: Error, name: str) -> Error:
 def line_where(run: Callable[[], Any], happened: Callable[[], bool]) -> str:
     """Run something line by line; ``file:line`` of the user's line after which ``happened()`` is true."""
     found: list[str] = []
-    last = "<unknown>"
+    last, here = "<unknown>", sys._getframe()
+
+    def hidden(frame: Any) -> bool:
+        return is_ours(frame) or _home(frame) in sys.stdlib_module_names
 
     def look(frame: Any, event: str, argument: Any) -> Any:
         nonlocal last
-        if is_ours(frame) or _home(frame) in sys.stdlib_module_names:
+        if hidden(frame):
             return None
         if not found and happened():
             found.append(last)
-        last = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        # What comes back has no part in the rest of the line that called it (or in the middle of which Python did).
+        at = frame.f_back if event == "return" else frame
+        while at is not here and hidden(at):
+            at = at.f_back
+        if at is not here:
+            last = f"{at.f_code.co_filename}:{at.f_lineno}"
         return look
 
     before = sys.gettrace()

@@ -93,6 +93,8 @@ class Report:
         lines = [self.title]
         for section, heading in _SECTIONS.items():
             entries = getattr(self, section)
+            if section == "lowered" and self.fused and set(self.fused) <= set(entries):  # said above
+                entries = ["all that is fused", *(entry for entry in entries if entry not in self.fused)]
             if entries:
                 lines.append(f"  {heading}")
                 lines.extend(f"    {entry}" for entry in entries)
