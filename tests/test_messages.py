@@ -120,6 +120,11 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "grad": (lambda: tg.grad(3), tg.DTypeError, "grad: expected a function, found int"),
     "vjp": (lambda: tg.vjp(3, X), tg.DTypeError, "vjp: expected a function"),
     "jvp": (lambda: tg.jvp(3, (X,), (X,)), tg.DTypeError, "jvp: expected a function"),
+    "hvp, another shape": (
+        lambda: tg.hvp(lambda a: (a * a).sum(), (np.ones(3),), (np.ones(2),)),
+        tg.ShapeError,
+        r"hvp: vector of shape \(2,\) for a primal of shape \(3,\)",
+    ),
     "hvp": (lambda: tg.hvp(3, (X,), (X,)), tg.DTypeError, "hvp: expected a function"),
     "jacobian": (lambda: tg.jacobian(3), tg.DTypeError, "jacobian: expected a function"),
     "hessian": (lambda: tg.hessian(3), tg.DTypeError, "hessian: expected a function"),

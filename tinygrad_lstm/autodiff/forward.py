@@ -16,7 +16,7 @@ from tinygrad_lstm.tape import Output, Tape, observed, recording, state
 from tinygrad_lstm.tensor import Tensor, as_like
 from tinygrad_lstm.tree import flatten, leaf_paths, unflatten
 
-__all__ = ["jvp", "push_entries"]
+__all__ = ["along", "jvp", "push_entries"]
 
 
 def push_entries(entries: Sequence[Any], tangents: dict[Any, Tensor]) -> None:
@@ -58,6 +58,13 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
     if len(primals) != len(tangents):
         raise ShapeError(f"jvp: {len(primals)} primals and {len(tangents)} tangents")
     check_callable(f, "jvp")
+    return along(f, primals, tangents, "jvp", "tangent")
+
+
+def along(
+    f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any], who: str, what: str
+) -> tuple[Any, Any]:  # fmt: skip
+    """:func:`jvp` for a function that errors name as ``who``, which calls a tangent ``what``."""
     f, primals = opened(f, primals)
     enabled = state().enabled
     since = now()
@@ -66,7 +73,7 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         seeds: dict[Any, Tensor] = {}
         arguments = []
         for k, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
-            fresh, treedef, rebuilt = variables(primal, f"jvp: argument {k}", requires_grad=False)
+            fresh, treedef, rebuilt = variables(primal, f"{who}: argument {k}", requires_grad=False)
             given, given_tree = flatten(tangent)
             if given_tree != treedef:  # lists for tuples, or another order of the keys
                 by_path = dict(zip(leaf_paths(tangent), given, strict=True))
@@ -74,14 +81,14 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
                 if by_path.keys() != set(wanted):
                     shown = lambda paths: ", ".join([path or "itself" for path in paths][:6]) or "none"
                     raise ShapeError(
-                        f"jvp: tangent {k} has leaves {shown(by_path)}, its primal {shown(wanted)}; give one of "
+                        f"{who}: {what} {k} has leaves {shown(by_path)}, its primal {shown(wanted)}; give one of "
                         "its shape for each (zeros where nothing moves)"
                     )
                 given = [by_path[path] for path in wanted]
             for v, t in zip(fresh, given, strict=True):
                 t = as_like(t, v.dtype)
                 if t.shape != v.shape:
-                    raise ShapeError(f"jvp: tangent of shape {t.shape} for a primal of shape {v.shape}")
+                    raise ShapeError(f"{who}: {what} of shape {t.shape} for a primal of shape {v.shape}")
                 seeds[v._node or v] = t
             sources += fresh
             arguments.append(rebuilt)
@@ -94,7 +101,7 @@ def jvp(f: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) 
         moved = []
         for out in outs:
             if not isinstance(out, Tensor):
-                raise DTypeError(f"jvp: the function returned a {type(out).__name__}, expected Tensors")
+                raise DTypeError(f"{who}: the function returned a {type(out).__name__}, expected Tensors")
             tangent = tangent_of(out, seeds)
             moved.append(zeros(Aval(out.shape, out.dtype)) if tangent is None else tangent)
     if not (enabled and (observed(sources) or foreign([*outs, *moved], sources, since))):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.autodiff.forward import jvp
+from tinygrad_lstm.autodiff.forward import along, jvp
 from tinygrad_lstm.autodiff.reverse import check_callable, grad, opened, value_and_grad, vjp
 from tinygrad_lstm.dtypes import check_differentiable
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
@@ -44,7 +44,7 @@ def hvp(f: Callable[..., Any], primals: Sequence[Any], vectors: Sequence[Any]) -
         value, grads = value_and_grad(of_plain, tuple(range(len(xs))))(*xs)
         return value, grads
 
-    (value, _), (_, product) = jvp(gradient, arguments, directions)
+    (value, _), (_, product) = along(gradient, arguments, directions, "hvp", "vector")
     return value, product
 
 
