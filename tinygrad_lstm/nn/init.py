@@ -23,7 +23,7 @@ from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.kernels.pool import on_lines
 from tinygrad_lstm.ops.random import check_generator
 from tinygrad_lstm.random import Generator, default_generator
-from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.tensor import Tensor, read
 
 __all__ = [
     "constant", "copy", "kaiming_uniform", "lstm_default", "normal", "orthogonal", "torch_default", "uniform",
@@ -59,7 +59,7 @@ def _source(who: str, generator: Generator | None) -> Generator:
 
 def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
     """The given values, broadcast to the parameter's shape and cast to its dtype."""
-    given = np.asarray(values)
+    given = read(values)
     try:
         grown = np.broadcast_to(given, parameter.shape)
     except ValueError:
