@@ -189,6 +189,28 @@ def test_rows_of_what_is_made_of_parameters() -> None:
     assert where == ["  [z], [h] are rows 0:3, 3:6 of g * v / norm(v)", "  [z], [h] are elements 0:3, 3:6 of b"]
 
 
+def test_a_reshape_says_nothing_of_the_batch() -> None:
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(np.ones(6))
+
+        def initial_state(self, batch: int) -> tg.Tensor:
+            return tg.tensor(np.zeros((batch, 6)))
+
+        def forward(self, x: Any, h: Any) -> Any:
+            a = tg.name(ops.expand_dims(x + h * self.w, 1), "a")
+            b = tg.name(ops.squeeze(a, 1), "b")
+            h = tg.name(ops.reshape(b, (len(x), 2, 3)).sum(axis=1, keepdims=True).reshape(len(x), 3), "c")
+            return h, b
+
+    assert inspect.equations(Shaped()).splitlines() == [
+        "a_t = (x_t + b_{t-1} * w)[:, None, :]",
+        "b_t = a_t[:, 0, :]",
+        "c_t = sum(reshape(b_t, shape=(-1, 2, 3)), axis=(-2,), keepdims=True)[:, 0, :]",
+    ]
+
+
 def test_rename_and_its_errors() -> None:
     text = inspect.equations(nn.LSTMCell(2, 3), rename={"g": "c~"})
     assert "c~_t = tanh(x_t W_ih[c~]^T" in text and "c_t = f_t * c_{t-1} + i_t * c~_t" in text
