@@ -190,6 +190,13 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
         tg.ShapeError,
         r"xs has shape \(3, 4, 3\), expected a batch of 2",
     ),
+    "an initial value of a part": (
+        lambda: nn.init.constant(nn.Parameter(np.zeros(8))[2:4], 1.0),
+        tg.ArgumentError,
+        r"constant: .*p\.data\[2:4\] =",
+    ),
+    "a copy to a part": (lambda: nn.init.copy(t()[0], np.ones(3)), tg.ArgumentError, "copy: .* was computed"),
+    "a pair without has_aux": (lambda: tg.grad(lambda x: (x.sum(), 1))(X), tg.DTypeError, "has_aux=True for a pair"),
     "linalg": (lambda: np.linalg.solve(t(), X), tg.ArgumentError, r"^numpy\.linalg\.solve has no counterpart"),
     "one_hot": (
         lambda: nn.cross_entropy(t(), np.eye(3)[:2]),

@@ -47,9 +47,19 @@ def _filled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
             parameter = Parameter(np.zeros(lengths, np.float32))
         if not isinstance(parameter, Tensor):
             raise DTypeError(f"{who}: a Parameter or a shape is needed, found {parameter!r:.60}")
+        _check_leaf(who, parameter)
         return draw(parameter, *args, **options)
 
     return initialiser
+
+
+def _check_leaf(who: str, parameter: Tensor) -> None:
+    """Raise for a part of a Parameter: an index gives a tensor of its own, which would be filled to no effect."""
+    if not parameter.is_leaf:
+        raise ArgumentError(
+            f"{who}: the tensor of shape {parameter.shape} was computed, and what it was computed from would stay as "
+            "it is; a part of a Parameter is set by its data: p.data[2:4] = values"
+        )
 
 
 def _source(who: str, generator: Generator | None) -> Generator:
@@ -59,6 +69,7 @@ def _source(who: str, generator: Generator | None) -> Generator:
 
 def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
     """The given values, broadcast to the parameter's shape and cast to its dtype."""
+    _check_leaf("copy", parameter)
     given = read(values)
     try:
         grown = np.broadcast_to(given, parameter.shape)
