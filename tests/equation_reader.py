@@ -24,7 +24,7 @@ def of_row(f: Callable[..., Any]) -> Callable[[Any], Any]:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sigmoid": sigmoid, "tanh": np.tanh, "sqrt": np.sqrt, "exp": np.exp, "relu": lambda x: np.maximum(x, 0),
     "mean": of_row(np.mean), "var": of_row(np.var), "sum": of_row(np.sum), "cos": np.cos, "sin": np.sin,
-    "where": np.where, "max": of_row(np.max),
+    "where": np.where, "max": of_row(np.max), "norm": of_row(np.linalg.norm),
 }  # fmt: skip
 
 
@@ -99,21 +99,22 @@ class Reader:
         if ":" in which:
             low, high = map(int, which.split(":"))
         else:
-            what, (low, high) = self.parts.get((which, name)) or self.parts[which, "other values"]
+            what, (low, high) = self.parts.get((which, name)) or self.parts[which, "othervalues"]
             assert (what == "rows") == rows, f"{what}, but [{inside}]"
         return value[low:high] if rows else value[..., low:high]
 
     def atom(self) -> tuple[Any, str]:
-        token = self.take()
+        token, start = self.take(), self.at
         if token == "(":
             value = self.sum()
+            name = "".join(self.tokens[start : self.at])
             self.take(")")
-            return value, ""
+            return value, name
         if token == "[":
             return np.concatenate(self.list_until("]"), axis=-1), ""
         if token[0].isdigit():
             return float(token), ""
-        if self.next == "(":
+        if self.next == "(" and token not in self.values:  # else a product with what stands in parentheses
             self.take()
             arguments = self.list_until(")")
             if token in FUNCTIONS:
@@ -141,7 +142,7 @@ def evaluate(text: str, values: dict[str, Any]) -> dict[str, Any]:
             r"  (.*) are (rows|columns|elements) ([\d:, ]+) of (.*)", note
         ).groups()  # type: ignore[union-attr]
         for name, bound in zip(names.split(", "), bounds.split(", "), strict=True):
-            for base in bases.split(", "):
+            for base in bases.replace(" ", "").split(","):
                 parts[name[1:-1], base] = (what, tuple(map(int, bound.split(":"))))
     lines = [line.split(" = ", 1) for line in head.splitlines()]
     functions = {m[1]: (m[2], right) for left, right in lines if (m := re.fullmatch(r"([\w.]+)\((\w)\)", left))}

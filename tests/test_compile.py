@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -288,6 +290,31 @@ def test_parameters_are_read_again(recordings: list[str]) -> None:
     model.eval()
     fast(model, x.astype(np.float64))
     assert len(recordings) == 3
+
+
+class WithLoss(nn.Module):
+    """A model that compiles a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(spread((3,)))
+        self.fast = tg.compile(self.loss)
+
+    def loss(self, x: Any) -> Any:
+        return (x * self.w).sum()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copied_model_compiles_its_own_method(copied: Any) -> None:
+    model, x = WithLoss(), spread((3,))
+    before = model.fast(x).item()
+    other = copied(model)
+    other.w.data *= 2
+    loss = other.fast(x)
+    assert (loss.item(), model.fast(x).item()) == (pytest.approx(2 * before), before)
+    loss.backward()
+    np.testing.assert_array_equal(other.w.grad, x)
+    assert model.w.grad is None
 
 
 def test_a_parameter_of_another_dtype_is_recorded_again(recordings: list[str]) -> None:

@@ -291,8 +291,14 @@ IDS = SequenceDataset([[1, 2], [3]], [np.array([0, 1], np.uint8), np.array([1], 
         (lambda: SequenceDataset(np.array(3.0)), DTypeError, "inputs are a list of arrays"),
         (lambda: SequenceDataset("abc"), DTypeError, "inputs are a list of arrays"),
         (lambda: SequenceDataset([np.ones((3, 2))], 3), DTypeError, "targets are a list of arrays"),
+        # Two targets for each sequence are natural, and no array.
+        (lambda: SequenceDataset([np.ones((3, 2))], [(np.ones((3, 2)), np.ones(3))]), ShapeError,
+         r"targets\[0\] is a tuple whose items differ in shape, expected one array"),
+        (lambda: SequenceDataset([[1], [[1], [2, 3]]]), ShapeError, r"inputs\[1\] is a list whose items differ"),
+        (lambda: windows([[1, 2], [3]], 1), ShapeError, "windows: series is a list whose items differ in shape"),
+        (lambda: TextStreams([[1, 2], [3]], 1, 1), ShapeError, "nested lists of unequal lengths"),
     ],
-)
+)  # fmt: skip
 def test_arguments_of_another_kind(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()

@@ -80,6 +80,56 @@ def test_wherever_the_generator_is_held(kind):
         ops.scan(lambda carry, row: (carry + f(row), None), np.zeros((2, 3), np.float32), X)
 
 
+class Helped(Noisy):
+    """A cell that leaves the draw to something of its own."""
+
+    held = np.random.default_rng(1)
+
+    def __init__(self, kind):
+        super().__init__(None)
+        self.kind, self.part = kind, Part()
+
+    def sampled(self):
+        return own.normal()
+
+    @staticmethod
+    def drawn():
+        return Numbers.another()
+
+    def forward(self, x, h):
+        draw = {
+            "helper": lambda: self.sampled(), "static": lambda: self.drawn(), "class": lambda: self.held.normal(),
+            "part": lambda: self.part.sampled(),
+        }[self.kind]  # fmt: skip
+        h = ops.tanh(x @ self.w + h) + float(draw())
+        return h, h
+
+
+class Numbers:
+    """A name space."""
+
+    generator = np.random.default_rng(2)
+
+    @staticmethod
+    def another():
+        return Numbers.generator.normal()
+
+
+class Part(nn.Module):
+    def sampled(self):
+        return own.normal()
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("kind", ["helper", "static", "class", "part"])
+def test_whichever_method_draws(kind):
+    with pytest.warns(CompileWarning, match="every step sees the same ones") as caught:
+        nn.Recurrent(Helped(kind))(X)
+    assert len(caught) == 1
+
+
 def test_one_warning_for_loops_inside_of_a_recording():
     draw = DRAWS["numpy.random"]
 

@@ -54,6 +54,25 @@ class Odd(nn.Module):
         return {"out": ops.relu(h), "same": p}, h
 
 
+class WeightNormed(nn.Module):
+    """Weight normalisation (Salimans & Kingma 2016): the matrix that is split is made of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.g = nn.init.xavier_uniform((6, 2)), nn.Parameter(np.ones((6, 1)))
+        self.bias = nn.Parameter(np.ones(6))
+
+    def initial_state(self, batch: int) -> tg.Tensor:
+        return tg.tensor(np.zeros((batch, 3), self.v.dtype))
+
+    def forward(self, x: Any, h: Any) -> Any:
+        weight = self.g * self.v / ops.norm(self.v, axis=1, keepdims=True)
+        z, n = ops.chunk(x @ weight.T + self.bias, 2)
+        z = tg.name(ops.sigmoid(z), "z")
+        h = tg.name(z * h + ops.tanh(n), "h")
+        return h, h
+
+
 CELLS: dict[str, Callable[[], Any]] = {
     "lstm": lambda: nn.LSTMCell(2, 3),
     "lstm without bias": lambda: nn.LSTMCell(2, 3, bias=False),
@@ -69,6 +88,7 @@ CELLS: dict[str, Callable[[], Any]] = {
     "zoneout of layer norm": lambda: nn.Zoneout(nn.LayerNormLSTMCell(2, 3)).eval(),
     "user's": MinimalGated,
     "odd": Odd,
+    "weight norm": WeightNormed,
 }
 
 
@@ -164,6 +184,33 @@ def test_a_long_scope_is_a_function_and_a_short_one_is_not() -> None:
     assert lines[1] == "gate(u, v) = sigmoid(u * v + exp(u) / (1 + v^2 - tanh(u * u)))"
 
 
+def test_rows_of_what_is_made_of_parameters() -> None:
+    where = inspect.equations(WeightNormed()).partition("where\n")[2].splitlines()
+    assert where == ["  [z], [h] are rows 0:3, 3:6 of g * v / norm(v)", "  [z], [h] are elements 0:3, 3:6 of b"]
+
+
+def test_a_reshape_says_nothing_of_the_batch() -> None:
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(np.ones(6))
+
+        def initial_state(self, batch: int) -> tg.Tensor:
+            return tg.tensor(np.zeros((batch, 6)))
+
+        def forward(self, x: Any, h: Any) -> Any:
+            a = tg.name(ops.expand_dims(x + h * self.w, 1), "a")
+            b = tg.name(ops.squeeze(a, 1), "b")
+            h = tg.name(ops.reshape(b, (len(x), 2, 3)).sum(axis=1, keepdims=True).reshape(len(x), 3), "c")
+            return h, b
+
+    assert inspect.equations(Shaped()).splitlines() == [
+        "a_t = (x_t + b_{t-1} * w)[:, None, :]",
+        "b_t = a_t[:, 0, :]",
+        "c_t = sum(reshape(b_t, shape=(-1, 2, 3)), axis=(-2,), keepdims=True)[:, 0, :]",
+    ]
+
+
 def test_rename_and_its_errors() -> None:
     text = inspect.equations(nn.LSTMCell(2, 3), rename={"g": "c~"})
     assert "c~_t = tanh(x_t W_ih[c~]^T" in text and "c_t = f_t * c_{t-1} + i_t * c~_t" in text
@@ -240,12 +287,29 @@ def test_the_width_of_x() -> None:
             s = s + x.sum() + self.W.sum() + self.V.sum()
             return s, s
 
+    of_one = inspect.equations(GatedOfOne())  # a parameter has an axis of length 1, and others
+    assert of_one == "h_t = tanh(x_t W^T + h_{t-1} U)"
     assert inspect.equations(Scaled()) == "m_t = m_{t-1} * 0.5 + a * sum(x_t)\nn_t = m_{t-1}"
     with pytest.raises(tg.ArgumentError, match=r"the widths \[2, 3, 4\] all work.*x=\.\.\."):
         inspect.equations(Any2())
     assert "s_t = s_{t-1} + sum(x_t, axis=(-2, -1), keepdims=False)" in inspect.equations(Any2(), x=np.ones((1, 7)))
     with pytest.raises(tg.ArgumentError, match="no x of shape"):
         inspect.equations(nn.Recurrent(Broken()).cell)
+
+
+class GatedOfOne(nn.Module):
+    """A cell with one input, as for a series of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.U = nn.Parameter(np.ones((4, 1))), nn.Parameter(np.ones((4, 4)))
+
+    def initial_state(self, batch: int) -> Any:
+        return np.zeros((batch, 4))
+
+    def forward(self, x: Any, h: Any) -> Any:
+        h = ops.tanh(x @ self.W.T + h @ self.U)
+        return h, h
 
 
 class Broken(nn.Module):

@@ -174,6 +174,47 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "scan": (lambda: ops.scan(3, X, X), tg.DTypeError, "the body is a function"),
     "scan_pair": (lambda: ops.scan(lambda c, x: c, X, X), tg.DTypeError, "pair .carry, y., found one Tensor of shape"),
     "scan_three": (lambda: ops.scan(lambda c, x: (c, c, c), X, X), tg.DTypeError, "pair .carry, y., found 3 values"),
+    "scan_body": (lambda: ops.scan(lambda c: (c, c), X, X), tg.DTypeError, r"body\(carry, x\); this one takes \(c\)"),
+    "scan_carry": (
+        lambda: ops.scan(lambda c, x: ({"h": c["h"], "m": c["m"].sum()}, None), {"h": 0.0, "m": X}, X),
+        tg.ShapeError,
+        r"scan: carry\['m'\] went in as float64\[2, 3\] and came back as float64\[\]",
+    ),
+    "scan_counter": (  # of steps: one for all rows, which end at different ones
+        lambda: ops.scan(step, {"h": X, "n": 0}, np.ones((3, 2, 3)), lengths=[1, 2]),
+        tg.ShapeError,
+        r"carry\['n'\] has shape \(\), expected a number per row",
+    ),
+    "scan_times": (
+        lambda: ops.scan(step, X, (np.ones((3, 2)), np.ones(3)), lengths=[1, 2]),
+        tg.ShapeError,
+        r"xs\[1\] has shape \(3,\), expected a number per row",
+    ),
+    "scan_batch": (
+        lambda: ops.scan(step, X, np.ones((3, 4, 3)), lengths=[1, 2]),
+        tg.ShapeError,
+        r"xs has shape \(3, 4, 3\), expected a batch of 2",
+    ),
+    "an initial value of a part": (
+        lambda: nn.init.constant(nn.Parameter(np.zeros(8))[2:4], 1.0),
+        tg.ArgumentError,
+        r"constant: .*p\.data\[2:4\] =",
+    ),
+    "a copy to a part": (lambda: nn.init.copy(t()[0], np.ones(3)), tg.ArgumentError, "copy: .* was computed"),
+    "a pair without has_aux": (lambda: tg.grad(lambda x: (x.sum(), 1))(X), tg.DTypeError, "has_aux=True for a pair"),
+    "linalg": (lambda: np.linalg.solve(t(), X), tg.ArgumentError, r"^numpy\.linalg\.solve has no counterpart"),
+    "one_hot": (
+        lambda: nn.cross_entropy(t(), np.eye(3)[:2]),
+        tg.DTypeError,
+        r"input's shape \(2, 3\); .* target\.argmax\(-1\)",
+    ),
+    "ctc_ragged": (
+        lambda: nn.ctc_loss(np.zeros((3, 2, 4)), RAGGED, [3, 3], [1, 2]),
+        tg.ShapeError,
+        "unequal lengths.* fill them up",
+    ),
+    "copy_ragged": (lambda: nn.init.copy(nn.Parameter(X), RAGGED), tg.ShapeError, "unequal lengths"),
+    "a single batch": (lambda: trainer().fit((X, X), epochs=1), tg.ArgumentError, r"found ndarray; .*\[\(inputs, targ"),
     "no_grad": (lambda: tg.no_grad()(3), tg.DTypeError, "decorates a function, found int"),
     "dropout": (
         lambda: ops.dropout(t(), 0.5, np.random.default_rng(0)),

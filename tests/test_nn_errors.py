@@ -129,6 +129,17 @@ class Plain(nn.Module):
         return h + x, h + x
 
 
+class Other(Plain):
+    """A cell, some of whose methods are given."""
+
+    def __init__(self, **methods: Any) -> None:
+        super().__init__()
+        self.__dict__.update(methods)
+
+    def initial_state(self, batch: int) -> Any:
+        return np.zeros((batch, 4), np.float32)
+
+
 STEP, STATE = np.zeros((2, 4), np.float32), np.zeros((2, 5), np.float32)
 LAYER_STATE = np.zeros((1, 2, 5), np.float32)
 
@@ -144,6 +155,13 @@ LAYER_STATE = np.zeros((1, 2, 5), np.float32)
         (lambda x: nn.GRUCell(4, 5)(STEP, (STATE, STATE)), tg.ShapeError, r"GRUCell: .*\(2, 2, 5\), expected \(2, "),
         (lambda x: nn.RNNCell(4, 5)(STEP, STATE[:1]), tg.ShapeError, r"RNNCell: .*\(1, 5\), expected \(2, 5\)"),
         (lambda x: nn.Recurrent(Plain())(x), tg.DTypeError, r"Plain\.initial_state returned None.*forward failed"),
+        (lambda x: nn.Recurrent(Other(initial_state=lambda: 0))(x), tg.DTypeError, r"_state\(batch\) .* takes \(\)"),
+        (lambda x: nn.Recurrent(Other(forward=lambda x, h: x + h))(x), tg.DTypeError, "returned Tensor, expected a"),
+        (lambda x: nn.Recurrent(Other(forward=lambda x, h: (h, h, h)))(x), tg.DTypeError, "returned a tuple of 3"),
+        (
+            lambda x: nn.Recurrent(Other(noise=lambda steps, batch: np.zeros((batch, steps))))(x),
+            tg.ShapeError, r"Other\.noise\(3, 2\) returned shape \(2, 3\), expected \(3, \.\.\.\)",
+        ),
         (lambda x: nn.Recurrent(nn.GRUCell(4, 5))(x, "abc"), tg.DTypeError, "Recurrent: the state is 'abc'"),
         (lambda x: nn.Stack([nn.GRUCell(4, 5)])(x, 3), tg.ShapeError, "Stack: the state is a list of 1.*found a int"),
         (lambda x: nn.Stack(nn.GRUCell(4, 5)), tg.DTypeError, r"Stack: layers are a list, found a GRUCell.*Stack\(\["),

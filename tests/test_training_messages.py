@@ -26,6 +26,16 @@ class Spy(Callback):
     pass
 
 
+class Short(Callback):
+    def on_step(self, trainer: Any) -> None:  # type: ignore[override]
+        pass
+
+
+class Epochs(Callback):
+    def on_epoch_end(self, trainer: Any) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
@@ -34,11 +44,30 @@ class Spy(Callback):
         ([Spy], r"callbacks\[0\] is the class Spy, expected an instance: Spy\(\.\.\.\)"),
         (Spy(), "callbacks are a list, found a Spy"),
         ("on", "callbacks are a list, found a str"),
+        ([Short()], r"^Trainer calls on_step\(trainer, row\); that of Short takes \(trainer\)"),
     ],
 )
 def test_what_is_no_callback(callbacks: Any, message: str) -> None:
-    with pytest.raises(tg.DTypeError, match="Trainer: " + message):
+    with pytest.raises(tg.DTypeError, match=message if message.startswith("^") else "Trainer: " + message):
         trainer(nn.Linear(1, 1), callbacks=callbacks)
+
+
+def test_a_method_of_a_callback_that_nobody_calls() -> None:
+    with pytest.warns(UserWarning, match=r"Epochs\.on_epoch_end is never called; .*or on_end; did you mean") as caught:
+        trainer(nn.Linear(1, 1), callbacks=[Epochs()])
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (optim.StepLR, r"is the class StepLR, expected one, StepLR\(\.\.\.\)"),
+        (lambda step: 1.0, r"Trainer calls schedule\(step, total\); this one takes \(step\)"),
+    ],
+)
+def test_what_is_no_schedule(schedule: Any, message: str) -> None:
+    with pytest.raises(tg.DTypeError, match=message):
+        trainer(nn.Linear(1, 1), schedule=schedule)
 
 
 def test_lengths_for_a_model_that_takes_none() -> None:

@@ -31,7 +31,7 @@ _MADE = {
     "rand": _OF_NUMPY.format("random.default_rng().random", "shape"),
     "randn": _OF_NUMPY.format("random.default_rng().normal", "size=shape"),
 }
-# Names of PyTorch that another spelling does not lead to.
+# Names of PyTorch and JAX that another spelling does not lead to.
 _TORCH = {
     "": {
         **_MADE, **dict.fromkeys(("enable_grad", "set_grad_enabled"), "tg.no_grad() around what is not to be recorded"),
@@ -40,6 +40,9 @@ _TORCH = {
         "cuda": "nothing: all runs on the CPU", "device": "nothing: all runs on the CPU",
         "autograd": "tg.grad, tg.vjp, tg.jvp and tensor.backward()",
         "jit": "tg.compile", "utils": "tg.data", "func": "tg.grad, tg.vjp, tg.jvp, tg.jacobian, tg.hessian",
+        "vmap": "ops on one more axis in front: they broadcast, and layers take batches",
+        "jacrev": "tg.jacobian", "jacfwd": "tg.jacobian", "lax": "ops.scan, and ops.where in place of cond",
+        "functional_call": "tg.grad, tg.vjp and tg.jvp, which take functions of a Module",
         "inference_mode": "tg.no_grad", "float32": "np.float32", "float64": "np.float64", "int64": "np.int64",
     },
     "nn": {
@@ -62,9 +65,15 @@ _TORCH = {
         "binary_cross_entropy_with_logits": "nn.bce_with_logits", "smooth_l1_loss": "nn.huber_loss",
         "utils": "optim.clip_grad_norm, optim.clip_grad_value and lengths=, which layers take in place of packing",
     },
-    "optim": {"lr_scheduler": "the schedules in optim itself: optim.StepLR, optim.CosineAnnealingLR, ..."},
+    "optim": {
+        "lr_scheduler": "the schedules in optim itself: optim.StepLR, optim.CosineAnnealingLR, ...",
+        "LambdaLR": "a subclass of optim.Schedule with next_rate(current, base, step)",
+    },
     "ops": {
         **_MADE,
+        "cond": "ops.where", "fori_loop": "ops.scan with xs=None and length=",
+        "while_loop": "ops.scan over the most steps there may be, with ops.where for those that are over",
+        "log_sigmoid": "-ops.softplus(-x)", "logsigmoid": "-ops.softplus(-x)",
         "absolute": "ops.abs", "amax": "ops.max", "amin": "ops.min", "bmm": "ops.matmul", "cat": "ops.concatenate",
         "clamp": "ops.clip", "div": "ops.divide", "eq": "ops.equal", "gather": "ops.take_along_axis",
         "ge": "ops.greater_equal", "gt": "ops.greater", "index_select": "ops.take", "le": "ops.less_equal",
@@ -91,6 +100,7 @@ _ATTRIBUTES = {
         "masked_fill": "ops.where(mask, value, t)", "numel": "t.size", "permute": "t.transpose(axes)",
         "pow": "t ** exponent", "requires_grad_": "t.requires_grad = True", "detach_": "t.detach()",
         **dict.fromkeys(("add_", "clamp_", "copy_", "div_", "fill_", "mul_", "sub_", "zero_"), _IN_PLACE),
+        "at": "ops.scatter_add(t, index, value), or ops.where(mask, value, t)",
         "grad_fn": "tg.Tape, which lists the records", "is_cuda": _CPU,
         "unbind": "list(t)", "unsqueeze": "t.expand_dims(axis)", "view": "t.reshape(shape)",
     },

@@ -419,7 +419,9 @@ def read(value: Any) -> np.ndarray:
     try:
         return np.asarray(value)
     except ValueError:
-        raise ShapeError(f"nested lists of unequal lengths cannot become an array: {value!r:.80}") from None
+        raise ShapeError(
+            f"nested lists of unequal lengths cannot become an array: {value!r:.80}; fill them up to one length"
+        ) from None
 
 
 def to_array(value: Any, dtype: Any = None, copy: bool = False) -> np.ndarray:

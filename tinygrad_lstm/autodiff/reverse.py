@@ -48,7 +48,10 @@ def variables(tree: Any, who: str, requires_grad: bool = True) -> tuple[list[Ten
 
 def _check_scalar(out: Any, who: str) -> Tensor:
     if not isinstance(out, Tensor):
-        raise DTypeError(f"{who}: the function returned {type(out).__name__}, expected a scalar Tensor")
+        pair = (
+            "; has_aux=True for a pair (loss, what else is wanted)" if isinstance(out, tuple) and len(out) == 2 else ""
+        )
+        raise DTypeError(f"{who}: the function returned {type(out).__name__}, expected a scalar Tensor{pair}")
     if out.size != 1:
         raise ShapeError(f"{who}: the function returned shape {out.shape}, expected a scalar; reduce it (sum, mean)")
     if out.dtype.kind != "f":

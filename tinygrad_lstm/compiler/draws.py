@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 
 from tinygrad_lstm.compiler.blame import user_line, users_level
-from tinygrad_lstm.compiler.reach import global_names, is_foreign, is_plain_object
+from tinygrad_lstm.compiler.reach import functions_of, global_names, global_paths, is_foreign, is_plain_object
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.random import _WITNESS
 
 __all__ = ["CompileWarning", "drawn_once", "recorded_again"]
 
 _FOREIGN_GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
-_MOST = 200  # objects looked at
+_MOST = 500  # objects looked at
 
 
 class CompileWarning(UserWarning):
@@ -82,7 +83,7 @@ def _states(generators: list[Any]) -> list[Any]:
 
 def _generators_of(f: Any) -> list[Any]:
     """Generators of NumPy and Python in what a function closes over, its defaults and globals, and the modules and
-    objects of the user's among these."""
+    objects of the user's among these, with all methods of their classes: a body may draw in any of them."""
     found: list[Any] = []
     seen: set[int] = set()
     pending = [f]
@@ -105,17 +106,38 @@ def _generators_of(f: Any) -> list[Any]:
             if not is_foreign(value):
                 names = value.__globals__
                 pending += [names[name] for name in global_names(value.__code__) if name in names]
+                for first, *rest in global_paths(value.__code__):
+                    pending += _behind(names.get(first), rest)
         elif hasattr(type(value), "__tree_swap__"):
-            pending += (type(value).forward, *vars(value).values())
+            pending += (*_of_class(type(value)), *vars(value).values())
         elif isinstance(value, functools.partial):
             pending += (value.func, value.args, value.keywords)
         elif is_plain_object(value):
-            pending += (type(value).__call__ if callable(value) else None, *vars(value).values())
+            pending += (*_of_class(type(value)), *vars(value).values())
         elif isinstance(value, (list, tuple)) and len(value) < _MOST:
             pending += value
         elif isinstance(value, dict) and len(value) < _MOST:
             pending += value.values()
     return found
+
+
+def _of_class(cls: type) -> list[Any]:
+    """The methods of a user's class and of its bases, and its other attributes."""
+    found: list[Any] = []
+    for base in cls.__mro__:
+        if not is_foreign(base):
+            for name, value in list(vars(base).items()):
+                found += functions_of(value) or ([] if name.startswith("__") else [value])
+    return found
+
+
+def _behind(value: Any, names: Sequence[str]) -> list[Any]:
+    """What stands behind names in a module of the user's, or in a class."""
+    for name in names:
+        if not isinstance(value, (ModuleType, type)) or is_foreign(value):
+            return []
+        value = inspect.getattr_static(value, name, None)
+    return [*functions_of(value)] or [value]
 
 
 AGAIN = 3

@@ -49,6 +49,10 @@ class Compiled:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else MethodType(self, instance)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is one of the function, with nothing recorded yet; a method of a Module becomes that of its copy."""
+        return type(self), (self.__wrapped__,)
+
     def __repr__(self) -> str:
         return f"<compiled {self._name}, {len(self._entries)} signatures>"
 

@@ -27,7 +27,10 @@ from tinygrad_lstm.primitive import Primitive
 from tinygrad_lstm.random import Generator
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = ["Reach", "checked", "global_names", "is_foreign", "is_plain_object", "is_scalar", "scalar_key"]
+__all__ = [
+    "Reach", "checked", "functions_of", "global_names", "global_paths", "is_foreign", "is_plain_object", "is_scalar",
+    "scalar_key",
+]  # fmt: skip
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
 MOST_CHECKED = 1 << 26  # bytes of arrays; a data set, perhaps in many files, is not read through
@@ -56,7 +59,7 @@ def global_names(code: CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _global_paths(code: CodeType) -> tuple[tuple[str, ...], ...]:
+def global_paths(code: CodeType) -> tuple[tuple[str, ...], ...]:
     """Attributes of globals that a function names, as ``settings.scale``: (global, attribute, attribute of that...)."""
     found: set[tuple[str, ...]] = set()
     path: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ def _global_paths(code: CodeType) -> tuple[tuple[str, ...], ...]:
             path = (instruction.argval,) if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ()
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found.update(_global_paths(constant))
+            found.update(global_paths(constant))
     return tuple(sorted(found))
 
 
@@ -278,7 +281,7 @@ class Reach:
         attributes: Any = vars(cls)
         self._lengths.append((attributes, len(attributes)))  # an attribute that is added may hide one of a base class
         for name, value in list(attributes.items()):
-            functions = _functions_of(value)
+            functions = functions_of(value)
             if functions or not name.startswith("__"):
                 self._identities.append((attributes, name, value))
             for function in functions:
@@ -308,7 +311,7 @@ class Reach:
             if name in names:
                 self._key.append(name)
                 self._entry(names, name, names[name])
-        for first, *rest in _global_paths(function.__code__):
+        for first, *rest in global_paths(function.__code__):
             if first in names:
                 self._path(names[first], rest)
 
@@ -325,7 +328,7 @@ class Reach:
             value = places[0][name]
 
 
-def _functions_of(value: Any) -> list[FunctionType]:
+def functions_of(value: Any) -> list[FunctionType]:
     """The functions that an attribute of a class runs."""
     if isinstance(value, property):
         return [value.fget] if isinstance(value.fget, FunctionType) else []

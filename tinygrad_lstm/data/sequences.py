@@ -111,7 +111,7 @@ class SequenceDataset(SaysWhatItTakes):
             raise DTypeError(f"targets are a list of arrays, or one array, found {targets!r:.60}")
         if len(targets) != len(self.inputs):
             raise ShapeError(f"{len(self.inputs)} sequences need as many targets, found {len(targets)}")
-        arrays = [np.asarray(t) for t in targets]
+        arrays = [_array(t, f"targets[{n}]") for n, t in enumerate(targets)]
         fits = all(t.ndim > 0 and len(t) == n for t, n in zip(arrays, self.lengths, strict=True))
         self.per_step = fits if per_step is None else per_step
         if self.per_step and not fits:
@@ -297,7 +297,7 @@ def windows(series: Any, length: int, horizon: int = 1) -> tuple[np.ndarray, np.
     >>> x.tolist(), y.tolist()
     ([[0, 1, 2], [1, 2, 3]], [[3], [4]])
     """
-    array = np.asarray(series)
+    array = _array(series, "windows: series")
     check_int("windows: length", length)
     check_int("windows: horizon", horizon)
     if array.ndim == 0 or len(array) < length + horizon:
@@ -309,11 +309,20 @@ def windows(series: Any, length: int, horizon: int = 1) -> tuple[np.ndarray, np.
     return both[:, :length].copy(), both[:, length:].copy()
 
 
+def _array(item: Any, what: str) -> np.ndarray:
+    try:
+        return np.asarray(item)
+    except ValueError:
+        raise ShapeError(
+            f"{what} is a {type(item).__name__} whose items differ in shape, expected one array; join them to one"
+        ) from None
+
+
 def _alike(items: Sequence[Any] | np.ndarray, what: str, time_axis: bool) -> list[np.ndarray]:
     """The items as arrays that agree in dtype and in shape (past the time axis)."""
     if isinstance(items, (str, bytes)) or not isinstance(items, Iterable) or not getattr(items, "ndim", 1):
         raise DTypeError(f"{what} are a list of arrays, or one array, found {items!r:.60}")
-    arrays = [np.asarray(item) for item in items]
+    arrays = [_array(item, f"{what}[{n}]") for n, item in enumerate(items)]
     if not arrays:
         raise ArgumentError(f"{what}: a dataset needs at least one sequence")
     skip = 1 if time_axis else 0

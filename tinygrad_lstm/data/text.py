@@ -11,6 +11,7 @@ import numpy as np
 
 from tinygrad_lstm.checks import check_int, check_number
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
+from tinygrad_lstm.tensor import read
 
 __all__ = ["TextCorpus", "TextStreams"]
 
@@ -190,7 +191,7 @@ class TextStreams:
     """
 
     def __init__(self, ids: Any, batch_size: int, seq_len: int, drop_last: bool = True) -> None:
-        array = np.asarray(ids)
+        array = read(ids)
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise ShapeError(f"ids is a 1-d array of ints, found shape {array.shape} and dtype {array.dtype}")
         check_int("TextStreams: batch_size", batch_size)
@@ -271,7 +272,7 @@ def encode(text: str, vocabulary: str) -> np.ndarray:
 
 def decode(ids: Iterable[int] | np.ndarray, vocabulary: str) -> str:
     """The characters at the given positions of ``vocabulary``; the reverse of :func:`encode`."""
-    array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    array = read(ids if isinstance(ids, np.ndarray) else list(ids))
     if array.size == 0:
         return ""
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -98,6 +98,8 @@ def expression_of(equation: Equation, program: Program, read: Callable[[Any], No
         return [Node("row", args, shape)]
     if name == "take" and params["axis"] == -2 and len(args[0].shape) == 2:
         return [Node("lookup", args, shape)]
+    if name == "reshape":
+        return [_reshaped(args, shape, params)]
     if name == "getitem":
         return [_indexed(args, shape, params["template"], equation.outputs[0])]
     if len(shapes) > 1:
@@ -139,6 +141,27 @@ def _mean(x: Node, params: tuple[Any, ...], shape: tuple[int, ...]) -> Node:
         if centre.op == "call" and centre.data[0] == "mean" and centre.args == (inner,):
             return Node("call", (inner,), shape, ("var", params))
     return Node("call", (x,), shape, ("mean", params))
+
+
+def _reshaped(args: tuple[Node, ...], shape: tuple[int, ...], params: dict[str, Any]) -> Node:
+    """Axes of length 1 come and go as in an index; a first axis that stays is as long as the batch at hand."""
+    old = args[0].shape
+    longer, shorter, item = (shape, old, "None") if len(shape) > len(old) else (old, shape, "0")
+    texts: list[str] = []
+    kept = 0
+    for n in longer:
+        if kept < len(shorter) and shorter[kept] == n:
+            texts.append(":")
+            kept += 1
+        elif n == 1:
+            texts.append(item)
+        else:
+            break
+    if len(texts) == len(longer) and kept == len(shorter) < len(longer):
+        return Node("index", args, shape, ", ".join(texts))
+    if len(shape) > 1 and old[:1] == shape[:1] and 0 not in shape:
+        params = {**params, "shape": (-1, *shape[1:])}
+    return call("reshape", args, shape, params)
 
 
 def _indexed(args: tuple[Node, ...], shape: tuple[int, ...], template: tuple[Any, ...], slot: int) -> Node:

@@ -144,8 +144,12 @@ def record_cell(cell: Any, x: Any = None) -> Recorded:
     known: list[Any] = list(cell.parameters()) if isinstance(cell, Module) else []
     lengths = {n for parameter in known for n in parameter.shape}
     joined = {n - leaf.shape[-1] for n in lengths for leaf in state if leaf.ndim}  # x and h side by side
-    works, last = {}, None
-    for width in sorted(n for n in lengths | joined if n > 1) or [1]:
+    works: dict[int, Recorded] = {}
+    last: Exception | None = None
+    # What is 1 wide broadcasts, so other widths come first.
+    for width in (*sorted(n for n in lengths | joined if n > 1), 1):
+        if width == 1 and works:
+            break
         try:
             works[width] = _record(cell, np.zeros((ROWS, width), dtype))
         except TraceError:  # it needs values: no width helps

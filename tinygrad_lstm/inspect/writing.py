@@ -133,7 +133,7 @@ def _notes(system: System, writer: Writer, parts: dict[Cut, str]) -> list[str]:
             if node.op == "part" and node.data in parts:
                 base: Node = node.args[0]
                 what = "rows" if node.data.axis == 0 else "columns" if len(base.shape) > 1 else "elements"
-                whole = base.op == "parameter"
+                whole = base.op == "parameter" or what == "rows"  # a matrix that is made of parameters
                 key = (what, writer(base)) if whole else ("elements", "other values")
                 places.setdefault(key, set()).add(node.data)
     grouped: dict[tuple[Any, ...], list[str]] = {}

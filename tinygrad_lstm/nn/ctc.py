@@ -10,7 +10,7 @@ from tinygrad_lstm import ops
 from tinygrad_lstm.errors import ArgumentError, DTypeError, OutOfRangeError, ShapeError
 from tinygrad_lstm.ops.lengths import check_lengths
 from tinygrad_lstm.primitive import Aval, Primitive
-from tinygrad_lstm.tensor import Tensor, asarray
+from tinygrad_lstm.tensor import Tensor, asarray, read
 
 __all__ = ["ctc_loss"]
 
@@ -66,7 +66,7 @@ def ctc_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ArgumentError(f"ctc_loss: reduction is 'mean', 'sum' or 'none', found {reduction!r}")
-    x, labels = asarray(log_probs), targets if isinstance(targets, Tensor) else asarray(np.asarray(targets))
+    x, labels = asarray(log_probs), targets if isinstance(targets, Tensor) else asarray(read(targets))
     if x.ndim != 3 or labels.ndim != 2 or labels.shape[0] != x.shape[1]:
         raise ShapeError(
             f"ctc_loss: log_probs of shape {x.shape}, expected (T, B, C); targets {labels.shape}, expected (B, S)"

@@ -23,7 +23,7 @@ from tinygrad_lstm.hints import MissingNameError
 from tinygrad_lstm.kernels.pool import on_lines
 from tinygrad_lstm.ops.random import check_generator
 from tinygrad_lstm.random import Generator, default_generator
-from tinygrad_lstm.tensor import Tensor
+from tinygrad_lstm.tensor import Tensor, read
 
 __all__ = [
     "constant", "copy", "kaiming_uniform", "lstm_default", "normal", "orthogonal", "torch_default", "uniform",
@@ -47,9 +47,19 @@ def _filled(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
             parameter = Parameter(np.zeros(lengths, np.float32))
         if not isinstance(parameter, Tensor):
             raise DTypeError(f"{who}: a Parameter or a shape is needed, found {parameter!r:.60}")
+        _check_leaf(who, parameter)
         return draw(parameter, *args, **options)
 
     return initialiser
+
+
+def _check_leaf(who: str, parameter: Tensor) -> None:
+    """Raise for a part of a Parameter: an index gives a tensor of its own, which would be filled to no effect."""
+    if not parameter.is_leaf:
+        raise ArgumentError(
+            f"{who}: the tensor of shape {parameter.shape} was computed, and what it was computed from would stay as "
+            "it is; a part of a Parameter is set by its data: p.data[2:4] = values"
+        )
 
 
 def _source(who: str, generator: Generator | None) -> Generator:
@@ -59,7 +69,8 @@ def _source(who: str, generator: Generator | None) -> Generator:
 
 def copy(parameter: Tensor, values: np.ndarray) -> Tensor:
     """The given values, broadcast to the parameter's shape and cast to its dtype."""
-    given = np.asarray(values)
+    _check_leaf("copy", parameter)
+    given = read(values)
     try:
         grown = np.broadcast_to(given, parameter.shape)
     except ValueError:

@@ -292,6 +292,12 @@ def _check_classes(x: Tensor, target: Tensor, who: str) -> None:
     if x.dtype.kind != "f":
         raise DTypeError(f"{who}: input has dtype {x.dtype}, expected a floating one")
     if target.dtype.kind not in "iu":
+        if x.ndim and target.shape == x.shape:
+            raise DTypeError(
+                f"{who}: targets are integer classes, found {target.dtype} of the input's shape {x.shape}; of one-hot "
+                "rows they are target.argmax(-1), with probabilities the loss is "
+                "-(target * ops.log_softmax(logits)).sum(-1).mean()"
+            )
         raise DTypeError(f"{who}: targets are integer classes, found {target.dtype}; convert with astype(np.int64)")
     if not x.ndim:
         raise ShapeError(f"{who}: input is 0-d, expected (..., C)")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm import ops
+from tinygrad_lstm.calls import misfit
 from tinygrad_lstm.checks import check_probability
 from tinygrad_lstm.compiler.blame import users_level
 from tinygrad_lstm.compiler.schedule import Memory, check_memory
@@ -68,8 +69,10 @@ def run_cell(
 def check_pair(who: str, result: Any) -> None:
     """Raise unless a cell returned an output and a state."""
     if not isinstance(result, tuple) or len(result) != 2:
+        found = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
         raise DTypeError(
-            f"{who}.forward returned {type(result).__name__}, expected a pair (output, state); "
+            f"{who}.forward returned {'Tensor' if isinstance(result, Tensor) else found}, expected a pair "
+            "(output, state); "
             "a cell whose output is its state returns (h, h)"
         )
 
@@ -208,12 +211,12 @@ class Recurrent(Budgeted):
         self.memory = check_memory(memory, "Recurrent")
         self.learned_state = None
         if learn_state:
-            parts = map(asarray, flatten(cell.initial_state(1))[0])
+            parts = map(asarray, flatten(_first_state(cell, 1))[0])
             self.learned_state = [Parameter(part._data[:1]) for part in parts if part.dtype.kind == "f"]
 
     def start(self, batch: int, given: Any = None) -> Any:
         """The state to start from: the given one, the learned one, or the cell's."""
-        default = self.cell.initial_state(batch)
+        default = _first_state(self.cell, batch)
         leaves, treedef = flatten(default)
         if given is not None:
             return checked_state(describe(self), type(self.cell).__name__, given, leaves, treedef)
@@ -309,7 +312,27 @@ class Recurrent(Budgeted):
 
 def draw_noise(cell: Any, steps: int, batch: int) -> Any:
     """What a cell draws for all steps before the loop (``cell.noise(steps, batch)``), or None."""
-    return cell.noise(steps, batch) if getattr(cell, "noise", None) is not None else None
+    noise = cell.noise(steps, batch) if getattr(cell, "noise", None) is not None else None
+    for shape in map(np.shape, flatten(noise)[0]):
+        if shape[:1] != (steps,):
+            raise ShapeError(
+                f"{type(cell).__name__}.noise({steps}, {batch}) returned shape {shape}, expected ({steps}, ...): "
+                "time is axis 0, one entry for each step"
+            )
+    return noise
+
+
+def _first_state(cell: Any, batch: int) -> Any:
+    """What the cell starts from by itself."""
+    try:
+        return cell.initial_state(batch)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # of what the method does
+        who = f"{type(cell).__name__}.initial_state"
+        raise misfit(
+            error, f"{who}(batch) is asked for the state; this one", cell.initial_state, (batch,), {}
+        ) from None
 
 
 def joined(trajectories: Sequence[Trajectories]) -> Trajectories:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_lstm.calls import misfit
 from tinygrad_lstm.compiler.report import op_by_op, publish, stepwise
 from tinygrad_lstm.compiler.schedule import Memory, check_memory, who_asks
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError, TraceError
@@ -112,7 +113,7 @@ def scan_with(
         memory = check_memory(memory, "scan")
     full_body = body
     if lengths is not None:
-        checked = _checked(lengths, steps, carry_leaves, x_leaves)
+        checked = _checked(lengths, steps, (init, carry_leaves), (xs, x_leaves))
         valid = valid_steps(checked, steps)
         full_body = _masked(body)
         x_leaves = [*(_filled(leaf, valid, checked) for leaf in x_leaves), valid]
@@ -185,13 +186,21 @@ def _steps(leaves: list[Tensor], xs: Any, length: int | None) -> int:
 # ---------------------------------------------------------------------------- lengths
 
 
-def _checked(lengths: Any, steps: int, carry: list[Tensor], xs: list[Tensor]) -> Any:
-    """``lengths`` as int64 (B,), with leaves that have such a batch."""
-    sizes = [leaf.shape[0] for leaf in carry if leaf.ndim] + [leaf.shape[1] for leaf in xs if leaf.ndim > 1]
-    if len(sizes) != len(carry) + len(xs):
-        raise ShapeError("scan: with lengths, batch is axis 0 of every carry leaf and axis 1 of every leaf of xs")
-    if len(set(sizes)) > 1:
-        raise ShapeError(f"scan: with lengths, all leaves have one batch size, found {sorted(set(sizes))}")
+def _checked(
+    lengths: Any, steps: int, carry: tuple[Any, Sequence[Tensor]], xs: tuple[Any, Sequence[Tensor]]
+) -> Any:  # fmt: skip
+    """``lengths`` as int64 (B,), with leaves that have such a batch; of carry and xs the tree and its leaves."""
+    sizes: list[int] = []
+    for what, (tree, leaves), axis in (("carry", carry, 0), ("xs", xs, 1)):
+        for k, leaf in enumerate(leaves):
+            fits = leaf.ndim > axis
+            if not fits or (sizes and leaf.shape[axis] != sizes[0]):
+                expected = f"a batch of {sizes[0]}" if fits else "a number per row"
+                raise ShapeError(
+                    "scan: with lengths, batch is axis 0 of every carry leaf and axis 1 of every leaf of xs; "
+                    f"{what}{leaf_paths(tree)[k]} has shape {leaf.shape}, expected {expected}"
+                )
+            sizes.append(leaf.shape[axis])
     return check_lengths(lengths, steps, sizes[0] if sizes else np.size(lengths))
 
 
@@ -238,7 +247,7 @@ def _masked(body: Body) -> Body:
         x, valid = x_and_valid
         old, old_tree = flatten(carry)
         read = [where(_rows(valid, o), o, stop_nan(o)) if o.dtype.kind == "f" else o for o in old]
-        new_carry, y = body(unflatten(old_tree, read), x)
+        new_carry, y = _pair(body, unflatten(old_tree, read), x)
         new, carry_tree = flatten(new_carry)
         y_leaves, y_tree = flatten(y)
         tensors = together(*old, *new, *y_leaves)[len(old) :]
@@ -271,8 +280,9 @@ def _check_carry(new: list[Any], new_tree: TreeDef, old: list[Any], old_tree: Tr
         )
     for k, (n, o) in enumerate(zip(new, old, strict=True)):
         if tuple(n.shape) != tuple(o.shape) or n.dtype != o.dtype:
+            path = leaf_paths(unflatten(old_tree, old))[k]
             raise (ShapeError if tuple(n.shape) != tuple(o.shape) else DTypeError)(
-                f"scan: carry leaf {k} went in as {o.dtype}{list(o.shape)} and came back as {n.dtype}{list(n.shape)}; "
+                f"scan: carry{path} went in as {o.dtype}{list(o.shape)} and came back as {n.dtype}{list(n.shape)}; "
                 "give init the shape and dtype that the body returns"
             )
 
@@ -289,7 +299,14 @@ def _results(
     return new, tensors[len(given) :], y_tree
 
 
-def _pair(result: Any) -> tuple[Any, Any]:
+def _pair(body: Body, carry: Any, x: Any) -> tuple[Any, Any]:
+    """What the body returns: a carry and y."""
+    try:
+        result = body(carry, x)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # of what the body does
+        raise misfit(error, "scan calls body(carry, x); this one", body, (carry, x), {}) from None
     if not isinstance(result, tuple) or len(result) != 2:
         found = f"{len(result)} values" if isinstance(result, (tuple, list)) else type(result).__name__
         if isinstance(result, Tensor):
@@ -333,7 +350,7 @@ def record_body(body: Body, carry: list[Tensor], carry_tree: TreeDef, xs: list[T
     def flat(*leaves: Tensor) -> list[Any]:
         c = unflatten(carry_tree, leaves[: len(carry)])
         x = unflatten(x_tree, leaves[len(carry) :])
-        new_carry, y = _pair(body(c, x))
+        new_carry, y = _pair(body, c, x)
         new, ys, trees[0] = _results(new_carry, y, carry, carry_tree)
         return [*new, *ys]
 
@@ -378,7 +395,7 @@ def _stepwise(
     outer = state().step  # of a loop in a body, provenance tells the step of the outer one
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         with recording(step=t if outer is None else outer):
-            new_carry, y = _pair(body(current, unflatten(x_tree, [leaf[t] for leaf in xs])))
+            new_carry, y = _pair(body, current, unflatten(x_tree, [leaf[t] for leaf in xs]))
         new, leaves, y_tree = _results(new_carry, y, carry, carry_tree)
         if state().tapes:
             note_parts(new)
@@ -396,7 +413,7 @@ def _no_steps(
     with recording(enabled=False, tapes=(), names=None):
         zero_carry = unflatten(carry_tree, [zeros(Aval(c.shape, c.dtype)) for c in carry])
         zero_x = unflatten(x_tree, [zeros(Aval(x.shape[1:], x.dtype)) for x in xs])
-        _, y = _pair(body(zero_carry, zero_x))
+        _, y = _pair(body, zero_carry, zero_x)
     leaves, y_tree = flatten(y)
     leaves = together(*carry, *leaves)[len(carry) :]
     empty = [broadcast_to(zeros(Aval((), leaf.dtype)), (0, *leaf.shape)) for leaf in leaves]

@@ -67,7 +67,7 @@ def array_function(self: Tensor, function: Any, types: Any, args: Any, kwargs: A
     name = _NAMES.get(found, found)
     counterpart = getattr(ops, name, None)
     if counterpart is None or name not in ops.__all__:
-        raise ArgumentError(f"numpy.{found} has no counterpart in ops; use t.numpy()")
+        raise ArgumentError(f"{function.__module__}.{found} has no counterpart in ops; use t.numpy()")
     signature, taken = _signature(function), _signature(counterpart).parameters
     try:
         bound = signature.bind(*args, **kwargs)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from typing import Any
 
+from tinygrad_lstm.calls import misfit
 from tinygrad_lstm.checks import check_int, check_number
+from tinygrad_lstm.compiler.blame import users_level
 from tinygrad_lstm.errors import ArgumentError, DTypeError, ShapeError
+from tinygrad_lstm.hints import did_you_mean
 from tinygrad_lstm.nn import Module
 from tinygrad_lstm.optim import LBFGS, ReduceLROnPlateau
 from tinygrad_lstm.tensor import Tensor
@@ -37,6 +41,12 @@ def check_parts(model: Any, optimizer: Any, loss: Any, schedule: Any, clip_norm:
             "Trainer: the schedule is a function (step, total) -> factor or a schedule of tg.optim, found a "
             f"{type(schedule).__name__}"
         )
+    if isinstance(schedule, type):
+        raise DTypeError(
+            f"Trainer: the schedule is the class {schedule.__name__}, expected one, {schedule.__name__}(...)"
+        )
+    if callable(schedule) and not hasattr(schedule, "step"):
+        _check_call("Trainer calls schedule(step, total); this one", schedule, 2)
     _check_trained(model, optimizer, loss)
     if getattr(schedule, "optimizer", optimizer) is not optimizer:
         raise ArgumentError(
@@ -60,8 +70,35 @@ def _check_callbacks(callbacks: Any) -> None:
         if not isinstance(callback, Callback):
             raise DTypeError(
                 f"Trainer: callbacks[{n}] is {callback!r:.60}, expected an instance of a subclass of "
-                "training.Callback, which overrides on_start, on_step, on_validation or on_end"
+                f"training.Callback, which overrides {_MOMENTS}"
             )
+        who = type(callback).__name__
+        for moment, arguments in _CALLED.items():
+            calls = f"Trainer calls {moment}({', '.join(arguments)}); that of {who}"
+            _check_call(calls, getattr(callback, moment), len(arguments))
+        others = [name for name in dir(callback) if name.startswith("on_") and name not in _CALLED]
+        if others:
+            warnings.warn(
+                f"Trainer: {who}.{others[0]} is never called; a Trainer calls {_MOMENTS}"
+                f"{did_you_mean(others[0], _CALLED)}",
+                UserWarning,
+                stacklevel=users_level(),
+            )
+
+
+_CALLED = {
+    name: list(inspect.signature(method).parameters)[1:]
+    for name, method in vars(Callback).items()
+    if name.startswith("on_")
+}
+_MOMENTS = "on_start, on_step, on_validation or on_end"
+
+
+def _check_call(who: str, function: Any, count: int) -> None:
+    """Raise unless a function takes so many arguments."""
+    error = misfit(TypeError(), who, function, (None,) * count, {})
+    if isinstance(error, DTypeError):
+        raise error
 
 
 def _check_trained(model: Module, optimizer: Any, loss: Any) -> None:

@@ -52,7 +52,10 @@ def unpack(batch: Any, model: Module | None = None) -> Unpacked:
     3
     """
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        raise ArgumentError(f"a batch is (inputs, targets) or (inputs, targets, lengths), found {type(batch).__name__}")
+        raise ArgumentError(
+            f"a batch is (inputs, targets) or (inputs, targets, lengths), found {type(batch).__name__}; of a single "
+            "batch make a list, [(inputs, targets)]"
+        )
     inputs, targets, *rest = batch
     leaves = flatten(targets)[0]
     if isinstance(targets, (list, tuple)) and leaves and not any(np.ndim(leaf) for leaf in leaves):
