@@ -111,11 +111,17 @@ class Reach:
         One for every tensor that was found, in a fixed order: ``holder[place]`` is the tensor now.
     modules : list of weak references
         The modules that stand in no other module: those that a gradient may swap variables into.
+    opaque : list
+        What counts by identity alone, whatever it may hold.
     number : int
         Set by whoever keeps reaches: equal numbers, equal keys.
+
+    With ``places`` a tensor may be another one at the next look: who asks reads tensors again by their places.
     """
 
-    def __init__(self, root: Any, classes: Iterable[type] = ()) -> None:
+    def __init__(self, root: Any, classes: Iterable[type] = (), places: bool = False) -> None:
+        self._places = places
+        self.opaque: list[Any] = []
         self.tensors: list[tuple[Any, Any]] = []
         self.modules: list[Any] = []
         self._inside = 0  # how many modules we are in
@@ -245,9 +251,11 @@ class Reach:
     def _opaque(self, value: Any) -> None:
         self._key.append(("object", id(value)))
         self._keep.append(value)
+        self.opaque.append(value)
 
     def _entry(self, holder: Any, place: Any, value: Any) -> None:
-        self._identities.append((holder, place, value))
+        if not (self._places and isinstance(value, Tensor)):
+            self._identities.append((holder, place, value))
         self._visit(value, holder, place)
 
     def _container(self, container: Any, items: list[tuple[Any, Any]]) -> None:
@@ -354,4 +362,8 @@ def is_plain_object(value: Any) -> bool:
     """An instance of a class that the user wrote in Python; its attributes are looked at."""
     if isinstance(value, (type, Primitive, Generator)) or not hasattr(value, "__dict__"):
         return False
-    return not is_foreign(type(value))
+    kind = type(value)
+    return not is_foreign(kind) or (kind.__module__, kind.__name__) in _NAMESPACES
+
+
+_NAMESPACES = {("types", "SimpleNamespace"), ("argparse", "Namespace")}  # attributes are all that they are

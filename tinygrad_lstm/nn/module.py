@@ -173,6 +173,9 @@ class Module:
       factor: (1,) float32
     """
 
+    # What is known of its calls (programs.py): no attribute, and no part of a copy.
+    __slots__ = ("__dict__", "__weakref__", "_known")
+
     training: bool = True
     _label: str | None = None  # the name under which a parent holds this module, for provenance
     _version: int = 0
@@ -241,13 +244,15 @@ class Module:
                     "use a list"
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
     @property
     def version(self) -> tuple[Any, ...]:
         """Changes whenever an attribute of this module or of one below it was set or deleted.
 
-        Programs that were recorded from the module are valid for one version.  Plain numbers and strings in
-        lists and dicts count too, since those can change without an attribute being set.  Values of
-        parameters and the mode (train, eval) are no part of it.
+        Plain numbers and strings in lists and dicts count too, since those can change without an attribute being set.
+        Values of parameters and the mode (train, eval) are no part of it.
         """
         seen: dict[int, Any] = {}
         self._versions_into(seen)

@@ -6,16 +6,18 @@ every call, by its place in the module: a Parameter whose ``data`` was set, or t
 cell that captures anything else (a tensor that it closes over) is recorded at every call; one that asks for values of
 its parameters (``self.scale.item()``), when those have changed.
 
-What a user's cell reads outside of itself (globals, attributes of its class) is looked at before a program is used
-again.  What recording cannot see is a value that a function returns anew (a clock, ``numpy.random``): it is
-what it was when the cell was recorded, at every step.
+What a user's cell reads outside of itself (globals, attributes of its class), and what is in its lists, dicts, objects
+and functions, is looked at before a program is used again.  A cell that keeps what cannot be looked into (a deque) is
+recorded at every call.  What recording cannot see is a value that a function returns anew (a clock, ``numpy.random``):
+it is what it was when the cell was recorded, at every step.
 """
 
 from __future__ import annotations
 
-import weakref
+import re
 from collections.abc import Callable, Sequence
-from types import BuiltinFunctionType, FunctionType
+from pathlib import PurePath
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,87 +36,82 @@ from tinygrad_lstm.trace import depends_on, same_values
 __all__ = ["known_of", "recorder_for"]
 
 _MOST = 32  # programs per cell
-_programs: dict[int, dict[Any, Any]] = {}  # by the cell's id: a dataclass cannot be a key
 _lock = Lock()
 
-# Attributes of these types do not change without the module's version changing (lists and dicts are looked into).
+# Objects of these types do not change without the module's version changing, or not in what their use records.
 _SEEN = (
-    Module,
-    Tensor,
-    np.ndarray,
-    np.generic,
-    np.dtype,
-    bool,
-    int,
-    float,
-    str,
-    type,
-    Generator,
-    FunctionType,
-    BuiltinFunctionType,
-)
+    Module, Tensor, Primitive, Generator, np.ndarray, np.generic, np.dtype, np.ufunc, type,
+    BuiltinFunctionType, PurePath, ModuleType, range, re.Pattern,
+)  # fmt: skip
 _KNOWN = frozenset({type(None), bool, int, float, str, type, Tensor, Parameter, np.ndarray})  # the same, at one look
 
 
 def known_of(module: Module, make: bool = False) -> Any:
-    """What is kept for a module between calls; None where there is nothing yet (and none is to be made)."""
-    known: Any = _programs.get(id(module))
+    """What is kept for a module between calls; None where there is nothing yet (and none is to be made).
+
+    It is the module's own, in no global place: what refers back to the module is a cycle like any other.
+    """
+    try:
+        known: Any = _held(module)
+    except AttributeError:
+        known = None
     if not make:
         return known
     with _lock:
-        known = _programs.get(id(module))
-        if known is None:
-            known = _programs[id(module)] = {}
-            weakref.finalize(module, _programs.pop, id(module), None)
+        try:
+            known = _held(module)
+        except AttributeError:
+            known = {}
+            _hold(module, known)
         while len(known) >= _MOST:
             del known[next(iter(known))]
     return known
 
 
-def _has_opaque_state(cell: Module) -> bool:
-    """Whether the cell keeps objects whose content can change unseen: then its body is recorded at every call."""
-    return any(_is_opaque(value) for module in cell.modules() for value in module.__dict__.values())
+_slot = vars(Module)["_known"]  # past Module.__setattr__, which makes attributes
+_held, _hold = _slot.__get__, _slot.__set__
 
 
-def _quick_state(cell: Module) -> tuple[Any, ...] | None:
-    """Versions and modes of the cell's modules in one pass; None where only a closer look tells.
+def _structure(cell: Module) -> tuple[Any, ...]:
+    """Versions and modes of the cell's modules, those in lists and dicts included.
 
-    A cell is recorded anew when this changes.  Lists, dicts and unknown objects can change without it.
+    A cell is recorded anew when this changes.  What else is in lists, dicts and objects is for :func:`_surroundings`.
     """
     found: list[Any] = []
-    seen = {id(cell)}
-    pending = [cell]
+    seen: set[int] = set()
+    pending: list[Any] = [cell]
     while pending:
-        module = pending.pop()
-        found += (module._version, module.training)
-        for value in module.__dict__.values():
-            kind = value.__class__
-            if kind in _KNOWN:
-                continue
-            if isinstance(value, Module):
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    pending.append(value)
-            elif kind is tuple:
-                if not all(item.__class__ in _KNOWN for item in value):
-                    return None
-            elif not isinstance(value, _SEEN):
-                return None
+        value = pending.pop()
+        if isinstance(value, Module):
+            found += (value._version, value.training)
+            value = value.__dict__
+        items = value.values() if isinstance(value, dict) else value
+        for item in items:
+            if item.__class__ not in _KNOWN and isinstance(item, (Module, list, tuple, dict)) and id(item) not in seen:
+                seen.add(id(item))
+                pending.append(item)
     return tuple(found)
 
 
-def _is_opaque(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return any(_is_opaque(item) for item in value)
-    if isinstance(value, dict):
-        return any(_is_opaque(item) for item in value.values())
-    return value is not None and not isinstance(value, _SEEN)
-
-
-def _outside(cell: Module) -> Reach | None:
-    """What the methods of a user's cell read outside of the cell: globals, and attributes of its class."""
+def _surroundings(cell: Module) -> Reach | None:
+    """What a cell reads that no version tells of: globals, attributes of a user's class, what is in its lists and
+    dicts, in objects of the user's, and in what functions close over.  None where there is nothing of that kind."""
     classes = {base for module in cell.modules() for base in type(module).__mro__ if not is_foreign(base)}
-    return Reach(None, sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__))) if classes else None
+    values = _unversioned(cell)
+    if not classes and not values:
+        return None
+    return Reach(values, sorted(classes, key=lambda cls: (cls.__module__, cls.__qualname__)), places=True)
+
+
+def _unversioned(cell: Module) -> tuple[Any, ...]:
+    """Attributes whose content can change without a version that changes."""
+    values = (value for module in cell.modules() for value in module.__dict__.values())
+    return tuple([v for v in values if v.__class__ not in _KNOWN and not isinstance(v, _SEEN)])
+
+
+def _is_opaque(cell: Module) -> bool:
+    """Whether the cell keeps objects whose content can change unseen: then its body is recorded at every call."""
+    return not all(isinstance(value, _SEEN) for value in Reach(_unversioned(cell)).opaque)
 
 
 class _Entry:
@@ -123,7 +120,7 @@ class _Entry:
     __slots__ = ("again", "captures", "outside", "read", "recorded", "settled")
 
     def __init__(
-        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None, settled: bool,
+        self, recorded: Recorded, places: list[list[tuple[Any, Any]]], outside: Reach | None,
         read: list[tuple[Any, Any, np.ndarray]],
     ) -> None:  # fmt: skip
         self.recorded = recorded
@@ -132,9 +129,8 @@ class _Entry:
         self.again = 0  # how often the same equations were made since these had changed
         program = recorded.program
         self.captures = _captures(places, [program.avals[slot] for slot in program.captures])
-        # Whether only a change that counts (see module.changes), or one outside, can make another program, or other
-        # captures, of it.
-        self.settled = settled and not read and all(_is_attribute(holder) for found in places for holder, _ in found)
+        # Whether only a change that counts (see module.changes), or one outside, can make another program of it.
+        self.settled = not read
 
     def holds(self) -> bool:
         """Whether the tensors that were read have the same values."""
@@ -171,11 +167,6 @@ def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Cal
     return function
 
 
-def _is_attribute(holder: Any) -> bool:
-    """Whether it is the __dict__ of a module."""
-    return isinstance(holder, dict) and "_version" in holder
-
-
 def _recorded_still(cell: Module, record: Callable[[], Recorded]) -> Recorded:
     """What is recorded of a body; TraceError where the body changes something at every step (a counter, a flag that its
     first step clears): what is recorded would have the first values for ever."""
@@ -209,18 +200,12 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         def record() -> Recorded:
             return _recorded_still(cell, lambda: record_body(body, carry, carry_tree, xs, x_tree))
 
-        structure: Any = _quick_state(cell)
-        settled = structure is not None
-        if structure is None:
-            if _has_opaque_state(cell):
-                return None if body is None else record()
-            structure = (cell.version, tuple(module.training for module in cell.modules()))
         known = known_of(cell) or {}
         key = (
             variant,
             type(cell).forward,
             type(cell).__call__,
-            structure,
+            _structure(cell),
             Primitive.generation,
             carry_tree,
             x_tree,
@@ -240,6 +225,8 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
                 return recorded
         if body is None:
             return None
+        if _is_opaque(cell):
+            return record()
         known = known_of(cell, make=True)
         try:
             recorded = record()
@@ -259,7 +246,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
                 for place, t in zip(found[len(captured) :], recorded.read, strict=True)
                 if place is not None
             ]
-            made = known[key] = _Entry(bare, captured, _outside(cell), settled, read)
+            made = known[key] = _Entry(bare, captured, _surroundings(cell), read)
             if entry is not None and not entry.holds():
                 made.again = entry.again + (entry.recorded.program.key == bare.program.key)
                 recorded_again(f"the body of {type(cell).__name__}", made.again)
