@@ -406,6 +406,56 @@ def test_earlier_results_stay() -> None:
             np.testing.assert_array_equal(part.numpy(), copy)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_calls_with_other_tensors_in_place_of_parameters_are_known(name: str, used: list[bool]) -> None:
+    layer, other = LAYERS[name](), LAYERS[name]()
+    x = sequence(2)
+
+    def loss(m: Any) -> Any:
+        return sum(ops.square(part).sum() for part in parts(m, x))
+
+    def curved(m: Any) -> Any:
+        return sum(ops.square(g).sum() for g in tg.grad(loss)(m).values())
+
+    before = everything(other)
+    found = [tg.grad(loss)(layer) for _ in range(3)]
+    assert used == [True, True]
+    agree(everything(other), before)
+    assert used.pop() is True, "another layer's calls stay known"
+    second = [tg.grad(curved)(layer) for _ in range(2)]
+    assert used.pop() is True
+    doubled = {name: 2.0 * value for name, value in layer.state_dict().items()}
+    out, pull = tg.vjp(lambda m: parts(m, x)[0], layer)
+    moved = tg.jvp(loss, (layer,), (doubled,))
+    with tg.eager():
+        agree([g.numpy() for g in found[-1].values()], [g.numpy() for g in tg.grad(loss)(layer).values()])
+        agree([g.numpy() for g in second[-1].values()], [g.numpy() for g in tg.grad(curved)(layer).values()])
+        plain, pull_plainly = tg.vjp(lambda m: parts(m, x)[0], layer)
+        agree([part.numpy() for part in moved], [part.numpy() for part in tg.jvp(loss, (layer,), (doubled,))])
+        weights = np.random.default_rng(1).standard_normal(out.shape)
+        agree([out.numpy()], [plain.numpy()])
+        expected = pull_plainly(weights)[0]
+    agree([g.numpy() for g in pull(weights)[0].values()], [g.numpy() for g in expected.values()])
+    agree(everything(layer), plainly(layer))
+
+
+def test_what_stood_in_for_parameters_dies(used: list[bool]) -> None:
+    layer = LAYERS["lstm"]()
+    x = sequence(2)
+    seen: list[Any] = []
+
+    def loss(m: Any) -> Any:
+        assert type(m.weight_hh_l0) is tg.Tensor
+        seen.append(weakref.ref(m.weight_hh_l0))
+        return ops.square(m(x)[0]).sum()
+
+    for _ in range(3):
+        tg.grad(loss)(layer)
+    assert used == [True, True]
+    gc.collect()
+    assert [stand_in() for stand_in in seen] == [None] * 3
+
+
 def test_what_is_kept_dies_with_the_layer() -> None:
     layer = LAYERS["lstm"]()
     for steps in range(1, 80):

@@ -29,8 +29,8 @@ __all__ = ["LoadResult", "Module", "Parameter", "changes"]
 M = TypeVar("M", bound="Module")
 
 _versions = itertools.count(1)
-# Another number whenever any module was changed: attributes set or deleted, modes, dtypes, parameters swapped.  As long
-# as it is the same, what was found out about modules holds.  (Lists and dicts change without it.)
+# Another number whenever any module was changed: attributes set or deleted, modes, dtypes.  As long as it is the same,
+# what was found out about modules holds.  (Lists and dicts change without it, and tensors stand in for parameters.)
 _changes = [0]
 
 
@@ -337,8 +337,7 @@ class Module:
                 continue
             if not isinstance(new, Parameter):
                 _stand_ins[id(new)] = new
-            place.holder[place.key] = new
-            _changes[0] = next(_versions)
+            place.holder[place.key] = new  # no change: who calls a module reads them by their places
         for identity, new in by_identity.items():
             if id(new) != identity:  # what was replaced stands in for nothing any more
                 _stand_ins.pop(identity, None)
