@@ -26,9 +26,10 @@ __all__ = ["ARRAY_WEIGHT", "MultiTensor", "multi_tensor", "sums_of_squares", "wo
 
 Entry: TypeAlias = Callable[..., int]
 
-# How many elements a tensor counts in addition to its own.  NumPy needs some 10 us for the ufuncs of an Adam
-# update whatever the size, so 32 tensors of any size pay for .3 s of compiling within about 1,000 steps.
-ARRAY_WEIGHT = 128
+# How many elements a tensor counts in addition to its own.  NumPy needs some 10 us for the ufuncs of an Adam update
+# whatever the size, so a layer and what reads it (6 tensors) pay for .1 s of compiling within 2,000 steps, and later
+# processes have the code already.
+ARRAY_WEIGHT = 512
 
 
 def worth_a_kernel(tensors: int, elements: int) -> bool:
