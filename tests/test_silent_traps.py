@@ -200,3 +200,44 @@ def test_explain_after_an_eager_block():
         assert "the last call ran op by op, inside of tg.eager()" in str(tg.explain())
     f(X)
     assert "op by op" not in str(tg.explain())
+
+
+# ---------------------------------------------------------------------------- requests for values that are caught
+
+
+def caught(z: Any) -> float:
+    try:
+        return float(abs(z).max())
+    except Exception:
+        return 0.0
+
+
+def test_a_body_that_catches_the_request_for_a_value_runs_step_by_step() -> None:
+    class Scaled(nn.Module):
+        def initial_state(self, batch: int) -> Any:
+            return np.zeros((batch, 3))
+
+        def forward(self, x: Any, h: Any) -> Any:
+            h = 0.5 * h + x * caught(x)
+            return h, h
+
+    layer, x = nn.Recurrent(Scaled()), np.random.default_rng(0).standard_normal((4, 2, 3))
+    found = [layer(x)[0].numpy() for _ in range(3)]
+    with tg.eager():
+        expected = layer(x)[0].numpy()
+    assert np.abs(expected).max() > 0.1
+    for y in found:
+        np.testing.assert_allclose(y, expected)
+    final, _ = ops.scan(lambda c, v: (c + caught(v) * v, None), np.zeros(3), x[:, 0])
+    np.testing.assert_allclose(final.numpy(), sum(np.abs(v).max() * v for v in x[:, 0]))
+
+
+def test_a_compiled_function_that_catches_the_request_for_a_value_is_refused() -> None:
+    @tg.compile
+    def f(x: Any) -> Any:
+        return x + caught(x)
+
+    line = caught.__code__.co_firstlineno + 2
+    for _ in range(2):
+        with pytest.raises(tg.TraceError, match=rf"test_silent_traps.py:{line}"):
+            f(np.ones(2))

@@ -175,3 +175,13 @@ def test_a_schedule_that_gives_no_rate(factor: Any, error: type[Exception], mess
             [(np.ones((3, 2), np.float32), np.ones((3, 1)))], steps=1
         )
     np.testing.assert_array_equal(model.state_dict()["weight"], before["weight"])
+
+
+def test_a_run_that_failed_before_its_first_step_fixes_no_total() -> None:
+    model = nn.Linear(3, 1)
+    trainer = Trainer(model, optim.SGD(model, lr=0.1), nn.mse_loss)
+    x = np.ones((4, 3), np.float32)
+    with pytest.raises(tg.ShapeError):
+        trainer.fit([(x, np.ones((4, 2), np.float32))], epochs=2)
+    trainer.fit([(x, np.ones((4, 1), np.float32))] * 3, epochs=2)
+    assert trainer.step == trainer.total == 6

@@ -44,10 +44,11 @@ class TracedTensor(Tensor):
             )
         asked, line = _asked_by(), _user_line()
         how, advice = _ADVICE.get(asked, ("", "use ops.where instead of if"))
-        raise TraceError(
+        self._trace.refused = TraceError(
             f"the value of a tensor of shape {self.shape} is needed while the body is being recorded ({line}{how}); "
             f"a recorded body may use shapes and dtypes, not values: {advice}"
         )
+        raise self._trace.refused
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,7 +138,13 @@ class Trace:
     def __init__(self) -> None:
         self.entries: list[tuple[Record, tuple[Any, ...], tuple[Tensor, ...]]] = []
         self.read: list[Tensor] = []  # tensors of which values were asked for: what was recorded depends on those
+        self.refused: TraceError | None = None  # the last request for a value
         self.closed = False
+
+    def settle(self) -> None:
+        """Raise where a value was asked for: what a body does in an ``except`` is not what it does with the value."""
+        if self.refused is not None:
+            raise self.refused
 
     def new(self, aval: Aval, requires_grad: bool = False) -> TracedTensor:
         """A fresh input of the program."""
@@ -152,6 +159,7 @@ class Trace:
             record.release()
         self.entries = []
         self.read = []
+        self.refused = None  # its traceback refers to all that was at work
 
     def bind(self, prim: Primitive, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
         """Record an application without running it."""
@@ -221,6 +229,7 @@ def trace(body: Callable[..., Any], avals: Sequence[Any], *, flat: bool = False)
     try:
         with recording(enabled=True, tapes=(), trace=recorder):
             result = body(*arguments)
+            recorder.settle()
             outputs, out_tree = flatten(result)
             outputs = [asarray(o) if not isinstance(o, Tensor) else o for o in outputs]
         program, captures = lower(recorder.entries, inputs, outputs)

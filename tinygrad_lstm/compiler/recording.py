@@ -215,6 +215,7 @@ class Recording:
 
     def _lowered(self, recorder: FunctionTrace) -> Entry:
         inputs, result = self._call(recorder)
+        recorder.settle()
         draws = [tensor for _, tensor in recorder.draws]
         leaves, out_tree = flatten(result, open_modules=False)
         values = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

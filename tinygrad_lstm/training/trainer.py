@@ -242,7 +242,7 @@ class Trainer(SaysWhatItTakes):
                 raise ArgumentError("a new run needs steps=... or epochs=...")
             self.stop_reason = "complete" if self.step == self.total else "early stopping"
             return False
-        if self.finished:
+        if self.finished or (not self.step and total not in (None, self.total)):  # nothing depends on it yet
             self.new_run(total or 0)
         elif total is not None and total != self.total:
             raise ArgumentError(
