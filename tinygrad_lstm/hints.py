@@ -153,15 +153,29 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     >>> did_you_mean("hiden", ["hidden", "input"]), did_you_mean("zzz", ["hidden"])
     ("; did you mean 'hidden'?", '')
+    >>> did_you_mean("hx", ["x", "state"])
+    "; did you mean 'state'?"
     """
     found = _closest(name, known)
     return f"; did you mean {found!r}?" if found else ""
+
+
+# Arguments and options that are called otherwise elsewhere.
+_SYNONYMS = {
+    **dict.fromkeys(("hx", "h0", "h_0", "hidden", "initial_state"), "state"), "learning_rate": "lr", "dim": "axis",
+    "keepdim": "keepdims", **dict.fromkeys(("seq_lengths", "sequence_length", "seq_len"), "lengths"),
+    **dict.fromkeys(("minutes", "max-time", "timeout"), "time-limit"),
+}  # fmt: skip
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
     from difflib import get_close_matches
 
     known = list(known)
+    synonym = _SYNONYMS.get(name.lstrip("-"))
+    for other in known:
+        if other.lstrip("-") == synonym:
+            return other
     folded = {other.lower(): other for other in known}
     if name.lower() in folded:
         return folded[name.lower()]
