@@ -8,8 +8,9 @@ its parameters (``self.scale.item()``), when those have changed.
 
 What a user's cell reads outside of itself (globals, attributes of its class), and what is in its lists, dicts, small
 arrays, objects with their classes, and functions, is looked at before a program is used again.  A cell that keeps what
-cannot be looked into (a deque), or not quickly (a large array), is recorded at every call.  What recording cannot see is a value that a function returns anew (a clock, ``numpy.random``):
-it is what it was when the cell was recorded, at every step.
+cannot be looked into (a deque), or not quickly (a large array), is recorded at every call.  What recording cannot see
+is a value that a function returns anew (a clock, ``numpy.random``): it is what it was when the cell was recorded, at
+every step.
 """
 
 from __future__ import annotations
