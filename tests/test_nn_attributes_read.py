@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -224,3 +226,15 @@ def test_a_look_does_not_fill_in_what_is_missing() -> None:
     kept["b"] = 0.3
     agree(outcome(layer), plainly(layer))
     assert list(kept) == ["b"]
+
+
+def test_what_was_an_attribute_is_freed() -> None:
+    layer = nn.Recurrent(Keeps(Settings(), lambda v: v.scale))
+    outcome(layer)
+    outcome(layer)
+    before = weakref.ref(layer.cell.kept)
+    layer.cell.kept = Settings(0.3)
+    outcome(layer)
+    outcome(layer)
+    gc.collect()
+    assert before() is None

@@ -67,7 +67,7 @@ def known_of(module: Module, make: bool = False) -> Any:
             known = {}
             _hold(module, known)
         while len(known) >= _MOST:
-            del known[next(iter(known))]
+            known.pop(next(iter(known)), None)
     return known
 
 
@@ -176,6 +176,16 @@ def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Cal
     return function
 
 
+_STRUCTURE = 3  # where it stands in a key
+
+
+def _give_up(known: dict[Any, Any], structure: tuple[Any, ...]) -> None:
+    """Drop programs of earlier versions, which do not come back: they hold on to what was an attribute then."""
+    for key in list(known):
+        if len(key) > _STRUCTURE and key[_STRUCTURE][::2] != structure[::2]:
+            known.pop(key, None)
+
+
 def _recorded_still(cell: Module, record: Callable[[], Recorded]) -> Recorded:
     """What is recorded of a body; TraceError where the body changes something at every step (a counter, a flag that its
     first step clears): what is recorded would have the first values for ever."""
@@ -237,6 +247,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         if _is_opaque(cell):
             return record()
         known = known_of(cell, make=True)
+        _give_up(known, key[_STRUCTURE])
         try:
             recorded = record()
         except TraceError as error:
