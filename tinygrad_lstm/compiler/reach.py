@@ -268,7 +268,8 @@ class Reach:
         if members:
             self._entries(Slots(value, members), [(name, Slots(value, members)[name]) for name in members])
         for cls in kind.__mro__:
-            self._class(cls)
+            if not is_installed(cls):
+                self._class(cls)
 
     def _opaque(self, value: Any) -> None:
         self._key.append(("object", id(value)))
@@ -351,7 +352,11 @@ class Reach:
         for name in global_names(function.__code__):
             if name in names:
                 self._key.append(name)
-                self._entry(names, name, names[name])
+                if isinstance(names[name], type):  # to make one, or to read what stands behind its name
+                    self._identities.append((names, name, names[name]))
+                    self._opaque(names[name])
+                else:
+                    self._entry(names, name, names[name])
         for first, *rest in global_paths(function.__code__):
             if first in names:
                 self._path(names[first], rest)
