@@ -229,11 +229,11 @@ def test_a_look_does_not_fill_in_what_is_missing() -> None:
 
 
 def test_what_was_an_attribute_is_freed() -> None:
-    layer = nn.Recurrent(Keeps(Settings(), lambda v: v.scale))
+    layer = nn.Recurrent(Keeps([Settings()], lambda v: v[0].scale))
     outcome(layer)
     outcome(layer)
-    before = weakref.ref(layer.cell.kept)
-    layer.cell.kept = Settings(0.3)
+    before = weakref.ref(layer.cell.kept[0])
+    layer.cell.kept = [Settings(0.3)]
     outcome(layer)
     outcome(layer)
     gc.collect()

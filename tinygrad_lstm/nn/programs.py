@@ -220,7 +220,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
             return _recorded_still(cell, lambda: record_body(body, carry, carry_tree, xs, x_tree))
 
         known = known_of(cell) or {}
-        key = (
+        key: tuple[Any, ...] = (
             variant,
             type(cell).forward,
             type(cell).__call__,
