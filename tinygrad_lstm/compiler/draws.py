@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.compiler.blame import user_line, users_level
-from tinygrad_lstm.compiler.reach import functions_of, global_names, global_paths, is_foreign, is_plain_object
+from tinygrad_lstm.compiler.reads import functions_of, global_names, global_paths, is_foreign, is_plain_object
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.random import _WITNESS
 

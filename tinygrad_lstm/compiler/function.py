@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from tinygrad_lstm.compiler import report as _report
 from tinygrad_lstm.compiler.blame import locked
 from tinygrad_lstm.compiler.draws import recorded_again
-from tinygrad_lstm.compiler.reach import Reach, is_scalar, scalar_key
+from tinygrad_lstm.compiler.reach import Reach
+from tinygrad_lstm.compiler.reads import is_scalar, scalar_key
 from tinygrad_lstm.compiler.recording import CompileWarning, Entry, Recording
 from tinygrad_lstm.errors import DTypeError, GraphError
 from tinygrad_lstm.primitive import Primitive

@@ -12,67 +12,37 @@ or be read again.  A :class:`Reach` looks through an object and gives
 
 from __future__ import annotations
 
-import dis
 import functools
-import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 
-from tinygrad_lstm.primitive import Primitive
-from tinygrad_lstm.random import Generator
+from tinygrad_lstm.compiler.reads import (
+    FOREIGN,
+    SCALARS,
+    Cell,
+    Slots,
+    functions_of,
+    global_names,
+    global_paths,
+    is_foreign,
+    is_installed,
+    is_plain_object,
+    is_static,
+    scalar_key,
+    slots_of,
+)  # fmt: skip
 from tinygrad_lstm.tensor import Tensor
 
-__all__ = [
-    "Reach", "checked", "functions_of", "global_names", "global_paths", "is_foreign", "is_plain_object", "is_scalar",
-    "scalar_key",
-]  # fmt: skip
+__all__ = ["LARGEST", "Reach", "checked"]
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), slice, np.generic, np.dtype)
 MOST_CHECKED = 1 << 26  # bytes of arrays; a data set, perhaps in many files, is not read through
-_MOST = 20_000  # objects looked at: what lies behind is taken as it is
-_FOREIGN = frozenset(sys.stdlib_module_names) | {"numpy", "numba", "scipy", "torch", "jax"}
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether a value counts by what it is: a number, a string, None, a slice."""
-    return isinstance(value, _SCALARS)
-
-
-def scalar_key(value: Any) -> Any:
-    """A number or string as a part of a key: 1, 1.0 and True differ, and so do 0.0 and -0.0; NaN equals itself."""
-    return value.__class__, repr(value) if isinstance(value, (float, complex, slice, np.generic)) else value
-
-
-@functools.lru_cache(maxsize=4096)
-def global_names(code: CodeType) -> tuple[str, ...]:
-    """The globals that a function names, also in functions and comprehensions inside of it."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names.update(global_names(constant))
-    return tuple(sorted(names))
-
-
-@functools.lru_cache(maxsize=4096)
-def global_paths(code: CodeType) -> tuple[tuple[str, ...], ...]:
-    """Attributes of globals that a function names, as ``settings.scale``: (global, attribute, attribute of that...)."""
-    found: set[tuple[str, ...]] = set()
-    path: tuple[str, ...] = ()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and path:
-            path = (*path, instruction.argval)
-            found.add(path)
-        elif instruction.opname not in ("CACHE", "EXTENDED_ARG"):
-            path = (instruction.argval,) if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ()
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            found.update(global_paths(constant))
-    return tuple(sorted(found))
+_MOST, _DEEPEST = 20_000, 50  # objects looked at, one in another: what lies behind is taken as it is
+LARGEST = 1 << 16  # bytes of arrays that are compared at every look
 
 
 def checked(arrays: Iterable[np.ndarray]) -> list[tuple[np.ndarray, int]]:
@@ -83,21 +53,6 @@ def checked(arrays: Iterable[np.ndarray]) -> list[tuple[np.ndarray, int]]:
             left -= array.nbytes
             found.append((array, zlib.crc32(array.tobytes())))
     return found
-
-
-class _Cell:
-    """A closure cell read like a dict with one entry."""
-
-    __slots__ = ("cell",)
-
-    def __init__(self, cell: CellType) -> None:
-        self.cell = cell
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.cell.cell_contents
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.cell.cell_contents = value
 
 
 class Reach:
@@ -116,7 +71,8 @@ class Reach:
     number : int
         Set by whoever keeps reaches: equal numbers, equal keys.
 
-    With ``places`` a tensor may be another one at the next look: who asks reads tensors again by their places.
+    With ``places`` a tensor may be another one of its shape and dtype at the next look: who asks reads tensors again by
+    their places.  Then small arrays are compared by what they hold.
     """
 
     def __init__(self, root: Any, classes: Iterable[type] = (), places: bool = False) -> None:
@@ -132,6 +88,12 @@ class Reach:
         self._identities: list[tuple[Any, Any, Any]] = []  # holder, place, object
         self._modules: list[tuple[dict[str, Any], int, Any]] = []  # attributes, version, training
         self._lengths: list[tuple[Any, int]] = []
+        self._orders: list[tuple[Any, list[Any]]] = []  # dicts: their keys as they follow
+        self._shapes: list[tuple[Any, Any, Any, Any]] = []  # holder, place, shape and dtype of a tensor, with places
+        self._functions: list[tuple[Any, ...]] = []  # and what they run with: a reload changes them in place
+        self._types: list[tuple[Any, type]] = []
+        self._classes: set[type] = set()
+        self._depth = 0
         self._sets: list[tuple[Any, frozenset[Any]]] = []
         self._keep: list[Any] = []  # what counts by identity: nothing else may get its id
         self._visit(root, None, None)
@@ -139,6 +101,8 @@ class Reach:
             self._class(cls)
         self.key = tuple(self._key)
         del self._key
+        small = [a for a in self.arrays() if a.nbytes <= LARGEST and not a.dtype.hasobject] if places else []
+        self._arrays = [(array, array.tobytes()) for array in small]
 
     def unchanged(self) -> bool:
         """Whether every place still holds the object that was found there.  False only means: look again."""
@@ -151,7 +115,28 @@ class Reach:
         for items, content in self._sets:
             if frozenset(map(scalar_key, items)) != content:
                 return False
+        for container, keys in self._orders:
+            if [*container] != keys:
+                return False
+        for reference, code, defaults, named in self._functions:
+            function = reference()
+            if function is None:
+                continue
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                return False
+            if function.__kwdefaults__ is not named:
+                return False
+        for value, kind in self._types:
+            if type(value) is not kind:
+                return False
+        for array, held in self._arrays:
+            if array.tobytes() != held:
+                return False
         try:
+            for holder, place, shape, dtype in self._shapes:
+                tensor = holder[place]
+                if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype:
+                    return False
             for holder, place, found in self._identities:
                 if holder[place] is not found:
                     return False
@@ -170,12 +155,14 @@ class Reach:
 
     def kept(self) -> Callable[[], None]:
         """A function that puts back what now stands in all places: attributes, items, globals, numbers in arrays."""
-        holders = [*(attributes for attributes, _, _ in self._modules), *(c for c, _ in self._lengths)]
+        holders = [
+            *(attributes for attributes, _, _ in self._modules), *(c for c, _ in (*self._lengths, *self._orders))
+        ]  # fmt: skip
         dicts = [(each, dict(each)) for each in holders if isinstance(each, dict)]
         lists = [(each, list(each)) for each in holders if isinstance(each, list)]
         sets = [(each, set(each)) for each, _ in self._sets if isinstance(each, set)]
         arrays = [(array, array.copy()) for array, _ in checked(self.arrays()) if array.flags.writeable]
-        places = [each for each in self._identities if isinstance(each[0], (dict, _Cell))]
+        places = [each for each in self._identities if isinstance(each[0], (dict, Cell, Slots))]
 
         def put_back() -> None:
             for attributes, items in dicts:
@@ -198,7 +185,7 @@ class Reach:
 
     def _visit(self, value: Any, holder: Any, place: Any) -> None:
         key = self._key
-        if isinstance(value, _SCALARS):
+        if isinstance(value, SCALARS):
             key.append(scalar_key(value))
             return
         known = self._seen.get(id(value))
@@ -212,41 +199,77 @@ class Reach:
             self.tensors.append((holder, place))
         elif hasattr(type(value), "__tree_swap__"):  # of the type: some objects have every attribute
             self._module(value)
-        elif number > _MOST:
+        elif number > _MOST or self._depth > _DEEPEST:
             self._opaque(value)
-        elif isinstance(value, tuple):
-            key.append((type(value), len(value)))
+        else:
+            self._depth += 1
+            self._inner(value)
+            self._depth -= 1
+
+    def _inner(self, value: Any) -> None:
+        """What is in an object that is no scalar, tensor or module."""
+        key, kind = self._key, type(value)
+        if isinstance(value, tuple):
+            key.append((kind, len(value)))
             for k, item in enumerate(value):
                 self._visit(item, value, k)
-        elif isinstance(value, (set, frozenset)) and all(isinstance(item, _SCALARS) for item in value):
+            self._object(value)
+        elif isinstance(value, (set, frozenset)) and all(isinstance(item, SCALARS) for item in value):
             content = frozenset(map(scalar_key, value))
-            key.append((type(value), content))
+            key.append((kind, content))
             self._sets.append((value, content))
+            self._object(value)
         elif isinstance(value, list):
-            key.append((type(value), len(value)))
-            self._container(value, list(enumerate(value)))
+            key.append((kind, len(value)))
+            self._lengths.append((value, len(value)))
+            self._entries(value, list(enumerate(value)))
+            self._object(value)
         elif isinstance(value, dict):
-            key.append((type(value), tuple(scalar_key(k) if isinstance(k, _SCALARS) else id(k) for k in value)))
-            self._container(value, list(value.items()))
+            key.append((kind, tuple(scalar_key(k) if isinstance(k, SCALARS) else id(k) for k in value)))
+            self._dict(value)
+            for k in value:
+                if not isinstance(k, SCALARS):
+                    self._visit(k, (k,), 0)
+            self._object(value)
         elif isinstance(value, FunctionType):
             self._function(value)
-        elif isinstance(value, MethodType):
-            key.append("method")
-            self._visit(value.__func__, None, None)
+        elif isinstance(value, (MethodType, BuiltinFunctionType)) and not is_static(value):
+            key.append(("method", value.__name__))
+            self._visit(getattr(value, "__func__", None), None, None)
             self._visit(value.__self__, (value.__self__,), 0)
             self._keep.append(value)
         elif isinstance(value, functools.partial):
             key.append("partial")
             for part in (value.func, value.args, value.keywords):
                 self._visit(part, None, None)
-        elif hasattr(value, "__compiled_function__"):
+        elif hasattr(kind, "__compiled_function__"):
             self._visit(value.__wrapped__, None, None)
-        elif is_plain_object(value):
-            key.append((type(value), tuple(vars(value))))
-            self._keep.append(type(value))
-            self._container(vars(value), list(vars(value).items()))
+        elif isinstance(value, type) and not (is_foreign(value) or is_installed(value)):
+            key.append(("class", id(value)))
+            for cls in value.__mro__:
+                self._class(cls)
+        elif is_plain_object(value) or slots_of(kind):
+            key.append(kind)
+            self._object(value)
         else:
             self._opaque(value)
+
+    def _object(self, value: Any) -> None:
+        """The attributes of an instance of a class that the user wrote, and what its methods read."""
+        kind = type(value)
+        if kind in _CONTAINERS or not (is_plain_object(value) or slots_of(kind)):
+            return
+        self._keep.append(kind)
+        self._types.append((value, kind))
+        if hasattr(value, "__dict__") and vars(value) is not value:
+            self._key.append(tuple(vars(value)))
+            self._dict(vars(value))
+        members = slots_of(kind)
+        if members:
+            self._entries(Slots(value, members), [(name, Slots(value, members)[name]) for name in members])
+        for cls in kind.__mro__:
+            if not is_installed(cls):
+                self._class(cls)
 
     def _opaque(self, value: Any) -> None:
         self._key.append(("object", id(value)))
@@ -256,10 +279,15 @@ class Reach:
     def _entry(self, holder: Any, place: Any, value: Any) -> None:
         if not (self._places and isinstance(value, Tensor)):
             self._identities.append((holder, place, value))
+        else:
+            self._shapes.append((holder, place, value.shape, value.dtype))
         self._visit(value, holder, place)
 
-    def _container(self, container: Any, items: list[tuple[Any, Any]]) -> None:
-        self._lengths.append((container, len(container)))
+    def _dict(self, container: Any) -> None:
+        self._orders.append((container, list(container)))
+        self._entries(container, list(container.items()))
+
+    def _entries(self, container: Any, items: list[tuple[Any, Any]]) -> None:
         for place, value in items:
             self._entry(container, place, value)
 
@@ -282,10 +310,12 @@ class Reach:
 
     def _class(self, cls: type) -> None:
         """What the methods of a user's class read, and its other attributes."""
-        if is_foreign(cls) or id(cls) in self._seen:
+        if is_foreign(cls):
             return
-        self._seen[id(cls)] = len(self._seen)
-        self._keep.append(cls)
+        if cls in self._classes:
+            return
+        self._classes.add(cls)
+        opaque = len(self.opaque)  # descriptors, mostly
         attributes: Any = vars(cls)
         self._lengths.append((attributes, len(attributes)))  # an attribute that is added may hide one of a base class
         for name, value in list(attributes.items()):
@@ -297,28 +327,36 @@ class Reach:
             if not functions and not name.startswith("__"):
                 self._key.append(name)
                 self._visit(value, attributes, name)
+        del self.opaque[opaque:]
 
     def _function(self, function: FunctionType) -> None:
         self._key.append(("function", id(function.__code__)))
         self._keep.append(function.__code__)
         for cell in function.__closure__ or ():
-            held = _Cell(cell)
+            held = Cell(cell)
             try:
                 value = held[0]
             except ValueError:
                 self._key.append("empty cell")
                 continue
             self._entry(held, 0, value)
-        for default in (function.__defaults__, function.__kwdefaults__):
+        self._functions.append(
+            (weakref.ref(function), function.__code__, function.__defaults__, function.__kwdefaults__)
+        )
+        for default in (function.__defaults__, function.__kwdefaults__, vars(function) or None):
             self._visit(default, None, None)
         names = function.__globals__
         home = str(names.get("__name__", "")).partition(".")[0]
-        if home in _FOREIGN or home == __name__.partition(".")[0]:
+        if home in FOREIGN or home == __name__.partition(".")[0]:
             return  # not the user's: its globals are its own business
         for name in global_names(function.__code__):
             if name in names:
                 self._key.append(name)
-                self._entry(names, name, names[name])
+                if isinstance(names[name], type):  # to make one, or to read what stands behind its name
+                    self._identities.append((names, name, names[name]))
+                    self._opaque(names[name])
+                else:
+                    self._entry(names, name, names[name])
         for first, *rest in global_paths(function.__code__):
             if first in names:
                 self._path(names[first], rest)
@@ -326,7 +364,7 @@ class Reach:
     def _path(self, value: Any, names: Sequence[str]) -> None:
         """What stands behind names in a module, or in a class, of the user's: their other content does not matter."""
         for name in names:
-            if not isinstance(value, (ModuleType, type)) or is_foreign(value) or _is_installed(value):
+            if not isinstance(value, (ModuleType, type)) or is_foreign(value) or is_installed(value):
                 return
             places = [vars(c) for c in (value.__mro__ if isinstance(value, type) else (value,)) if name in vars(c)]
             if not places:
@@ -336,34 +374,4 @@ class Reach:
             value = places[0][name]
 
 
-def functions_of(value: Any) -> list[FunctionType]:
-    """The functions that an attribute of a class runs."""
-    if isinstance(value, property):
-        return [value.fget] if isinstance(value.fget, FunctionType) else []
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    return [value] if isinstance(value, FunctionType) else []
-
-
-def is_foreign(value: Any) -> bool:
-    """Whether a module or class is not the user's."""
-    home = str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "")).partition(".")[0]
-    return home in _FOREIGN or home == __name__.partition(".")[0]
-
-
-def _is_installed(value: Any) -> bool:
-    """Whether a module or class comes with an installed package, whose content is its own business."""
-    module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
-    file = getattr(module, "__file__", None) or ""
-    return "site-packages" in file or "dist-packages" in file
-
-
-def is_plain_object(value: Any) -> bool:
-    """An instance of a class that the user wrote in Python; its attributes are looked at."""
-    if isinstance(value, (type, Primitive, Generator)) or not hasattr(value, "__dict__"):
-        return False
-    kind = type(value)
-    return not is_foreign(kind) or (kind.__module__, kind.__name__) in _NAMESPACES
-
-
-_NAMESPACES = {("types", "SimpleNamespace"), ("argparse", "Namespace")}  # attributes are all that they are
+_CONTAINERS = frozenset({tuple, list, dict, set, frozenset})

@@ -14,7 +14,8 @@ import numpy as np
 from tinygrad_lstm.compiler import report as _report
 from tinygrad_lstm.compiler.blame import explained, line_where, within
 from tinygrad_lstm.compiler.draws import CompileWarning, drawn_once
-from tinygrad_lstm.compiler.reach import Reach, checked, is_scalar
+from tinygrad_lstm.compiler.reach import Reach, checked
+from tinygrad_lstm.compiler.reads import is_scalar
 from tinygrad_lstm.compiler.whole import bind_program, executable, optimised
 from tinygrad_lstm.errors import Error, TraceError
 from tinygrad_lstm.primitive import Aval, Primitive

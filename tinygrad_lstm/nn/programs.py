@@ -6,10 +6,11 @@ every call, by its place in the module: a Parameter whose ``data`` was set, or t
 cell that captures anything else (a tensor that it closes over) is recorded at every call; one that asks for values of
 its parameters (``self.scale.item()``), when those have changed.
 
-What a user's cell reads outside of itself (globals, attributes of its class), and what is in its lists, dicts, objects
-and functions, is looked at before a program is used again.  A cell that keeps what cannot be looked into (a deque) is
-recorded at every call.  What recording cannot see is a value that a function returns anew (a clock, ``numpy.random``):
-it is what it was when the cell was recorded, at every step.
+What a user's cell reads outside of itself (globals, attributes of its class), and what is in its lists, dicts, small
+arrays, objects with their classes, and functions, is looked at before a program is used again.  A cell that keeps what
+cannot be looked into (a deque), or not quickly (a large array), is recorded at every call.  What recording cannot see
+is a value that a function returns anew (a clock, ``numpy.random``): it is what it was when the cell was recorded, at
+every step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from tinygrad_lstm.compiler.draws import recorded_again
-from tinygrad_lstm.compiler.reach import Reach, is_foreign
+from tinygrad_lstm.compiler.reach import LARGEST, Reach
+from tinygrad_lstm.compiler.reads import is_foreign, is_installed
 from tinygrad_lstm.errors import TraceError
 from tinygrad_lstm.kernels.locks import Lock
 from tinygrad_lstm.nn.module import Module, Parameter
@@ -40,10 +42,11 @@ _lock = Lock()
 
 # Objects of these types do not change without the module's version changing, or not in what their use records.
 _SEEN = (
-    Module, Tensor, Primitive, Generator, np.ndarray, np.generic, np.dtype, np.ufunc, type,
+    Module, Tensor, Primitive, Generator, np.generic, np.dtype, np.ufunc, type,
     BuiltinFunctionType, PurePath, ModuleType, range, re.Pattern,
 )  # fmt: skip
-_KNOWN = frozenset({type(None), bool, int, float, str, type, Tensor, Parameter, np.ndarray})  # the same, at one look
+_FIXED = (Module, Tensor, Primitive, Generator, np.generic, np.dtype, np.ufunc, range)  # nothing to look into
+_KNOWN = frozenset({type(None), bool, int, float, str, Tensor, Parameter})  # the same, at one look
 
 
 def known_of(module: Module, make: bool = False) -> Any:
@@ -64,7 +67,7 @@ def known_of(module: Module, make: bool = False) -> Any:
             known = {}
             _hold(module, known)
         while len(known) >= _MOST:
-            del known[next(iter(known))]
+            known.pop(next(iter(known)), None)
     return known
 
 
@@ -106,12 +109,18 @@ def _surroundings(cell: Module) -> Reach | None:
 def _unversioned(cell: Module) -> tuple[Any, ...]:
     """Attributes whose content can change without a version that changes."""
     values = (value for module in cell.modules() for value in module.__dict__.values())
-    return tuple([v for v in values if v.__class__ not in _KNOWN and not isinstance(v, _SEEN)])
+    return tuple([v for v in values if v.__class__ not in _KNOWN and not isinstance(v, _FIXED)])
 
 
 def _is_opaque(cell: Module) -> bool:
     """Whether the cell keeps objects whose content can change unseen: then its body is recorded at every call."""
-    return not all(isinstance(value, _SEEN) for value in Reach(_unversioned(cell)).opaque)
+    return not all(_is_seen(value) for value in Reach(_unversioned(cell)).opaque)
+
+
+def _is_seen(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.nbytes <= LARGEST and not value.dtype.hasobject  # compared by what it holds
+    return isinstance(value, _SEEN) and (not isinstance(value, ModuleType) or is_foreign(value) or is_installed(value))
 
 
 class _Entry:
@@ -167,6 +176,16 @@ def _captures(places: list[list[tuple[Any, Any]]], avals: Sequence[Aval]) -> Cal
     return function
 
 
+_STRUCTURE = 3  # where it stands in a key
+
+
+def _give_up(known: dict[Any, Any], structure: tuple[Any, ...]) -> None:
+    """Drop programs of earlier versions, which do not come back: they hold on to what was an attribute then."""
+    for key in list(known):
+        if len(key) > _STRUCTURE and key[_STRUCTURE][::2] != structure[::2]:
+            known.pop(key, None)
+
+
 def _recorded_still(cell: Module, record: Callable[[], Recorded]) -> Recorded:
     """What is recorded of a body; TraceError where the body changes something at every step (a counter, a flag that its
     first step clears): what is recorded would have the first values for ever."""
@@ -201,7 +220,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
             return _recorded_still(cell, lambda: record_body(body, carry, carry_tree, xs, x_tree))
 
         known = known_of(cell) or {}
-        key = (
+        key: tuple[Any, ...] = (
             variant,
             type(cell).forward,
             type(cell).__call__,
@@ -228,6 +247,7 @@ def recorder_for(cell: Any, variant: Any) -> Callable[..., Any]:
         if _is_opaque(cell):
             return record()
         known = known_of(cell, make=True)
+        _give_up(known, key[_STRUCTURE])
         try:
             recorded = record()
         except TraceError as error:
