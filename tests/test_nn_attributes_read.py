@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_nn_attributes import Keeps, Kind, Settings, outcome, plainly
+from test_nn_attributes import Keeps, Kind, Settings, check_change, outcome, plainly
 from test_nn_ready import H, agree, used
 
 import tinygrad_lstm as tg
@@ -193,15 +193,7 @@ def restored() -> Any:
 
 @pytest.mark.parametrize("name", [*KINDS, *OPAQUE])
 def test_a_change_of_what_is_read_counts(name: str, used: list[bool]) -> None:
-    kind = {**KINDS, **OPAQUE}[name]
-    layer = nn.Recurrent(Keeps(kind.make(), kind.read))
-    before = outcome(layer)
-    agree(outcome(layer), before)
-    assert used == ([True] if name in KINDS else []), "a known call, unless the content can change unseen"
-    kind.change(layer.cell.kept)
-    found = outcome(layer)
-    agree(found, plainly(layer))
-    assert not np.allclose(found[0], before[0])
+    check_change({**KINDS, **OPAQUE}[name], name in KINDS, used)
 
 
 @pytest.mark.parametrize("name", [n for n in KINDS if "array" not in n and "tensor" not in n and "parameter" not in n])
